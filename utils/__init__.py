@@ -1,0 +1,1 @@
+"""The rooms that the scripts share; README.md beside this file says what each one knows."""

@@ -1,0 +1,203 @@
+"""How a script starts: typed options, typos refused before anything heavy is imported, user errors as one line.
+
+Options are the fields of a dataclass, each made by `option`; they are written in any of Fire's ways
+(`--x 1`, `--x=1`, `--flag`, `--flag False`, `--noflag`, `--x '[a,b]'`). Of an option given twice the last
+counts, so that a shell script can pass "$@" on; an option made with `many=True` collects.
+"""
+
+import dataclasses
+import difflib
+import errno
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from utils.console import UserError
+
+T = TypeVar("T")
+FLAG = re.compile(r"--?[A-Za-z]")
+TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+    many: bool = False,
+    heading: str = "",
+) -> Any:
+    """A field of an options dataclass: its default (none: required), one line of help, its bounds.
+
+    `heading` opens a new group in the help text; `many` lets the option be given several times.
+    """
+    metadata = {"help": help, "least": least, "most": most, "choices": choices, "many": many, "heading": heading}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def run(main: Callable[[Any], None], options: type, argv: list[str] | None = None) -> None:
+    """Parse the command line into `options`, call `main` with them, and exit with 0, or 2 with one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    script = Path(sys.argv[0]).name
+    module = sys.modules[main.__module__]
+    try:
+        if {"--help", "-h"} & set(argv):
+            print(help_text(options, module.__doc__ or ""))
+            return
+        main(parse(options, argv))
+    except UserError as error:
+        fail(script, str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        fail(script, f"{error.filename or 'output'}: {error.strerror}; free or change the place and start again")
+
+
+def fail(script: str, text: str) -> typing.NoReturn:
+    """End the program with exit status 2 and one line on stderr."""
+    line = " ".join(text.split())
+    print(f"{script}: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(options: type[T], argv: list[str]) -> T:
+    """Turn `argv` into an instance of the dataclass `options`.
+
+    Raises UserError for an unknown option (the nearest name is suggested), a wrong type, a value out of
+    bounds, or a required option that is missing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    kinds = typing.get_type_hints(options)
+    values: dict[str, Any] = {}
+    for name, raw in _pairs(argv, fields, kinds):
+        value = _convert(name, raw, kinds[name], fields[name].metadata)
+        if fields[name].metadata["many"]:
+            value = values.get(name, []) + value
+        values[name] = value
+    missing = [f"--{name}" for name, field in fields.items() if _is_required(field) and not values.get(name)]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: missing; give {'it' if len(missing) == 1 else 'them'}, or see --help")
+    return options(**values)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _pairs(argv: list[str], fields: dict, kinds: dict) -> typing.Iterator[tuple[str, str]]:
+    """Split a command line, as Fire does, into pairs of option name and raw value."""
+    index = 0
+    while index < len(argv):
+        token = argv[index]
+        index += 1
+        if not FLAG.match(token):
+            raise UserError(f"{token}: unexpected; options are written --name value")
+        name, equals, raw = token.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        negated = name not in fields and name.removeprefix("no").lstrip("_") in fields
+        if negated and not equals and kinds[name.removeprefix("no").lstrip("_")] in (bool, bool | None):
+            yield name.removeprefix("no").lstrip("_"), "False"
+            continue
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1, 0.6)
+            way_out = f"did you mean --{near[0]}?" if near else "see --help for all options"
+            raise UserError(f"--{name}: no such option; {way_out}")
+        if not equals:
+            if index < len(argv) and not FLAG.match(argv[index]):
+                raw = argv[index]
+                index += 1
+            elif bool in (kinds[name], *typing.get_args(kinds[name])):
+                raw = "True"
+            else:
+                raise UserError(f"--{name}: has no value; write --{name} VALUE")
+        yield name, raw
+
+
+def _convert(name: str, raw: str, kind: Any, bounds: typing.Mapping[str, Any]) -> Any:
+    """Read `raw` as the type `kind` (a plain type, list[str], or a union of these, tried in order)."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in kinds and raw == "None":
+        return None
+    for candidate in kinds:
+        value = _read_as(candidate, raw)
+        if value is not None:
+            break
+    else:
+        names = " or ".join(TYPE_NAMES[k] for k in kinds if k is not type(None))
+        raise UserError(f"--{name} {raw}: not {names}; see --help")
+    least, most, choices = bounds["least"], bounds["most"], bounds["choices"]
+    if choices and isinstance(value, str) and value not in choices:
+        raise UserError(f"--{name} {raw}: not one of {', '.join(choices)}; choose one of these")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if least is not None and value < least:
+            raise UserError(f"--{name} {raw}: too small; give at least {least}")
+        if most is not None and value > most:
+            raise UserError(f"--{name} {raw}: too large; give at most {most}")
+    return value
+
+
+def _read_as(kind: Any, raw: str) -> Any:
+    """`raw` as one plain type, or None where it is not of that type."""
+    if kind is str:
+        return raw
+    if kind is bool:
+        return True if raw.lower() in TRUE else False if raw.lower() in FALSE else None
+    if kind == list[str]:
+        from fire.parser import DefaultParseValue  # here, because it takes a tenth of a second
+
+        value = DefaultParseValue(raw) if raw.startswith(("[", "(")) else [part for part in raw.split(",") if part]
+        return [str(item) for item in value] if isinstance(value, (list, tuple)) else None
+    if kind in (int, float):
+        try:
+            value = kind(raw)
+        except ValueError:
+            return None
+        return value if math.isfinite(value) else None
+    return None
+
+
+TYPE_NAMES = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list[str]: "a list such as '[a,b]'",
+}
+PLACEHOLDERS = {str: "TEXT", bool: "true|false", int: "N", float: "X", list[str]: "'[A,B]'"}
+
+
+def describe(options: type) -> list[tuple[str, str, str, str, str]]:
+    """One row an option: heading (or ""), name, kind of value, default as written, help."""
+    rows = []
+    kinds = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kind = kinds[field.name]
+        plain = [k for k in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) if k is not type(None)]
+        value = "|".join(field.metadata["choices"]) or "|".join(PLACEHOLDERS[k] for k in plain)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if isinstance(default, list):
+            default = f"[{','.join(default)}]" if default else ""
+        shown = "required" if _is_required(field) else "" if default is None or default == "" else str(default)
+        rows.append((field.metadata["heading"], f"--{field.name}", value, shown, field.metadata["help"]))
+    return rows
+
+
+def help_text(options: type, docstring: str) -> str:
+    """The script's docstring and its options, a line or two each."""
+    lines = [docstring.strip()]
+    for heading, name, value, default, help in describe(options):
+        if heading:
+            lines.append(f"\n{heading}:")
+        suffix = f" ({default})" if default == "required" else f" [{default}]" if default else ""
+        head = f"  {name} {value}"
+        lines.append(f"{head:<38}  {help}{suffix}" if len(head) <= 38 else f"{head}\n{'':40}{help}{suffix}")
+    return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""What a user reads while a script runs: notices, progress bars, and the one-line error."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text is one line: the thing, what is wrong, the way out.
+
+    `utils.cli.run` prints it to stderr and ends the script with exit status 2.
+    """
+
+
+def is_main_process() -> bool:
+    """True in the one process that may print and write (rank 0 under torchrun or accelerate)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print one notice, from the main process only."""
+    if is_main_process():
+        tqdm.write(text)
+
+
+def progress(items: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A tqdm bar over `items` (or one to be updated by hand), silent in all but the main process.
+
+    Drawn on a terminal several times a second; into a log file at most every 30 seconds.
+    """
+    interval = 0.2 if os.isatty(2) else 30
+    return tqdm(items, disable=not is_main_process(), mininterval=interval, maxinterval=interval, **options)

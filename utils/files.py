@@ -1,0 +1,116 @@
+"""Files that other programs read: written aside, renamed into place when whole, locked while in use."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.console import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it becomes `path` only if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; it becomes `path` (the old one goes) if the block ends without an error.
+
+    What an earlier, killed attempt left aside is removed first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                sync(file)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the bytes of `path` on the disk before its name says that it is whole."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a JSON file (UTF-8, a byte-order mark is allowed).
+
+    Raises UserError where the file is missing, unreadable, not UTF-8 or not JSON; the line and column are named.
+    """
+    try:
+        return json.loads(Path(path).read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); mend the file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be read; flatten the file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as UTF-8 JSON, indent 1, whole or not at all."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep `folder` (which need not exist yet) for this process while the block runs.
+
+    The lock is the kernel's, on a file beside the folder, so it ends with the process, however that ends.
+    Raises UserError, naming the other's host and process id, where another run holds it.
+    """
+    path = Path(folder).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.with_name(f".{path.name}.lock")
+    with open(name, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat())):
+                raise BlockingIOError  # its holder removed the name between our two calls
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder}: in use by {file.read() or 'another run'}; wait for it, or choose another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)

@@ -1,0 +1,63 @@
+"""A journal: each finished piece of work on disk when it is there, so that a stopped run goes on."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from utils.console import UserError
+
+
+class Journal:
+    """An append-only JSON Lines file, `{"key": …, "value": …}` a line, below a header that names its run.
+
+    A line that was cut off by a kill is dropped when the file is opened again.
+    Raises UserError where the file on disk belongs to a run with another `header`; the differing entries are named.
+    """
+
+    def __init__(self, path: str | Path, header: dict[str, Any]):
+        self.path = Path(path)
+        self.values: dict[str, Any] = {}
+        header = json.loads(json.dumps(header))
+        whole = self._read(header) if self.path.exists() else 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab")
+        self._file.truncate(whole)
+        if not whole:
+            self._append(header)
+
+    def _read(self, header: dict[str, Any]) -> int:
+        """Load the whole lines; return how many bytes they take."""
+        whole = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                if not line.endswith(b"\n"):
+                    break
+                entry = json.loads(line)
+                if number == 0:
+                    changed = sorted(k for k in header.keys() | entry.keys() if header.get(k) != entry.get(k))
+                    if changed:
+                        raise UserError(
+                            f"{self.path}: belongs to an unfinished run with other settings ({', '.join(changed)}); "
+                            "repeat that command, or delete this file to start anew"
+                        )
+                else:
+                    self.values[entry["key"]] = entry["value"]
+                whole += len(line)
+        return whole
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def put(self, key: str, value: Any) -> None:
+        """Add one finished piece; it is on the disk when this returns."""
+        self._append({"key": key, "value": value})
+        self.values[key] = value
+
+    def close(self, done: bool) -> None:
+        """Close the file; where the run is `done`, its result stands elsewhere and the journal goes."""
+        self._file.close()
+        if done:
+            self.path.unlink()
