@@ -106,7 +106,9 @@ def locked(folder: str | Path) -> Iterator[None]:
                 raise BlockingIOError  # its holder removed the name between our two calls
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{folder}: in use by {file.read() or 'another run'}; wait for it, or choose another folder") from None
+            raise UserError(
+                f"{folder}: in use by {file.read() or 'another run'}; wait for it, or choose another folder"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
