@@ -1,0 +1,165 @@
+"""Adapters (LoRA weights): find, check, load, save."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from utils.console import UserError, say
+from utils.files import read_json, replacing, write_json
+from utils.weights import load_pickled, open_safetensors
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+FULL_CHECKPOINT = "pytorch_model.bin"  # what alpaca-lora's runs of 2023 left in their checkpoints
+
+
+def find_weights(folder: str | Path) -> Path:
+    """The file with an adapter's weights. Raises UserError where the folder has none, or an empty one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folder of an adapter")
+    for name in (*WEIGHTS, FULL_CHECKPOINT):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: holds no {' or '.join(WEIGHTS)}; name the folder of an adapter")
+
+
+def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by the names peft saves them under, without an adapter's name in them.
+
+    Raises UserError where the file is broken, holds no LoRA weights, or is the untouched shell of a failed save.
+    """
+    file = find_weights(folder)
+    if file.suffix == ".safetensors":
+        open_safetensors(file)
+        loaded = load_file(file)
+    else:
+        loaded = load_pickled(file)
+    tensors = {}
+    for name, tensor in loaded.items():
+        if "lora_" in name or "modules_to_save" in name or file.name != FULL_CHECKPOINT:
+            tensors[re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)] = tensor
+    tensors = {name.replace("modules_to_save.", ""): t for name, t in tensors.items() if ".original_module." not in name}
+    if not any("lora_" in name for name in tensors):
+        raise UserError(f"{file}: holds no LoRA weights ({len(loaded)} tensors); the save failed, or it is another file")
+    return tensors
+
+
+def read_config(folder: str | Path) -> LoraConfig:
+    """An adapter's settings; keys of older or other programs that peft does not know are left out, and said.
+
+    Raises UserError where the file is missing or describes no LoRA.
+    """
+    path = Path(folder) / "adapter_config.json"
+    settings = read_json(path)
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise UserError(f"{path}: does not describe a LoRA adapter; name the folder of one")
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = sorted(settings.keys() - known)
+    if any(settings[key] for key in unknown):
+        say(f"{path}: settings unknown to peft are left out: {', '.join(key for key in unknown if settings[key])}")
+    return LoraConfig(**{key: value for key, value in settings.items() if key in known})
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """The last parts of the names of a model's linear layers, each once, without the output layer's."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return list(
+        dict.fromkeys(name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output)
+    )
+
+
+def add(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """A fresh adapter on `model`: its weights in float32, the only ones that train (a count that is checked).
+
+    Raises UserError where a target or a module to save is not in the model.
+    """
+    names = {name.split(".")[-1] for name, _ in model.named_modules()}
+    for option, wanted in (("lora_target_modules", config.target_modules), ("modules_to_save", config.modules_to_save)):
+        missing = sorted(set(wanted or []) - names) if not isinstance(wanted, str) else []
+        if missing:
+            raise UserError(
+                f"--{option}: the model has no layer {', '.join(missing)}; its linear layers are {', '.join(linear_layers(model))}"
+            )
+    wrapped = get_peft_model(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    check_trainable(wrapped)
+    return wrapped
+
+
+def load(model: nn.Module, folder: str | Path, config: LoraConfig) -> PeftModel:
+    """The adapter of `folder` on `model`, with the settings `config`, to be trained on.
+
+    Raises UserError, naming the first differences, where its tensors are not those that `config` asks for on this model.
+    """
+    wrapped = add(model, config)
+    fill(wrapped, read_tensors(folder), Path(folder))
+    return wrapped
+
+
+def fill(model: PeftModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    """Put `tensors` into the adapter of `model`. Raises UserError where names or shapes differ."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    differences = [
+        f"{name} is {found.get(name, 'missing')}, the model wants {wanted.get(name, 'none')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"{source}: the adapter does not fit this base model and these options in {len(differences)} tensors "
+            f"({'; '.join(differences[:3])}); use the base it was trained on"
+        )
+    set_peft_model_state_dict(model, tensors)
+
+
+def check_trainable(model: PeftModel) -> None:
+    """Compare the number of trainable parameters with the formula; a difference is a defect in this program."""
+    config = model.peft_config["default"]
+    expected = 0
+    for module in model.modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            expected += module.r["default"] * (module.in_features + module.out_features)
+            expected += module.out_features if config.use_dora else 0
+        if hasattr(module, "modules_to_save") and "default" in module.modules_to_save:
+            expected += sum(parameter.numel() for parameter in module.modules_to_save["default"].parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if trainable != expected or not trainable:
+        raise RuntimeError(f"{trainable} parameters would be trained, the formula gives {expected}")
+
+
+def save(model: PeftModel, folder: str | Path, base_model: str) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, then read them back.
+
+    The base is recorded as `base_model`. Raises UserError where the file on disk is not what the model holds.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state(model).items()}
+    with replacing(folder / WEIGHTS[0]) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
+    settings: dict[str, Any] = model.peft_config["default"].to_dict()
+    settings |= {"inference_mode": True, "base_model_name_or_path": base_model}
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    write_json(folder / "adapter_config.json", settings)
+    read = read_tensors(folder)
+    if read.keys() != tensors.keys() or any(not torch.equal(read[name], tensor) for name, tensor in tensors.items()):
+        raise UserError(f"{folder / WEIGHTS[0]}: what was read back differs from what was saved; check the disk")
+
+
+def state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by the names they are saved under; the frozen embeddings of the base are not among them."""
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def has_moved(tensors: dict[str, torch.Tensor]) -> bool:
+    """True if any `lora_B` is not all zero, as each one is before the first step."""
+    return any(tensor.any().item() for name, tensor in tensors.items() if "lora_B" in name)
