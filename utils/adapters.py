@@ -83,9 +83,8 @@ def add(model: nn.Module, config: LoraConfig) -> PeftModel:
     for option, wanted in (("lora_target_modules", config.target_modules), ("modules_to_save", config.modules_to_save)):
         missing = sorted(set(wanted or []) - names) if not isinstance(wanted, str) else []
         if missing:
-            raise UserError(
-                f"--{option}: the model has no layer {', '.join(missing)}; its linear layers are {', '.join(linear_layers(model))}"
-            )
+            layers = ", ".join(linear_layers(model))
+            raise UserError(f"--{option}: the model has no layer {', '.join(missing)}; its linear layers are {layers}")
     wrapped = get_peft_model(model, config)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -106,7 +105,9 @@ def load(model: nn.Module, folder: str | Path, config: LoraConfig) -> PeftModel:
 
 def fill(model: PeftModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
     """Put `tensors` into the adapter of `model`. Raises UserError where names or shapes differ."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    wanted = {
+        name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = [
         f"{name} is {found.get(name, 'missing')}, the model wants {wanted.get(name, 'none')}"

@@ -55,7 +55,10 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the bytes of `path` on the disk before its name says that it is whole."""
+    """Have the bytes of `path` on the disk, readable as other new files are, before its name says that it is whole."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors leaves its files to their owner alone
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -51,7 +51,9 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / Path(file).name for file in sorted(set(read_json(index)["weight_map"].values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise UserError(f"{folder}: {len(missing)} of {len(files)} shards are missing ({missing[0]}, …); copy them again")
+                raise UserError(
+                    f"{folder}: {len(missing)} of {len(files)} shards are missing ({missing[0]}, …); copy them again"
+                )
             return files
     raise UserError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLED}, whole or in shards; is it a model folder?")
 

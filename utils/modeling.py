@@ -1,0 +1,128 @@
+"""The only place that chooses device, dtype, quantisation and attention; loads a base model."""
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.console import UserError, say
+from utils.files import read_json
+from utils.weights import base_folder, weight_files
+
+transformers.utils.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", module="bitsandbytes")  # on the CPU it warns once a layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where and how a model is computed: its device, the type of its weights, "8bit", "4bit" or no quantisation."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantise: str | None
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.quantise or str(self.dtype).removeprefix('torch.')}"
+
+
+def place(load_8bit: bool | None, load_4bit: bool, gpu_id: int | None = None) -> Placement:
+    """Choose a placement for what this machine has; `load_8bit` None means 8 bit on CUDA, full precision elsewhere.
+
+    CUDA computes in bfloat16 where the device has it, else in float16; Apple's GPU in float16; a CPU in float32,
+    since most CPUs multiply half-precision matrices many times slower than float32 ones.
+    Raises UserError where 8 and 4 bit are both asked for, or a GPU is not there.
+    """
+    if load_8bit and load_4bit:
+        raise UserError("--load_8bit and --load_4bit: both given; choose one")
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", gpu_id or 0))
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--gpu_id {index}: this machine shows {torch.cuda.device_count()} GPUs; numbers start at 0")
+        device = torch.device("cuda", index)
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        load_8bit = load_8bit if load_8bit is not None else not load_4bit
+    elif torch.backends.mps.is_available():
+        device, dtype = torch.device("mps"), torch.float16
+    else:
+        device, dtype = torch.device("cpu"), torch.float32
+    return Placement(device, dtype, "8bit" if load_8bit else "4bit" if load_4bit else None)
+
+
+def load_base(
+    base_model: str, tokenizer: PreTrainedTokenizerBase, placement: Placement, attn_implementation: str = ""
+) -> PreTrainedModel:
+    """Load a base model; its special ids are taken from the tokenizer, since published configs often have wrong ones.
+
+    Raises UserError where the folder, a shard or a tensor is missing, or the tokenizer has ids that the model has no
+    row for.
+    """
+    folder = base_folder(base_model)
+    check_architecture(folder)
+    weight_files(folder)
+    options: dict[str, Any] = {"dtype": placement.dtype, "device_map": {"": placement.device}}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if placement.quantise:
+        options["quantization_config"] = quantisation(placement)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"{base_model}: cannot be loaded ({str(error).splitlines()[0]}); check the model folder") from None
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            name = sorted(str(key) for key in report[problem])[0]
+            kind = problem.split("_")[0]
+            raise UserError(f"{base_model}: {len(report[problem])} tensors are {kind} ({name}, …); check its files")
+    for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, kind)
+        for config in (model.config, model.generation_config):
+            if config is not None:
+                setattr(config, kind, token)
+    return model
+
+
+def check_architecture(folder: Path) -> None:
+    """Raises UserError where `config.json` is missing, of an unknown family, or wants code of its own to be run."""
+    path = folder / "config.json"
+    settings = read_json(path)
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise UserError(f"{path}: names no model_type; is it the config of a language model?")
+    if settings.get("auto_map") and settings["model_type"] not in transformers.CONFIG_MAPPING:
+        raise UserError(f"{path}: asks for code of its own to be run, which is refused; use a family that transformers knows")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not understood ({str(error).splitlines()[0]}); use a family that transformers knows"
+        ) from None
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path}: {settings['model_type']} is no causal language model; choose one such as LLaMA or BLOOM")
+
+
+def quantisation(placement: Placement) -> BitsAndBytesConfig:
+    """bitsandbytes' LLM.int8 (Dettmers et al. 2022) or NF4 with double quantisation (QLoRA, Dettmers et al. 2023)."""
+    if placement.quantise == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=placement.dtype
+    )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_model: str) -> None:
+    """Raises UserError where the tokenizer has more ids than the model has embedding rows.
+
+    Fewer ids are right: BLOOM pads 250,680 of them to 250,880 rows.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{base_model}: has {rows} embedding rows for a tokenizer of {len(tokenizer)} tokens; "
+            "32000 belong to LLaMA, 49953 to Chinese-LLaMA, 49954 to Chinese-Alpaca: use model and tokenizer of one stage"
+        )
+    if rows > len(tokenizer):
+        say(f"{base_model}: {rows} embedding rows, {len(tokenizer)} tokens in use")
