@@ -1,0 +1,291 @@
+"""Tokenizers: ids exactly as those a model was trained on.
+
+Where a folder holds a `tokenizer.model`, ids come from SentencePiece itself. What transformers makes of such a
+file (merges ranked by piece id) gives other ids for the pieces that Chinese vocabularies add, all of score 0, and
+for runs of spaces. Other folders keep their own `tokenizer.json`.
+"""
+
+import functools
+import itertools
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sentencepiece import SentencePieceProcessor
+from transformers import AddedToken, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+from utils.console import UserError, say
+from utils.files import read_json, write_json
+from utils.weights import base_folder
+
+MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
+FILES = (MODEL, JSON, CONFIG, SPECIAL, ADDED, TEMPLATE, "vocab.json", "merges.txt")
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or of a model of the Hugging Face hub, which always has a padding token.
+
+    Raises UserError where there is none, or its files are broken.
+    """
+    folder = base_folder(str(name))
+    if is_sentencepiece(folder / MODEL):
+        tokenizer = SentencePieceTokenizer(vocab_file=str(folder / MODEL), **read_settings(folder))
+    elif not any((folder / file).is_file() for file in (JSON, "vocab.json")):
+        raise UserError(f"{folder}: holds neither {MODEL} (of SentencePiece) nor {JSON}; put the model's tokenizer there")
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}); copy it again") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        say(f"{folder}: the tokenizer names no padding token; {tokenizer.pad_token} ({tokenizer.pad_token_id}) pads")
+    return tokenizer
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
+    """Copy a tokenizer's files exactly as they are; returns their names."""
+    names = [name for name in FILES if (Path(source) / name).is_file()]
+    for name in names:
+        shutil.copyfile(Path(source) / name, Path(target) / name)
+    return names
+
+
+def is_sentencepiece(file: Path) -> bool:
+    """True for a SentencePiece model; False for no file, or one of another kind (Llama 3 has a list of words so named).
+
+    Raises UserError where such a file is broken.
+    """
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        head = opened.read(1)
+    if head != b"\x0a":  # field 1 of a ModelProto, its list of pieces
+        return False
+    try:
+        SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{file}: not a whole SentencePiece model ({str(error).splitlines()[0]}); copy it again") from None
+    return True
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the files beside a `tokenizer.model` say: special and added tokens, `<s>` and `</s>`, sides, chat template.
+
+    As in transformers, an `added_tokens_decoder` in the configuration has the last word on added tokens; where there
+    is none, `special_tokens_map.json` comes before the configuration, and added tokens are those of
+    `added_tokens.json`, else of `tokenizer.json`.
+    """
+    files = {name: read_json(folder / name) for name in (CONFIG, SPECIAL, ADDED, JSON) if (folder / name).is_file()}
+    settings: dict[str, Any] = files.get(CONFIG, {})
+    added = {int(index): as_token(token) for index, token in settings.get("added_tokens_decoder", {}).items()}
+    if not added:
+        settings |= {role: token for role, token in files.get(SPECIAL, {}).items() if token}
+        added = {index: as_token(text) for text, index in files.get(ADDED, {}).items()}
+    for token in files.get(JSON, {}).get("added_tokens", []) if not added else ():
+        added[token["id"]] = as_token(token)
+    wanted: dict[str, Any] = {role: as_token(settings[role]) for role in ROLES if settings.get(role)}
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    wanted["extra_special_tokens"] = [as_token(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    for key in ("add_bos_token", "add_eos_token", "legacy", "model_max_length", "padding_side", "chat_template"):
+        if settings.get(key) is not None:
+            wanted[key] = settings[key]
+    if (folder / TEMPLATE).is_file():
+        wanted["chat_template"] = (folder / TEMPLATE).read_text("utf-8")
+    return wanted | {"added_tokens_decoder": added, "saved_class": settings.get("tokenizer_class") or "LlamaTokenizer"}
+
+
+def as_token(token: str | dict[str, Any]) -> AddedToken:
+    """A token as the JSON files write it: a text, or an object with its flags."""
+    if isinstance(token, str):
+        return AddedToken(token, normalized=False, special=True)
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    return AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in flags})
+
+
+class Segment(NamedTuple):
+    """A part of the text `row` of a batch, from character `start` on: an added token's id, or (None) plain text."""
+
+    row: int
+    start: int
+    text: str
+    token: int | None
+
+
+class SentencePieceTokenizer(SentencePieceBackend):
+    """A tokenizer of transformers whose ids are SentencePiece's own, in batches, with character offsets.
+
+    `add_bos_token`, `add_eos_token` and `legacy` mean what they mean for LLaMA's tokenizer: with `legacy` (where it
+    is not said, too) the text after an added token is encoded like a text of its own, without it like a continuation.
+    """
+
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(
+        self,
+        *,
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+        legacy: bool = True,
+        saved_class: str = "LlamaTokenizer",
+        **settings: Any,
+    ):
+        super().__init__(legacy=True, **settings)  # what the base class does without `legacy` is not SentencePiece's
+        self.legacy = legacy
+        self.saved_class = saved_class
+        for role in ("bos", "eos", "unk", "pad"):
+            index = getattr(self.sp_model, f"{role}_id")()
+            if self._special_tokens_map[f"{role}_token"] is None and index >= 0:
+                setattr(self, f"{role}_token", self.sp_model.id_to_piece(index))
+        self.add_tokens(self.all_special_tokens, special_tokens=True)
+        self.add_bos_token = add_bos_token and self._special_tokens_map["bos_token"] is not None
+        self.add_eos_token = add_eos_token and self._special_tokens_map["eos_token"] is not None
+        patterns = {(False, False): "none", (True, False): "bos", (False, True): "eos", (True, True): "bos_eos"}
+        self.special_tokens_pattern = patterns[self.add_bos_token, self.add_eos_token]
+
+    def _update_trie(self, unique_no_split_tokens: list[str] | None = None) -> None:
+        """Called whenever tokens were added: one pattern finds them all in a text, the longest first."""
+        patterns = []
+        for token in sorted(self._added_tokens_decoder.values(), key=lambda token: -len(token.content)):
+            pattern = f"({re.escape(token.content)})"
+            if token.single_word:
+                pattern = f"(?<![^ ]){pattern}(?![^ ])"
+            patterns.append((r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else ""))
+        self._added_pattern = re.compile("|".join(patterns) or "(?!)")
+
+    @functools.cached_property
+    def _continuing_model(self) -> SentencePieceProcessor:
+        """SentencePiece for a text that goes on: without the space that it puts before a text."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+        proto = ModelProto.FromString(self.sp_model.serialized_model_proto())
+        proto.normalizer_spec.add_dummy_prefix = False
+        return SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+    def _cut(self, row: int, text: str, split_special_tokens: bool) -> list[Segment]:
+        """Cut a text at its added tokens."""
+        segments, end = [], 0
+        for match in self._added_pattern.finditer(text) if not split_special_tokens else ():
+            if match.start() > end:
+                segments.append(Segment(row, end, text[end : match.start()], None))
+            group = match.lastindex or 0
+            segments.append(Segment(row, match.start(group), match[group], self._added_tokens_encoder[match[group]]))
+            end = match.end()
+        if end < len(text):
+            segments.append(Segment(row, end, text[end:], None))
+        return segments
+
+    def encode_texts(self, texts: list[str], split_special_tokens: bool) -> list[dict[str, list]]:
+        """For each text its `ids`, `pieces` and `offsets` (begin and end of each token, in characters).
+
+        The texts of added tokens become these tokens, unless `split_special_tokens`. A token that stands for no
+        character of its own (the space put before a text, all but the last byte of a character) has an empty range.
+        """
+        segments = [cut for row, text in enumerate(texts) for cut in self._cut(row, text, split_special_tokens)]
+        plain = [s for s in segments if s.token is None]
+        fresh = [s for s in plain if self.legacy or s.start == 0]
+        going_on = [s for s in plain if not (self.legacy or s.start == 0)]
+        encoded: dict[Segment, dict[str, list]] = {}
+        for group, is_fresh in ((fresh, True), (going_on, False)):
+            if group:
+                model = self.sp_model if is_fresh else self._continuing_model
+                encoded |= zip(group, model.encode([s.text for s in group], return_type="offset_mapping"), strict=True)
+        rows: list[dict[str, list]] = [{"ids": [], "pieces": [], "offsets": []} for _ in texts]
+        for s in segments:
+            if s.token is None:
+                part = encoded[s]
+                if s.start:
+                    part["offsets"] = [(s.start + begin, s.start + end) for begin, end in part["offsets"]]
+            else:
+                part = {"ids": [s.token], "pieces": [s.text], "offsets": [(s.start, s.start + len(s.text))]}
+            for key, values in rows[s.row].items():
+                values.extend(part[key])
+        return rows
+
+    def tokenize(self, text: str, **options: Any) -> list[str]:  # type: ignore[override]
+        """The pieces of a text."""
+        split = bool(options.get("split_special_tokens", self.split_special_tokens))
+        return self.encode_texts([text], split)[0]["pieces"]
+
+    def _encode_plus(  # type: ignore[override]
+        self,
+        text: Any,
+        text_pair: Any = None,
+        add_special_tokens: bool = True,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        return_offsets_mapping: bool = False,
+        split_special_tokens: bool = False,
+        **options: Any,
+    ) -> BatchEncoding:
+        texts = [text] if isinstance(text, str) else list(text)
+        rarer = ("is_split_into_words", "return_overflowing_tokens", "return_special_tokens_mask", "return_length")
+        if text_pair is not None or any(options.get(name) for name in rarer) or not all(isinstance(t, str) for t in texts):
+            if return_offsets_mapping:
+                raise NotImplementedError("offsets are given for texts alone, without pairs and other extras")
+            settings = {"truncation_strategy": truncation_strategy, "split_special_tokens": split_special_tokens}
+            return super()._encode_plus(
+                text, text_pair, add_special_tokens, padding_strategy, max_length=max_length, **settings, **options
+            )
+        rows = self.encode_texts(texts, split_special_tokens)
+        batch = {"input_ids": [row["ids"] for row in rows], "offset_mapping": [row["offsets"] for row in rows]}
+        if truncation_strategy is not TruncationStrategy.DO_NOT_TRUNCATE and max_length is not None:
+            room = max_length - (self.num_special_tokens_to_add() if add_special_tokens else 0)
+            kept = slice(0, room) if self.truncation_side == "right" else slice(-room, None)
+            batch = {key: [row[kept] for row in values] for key, values in batch.items()}
+        if add_special_tokens:
+            nowhere = [(0, 0)]
+            batch["input_ids"] = [self.build_inputs_with_special_tokens(ids) for ids in batch["input_ids"]]
+            batch["offset_mapping"] = [
+                nowhere * self.add_bos_token + row + nowhere * self.add_eos_token for row in batch["offset_mapping"]
+            ]
+        offsets = batch.pop("offset_mapping")
+        if options.get("return_attention_mask") is not False:
+            batch["attention_mask"] = [[1] * len(ids) for ids in batch["input_ids"]]
+        if padding_strategy is not PaddingStrategy.DO_NOT_PAD:
+            wanted = {name: options.get(name) for name in ("pad_to_multiple_of", "padding_side")}
+            batch = dict(self.pad(batch, padding=padding_strategy.value, max_length=max_length, **wanted))
+        if return_offsets_mapping:
+            batch["offset_mapping"] = offsets
+        if isinstance(text, str) and options.get("return_tensors") is None:
+            batch = {key: values[0] for key, values in batch.items()}
+        return BatchEncoding(batch, tensor_type=options.get("return_tensors"))
+
+    def _decode(  # type: ignore[override]
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **options: Any,
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        size = self.vocab_size  # a model may have more rows than the tokenizer has pieces; those stand for nothing
+        text = ""
+        for is_added, run in itertools.groupby(ids, self._added_tokens_decoder.__contains__):
+            if is_added:
+                text += "".join(self._added_tokens_decoder[index].content for index in run if index not in skipped)
+            else:
+                model = self.sp_model if self.legacy or not text else self._continuing_model
+                text += model.decode([index for index in run if index < size])
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of pieces; bytes that make up a character are joined."""
+        return self._decode(self.convert_tokens_to_ids(tokens))
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> tuple[str, ...]:  # type: ignore[override]
+        """Write the tokenizer's files, under the class name of transformers that they came with."""
+        written = super().save_pretrained(save_directory, *args, **options)
+        path = Path(save_directory) / CONFIG
+        config = read_json(path)
+        config.pop("backend", None)
+        switches = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
+        write_json(path, config | switches | {"tokenizer_class": self.saved_class})
+        return written
