@@ -1,0 +1,84 @@
+"""What a `--data_path` stands for: files, data sets of the Hugging Face hub, or several of these with weights."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.console import UserError, say
+from utils.formats import ENDINGS
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_INFO = ("dataset_info*.json", "dataset_dict.json", "state.json")  # files of a hub data set that hold no records
+
+
+class Source(NamedTuple):
+    """One part of a data path: the files it stands for, and how much of them is wanted (1: all)."""
+
+    name: str
+    files: list[Path]
+    weight: float
+
+
+def sources(data_path: str) -> list[Source]:
+    """Split a data path into its parts. Raises UserError where one is neither a file nor a hub name, or its weight is bad."""
+    parts = [data_path] if os.path.exists(data_path) else [part.strip() for part in str(data_path).split(",")]
+    return [source_of(part, data_path) for part in parts]
+
+
+def source_of(part: str, data_path: str) -> Source:
+    name, colon, number = part.rpartition(":")
+    if not part or os.path.exists(part) or not colon:
+        return Source(part, files_of(part, data_path), 1.0)
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = -1.0
+    if not 0 < weight <= 1000:
+        raise UserError(f"{part}: {number} is not a weight; write FILE:0.5, a number above 0 and at most 1000")
+    return Source(name, files_of(name, data_path), weight)
+
+
+def files_of(name: str, data_path: str) -> list[Path]:
+    """The file of that name, or the files of that data set on the hub."""
+    if not name:
+        raise UserError(f"--data_path {data_path!r}: names no file; write FILE, or FILE,FILE:0.5")
+    if os.path.isdir(name):
+        files = sorted(file for file in os.listdir(name) if file.endswith(ENDINGS))
+        raise UserError(f"{name}: is a folder; name files in it ({', '.join(files[:5]) or 'it holds none of records'})")
+    if os.path.exists(name):
+        return [Path(name)]
+    if HUB_NAME.fullmatch(name) and not name.endswith(ENDINGS) and not os.path.exists(os.path.dirname(name)):
+        return hub_files(name)
+    raise UserError(f"{name}: {why_missing(Path(name))}")
+
+
+def why_missing(path: Path) -> str:
+    """What is wrong with the path of a file that is not there, and the nearest name in its folder."""
+    if os.path.islink(path):
+        return f"is a broken link to {os.readlink(path)}; mend the link"
+    names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    near = difflib.get_close_matches(path.name, names, 1, 0.6)
+    return f"no such file; {f'did you mean {path.parent / near[0]}?' if near else 'check the path'}"
+
+
+def hub_files(name: str) -> list[Path]:
+    """Fetch a data set of the hub (or find it in the local cache); its training files, or all where none is so called."""
+    import huggingface_hub
+
+    say(f"{name}: no such file; taken for a data set of the Hugging Face hub")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, repo_type="dataset", allow_patterns=[f"*{ending}" for ending in ENDINGS], ignore_patterns=list(HUB_INFO)
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: no such file, and not to be had from the hub ({reason}); check the name") from None
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.suffix in ENDINGS)
+    chosen = [file for file in files if "train" in str(file.relative_to(folder))] or files
+    if not chosen:
+        raise UserError(f"{name}: this data set holds no {', '.join(ENDINGS)} file; name a file of records instead")
+    names = ", ".join(str(file.relative_to(folder)) for file in chosen)
+    say(f"{name}: reads {len(chosen)} of its {len(files)} files: {names}")
+    return chosen
