@@ -3,16 +3,18 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.console import UserError, say
 from utils.files import read_json, replacing, write_json
 from utils.weights import load_pickled, open_safetensors
+
+if TYPE_CHECKING:  # peft takes seconds to import, and reading an adapter's files does not need it
+    from peft import LoraConfig, PeftModel
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FULL_CHECKPOINT = "pytorch_model.bin"  # what alpaca-lora's runs of 2023 left in their checkpoints
@@ -50,15 +52,24 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_config(folder: str | Path) -> LoraConfig:
-    """An adapter's settings; keys of older or other programs that peft does not know are left out, and said.
-
-    Raises UserError where the file is missing or describes no LoRA.
-    """
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """An adapter's settings as they are written. Raises UserError where the file is missing or describes no LoRA."""
     path = Path(folder) / "adapter_config.json"
     settings = read_json(path)
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise UserError(f"{path}: does not describe a LoRA adapter; name the folder of one")
+    return settings
+
+
+def read_config(folder: str | Path) -> "LoraConfig":
+    """An adapter's settings for peft; keys of older or other programs that peft does not know are left out, and said.
+
+    Raises UserError where the file is missing or describes no LoRA.
+    """
+    from peft import LoraConfig
+
+    path = Path(folder) / "adapter_config.json"
+    settings = read_settings(folder)
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     unknown = sorted(settings.keys() - known)
     if any(settings[key] for key in unknown):
@@ -74,11 +85,13 @@ def linear_layers(model: nn.Module) -> list[str]:
     )
 
 
-def add(model: nn.Module, config: LoraConfig) -> PeftModel:
+def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
     """A fresh adapter on `model`: its weights in float32, the only ones that train (a count that is checked).
 
     Raises UserError where a target or a module to save is not in the model.
     """
+    from peft import get_peft_model
+
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
     for option, wanted in (("lora_target_modules", config.target_modules), ("modules_to_save", config.modules_to_save)):
         missing = sorted(set(wanted or []) - names) if not isinstance(wanted, str) else []
@@ -93,7 +106,7 @@ def add(model: nn.Module, config: LoraConfig) -> PeftModel:
     return wrapped
 
 
-def load(model: nn.Module, folder: str | Path, config: LoraConfig) -> PeftModel:
+def load(model: nn.Module, folder: str | Path, config: "LoraConfig") -> "PeftModel":
     """The adapter of `folder` on `model`, with the settings `config`, to be trained on.
 
     Raises UserError, naming the first differences, where its tensors are not those that `config` asks for on this model.
@@ -103,11 +116,11 @@ def load(model: nn.Module, folder: str | Path, config: LoraConfig) -> PeftModel:
     return wrapped
 
 
-def fill(model: PeftModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
+def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path) -> None:
     """Put `tensors` into the adapter of `model`. Raises UserError where names or shapes differ."""
-    wanted = {
-        name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    from peft import set_peft_model_state_dict
+
+    wanted = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = [
         f"{name} is {found.get(name, 'missing')}, the model wants {wanted.get(name, 'none')}"
@@ -122,7 +135,7 @@ def fill(model: PeftModel, tensors: dict[str, torch.Tensor], source: Path) -> No
     set_peft_model_state_dict(model, tensors)
 
 
-def check_trainable(model: PeftModel) -> None:
+def check_trainable(model: "PeftModel") -> None:
     """Compare the number of trainable parameters with the formula; a difference is a defect in this program."""
     config = model.peft_config["default"]
     expected = 0
@@ -137,7 +150,7 @@ def check_trainable(model: PeftModel) -> None:
         raise RuntimeError(f"{trainable} parameters would be trained, the formula gives {expected}")
 
 
-def save(model: PeftModel, folder: str | Path, base_model: str) -> None:
+def save(model: "PeftModel", folder: str | Path, base_model: str) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, then read them back.
 
     The base is recorded as `base_model`. Raises UserError where the file on disk is not what the model holds.
@@ -156,8 +169,10 @@ def save(model: PeftModel, folder: str | Path, base_model: str) -> None:
         raise UserError(f"{folder / WEIGHTS[0]}: what was read back differs from what was saved; check the disk")
 
 
-def state(model: PeftModel) -> dict[str, torch.Tensor]:
+def state(model: "PeftModel") -> dict[str, torch.Tensor]:
     """The adapter's tensors, by the names they are saved under; the frozen embeddings of the base are not among them."""
+    from peft import get_peft_model_state_dict
+
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
