@@ -1,0 +1,97 @@
+"""What every benchmark shares: recipes run in turn, medians, the machine, a table, and one JSON object as the last line."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+Figures = dict[str, float]  # such as {"seconds": 1.5, "peak_mb": 700}
+
+
+def interleave(recipes: dict[str, Callable[[], Figures]], repeats: int) -> dict[str, Figures]:
+    """Run each recipe `repeats` times, in turn, so that a slow spell of the machine meets all; the medians of each."""
+    runs: dict[str, list[Figures]] = {name: [] for name in recipes}
+    for repeat in range(repeats):
+        for name, recipe in recipes.items():
+            figures = recipe()
+            runs[name].append(figures)
+            print(f"{repeat + 1}/{repeats}  {name}: {written(figures)}", file=sys.stderr, flush=True)
+    return {
+        name: {key: statistics.median(figures[key] for figures in measured) for key in measured[0]}
+        for name, measured in runs.items()
+    }
+
+
+def timed(function: Callable[[], Any]) -> Figures:
+    """The wall time of one call, in seconds."""
+    start = time.perf_counter()
+    function()
+    return {"seconds": time.perf_counter() - start}
+
+
+def child(*arguments: str | Path) -> Figures:
+    """Run a Python program in a process of its own: wall `seconds` and `peak_mb` (resident set, of 2**20 bytes).
+
+    Where its last line of output is a JSON object, these figures are added. Its failure ends the benchmark.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    output = process.stdout.read() if process.stdout else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        sys.exit(f"{' '.join(map(str, arguments))}: failed\n{output}")
+    lines = output.strip().splitlines()
+    reported = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return {"seconds": seconds, "peak_mb": usage.ru_maxrss / 1024, **reported}
+
+
+def report(medians: dict[str, Figures], ratios: Figures, libraries: tuple[str, ...], **facts: Any) -> None:
+    """Print a table of the medians, the ratios, and the JSON line that holds all of it."""
+    width = max(map(len, medians))
+    for name, figures in medians.items():
+        print(f"{name:<{width}}  {written(figures)}")
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.3g}")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    print(
+        json.dumps(
+            {"machine": machine(), "versions": versions, "medians": medians, "ratios": ratios, **facts}, ensure_ascii=False
+        )
+    )
+
+
+def written(figures: Figures) -> str:
+    """Figures as a line of text."""
+    return "  ".join(f"{key} {value:10.3f}" for key, value in figures.items())
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
