@@ -116,11 +116,11 @@ def load(model: nn.Module, folder: str | Path, config: "LoraConfig") -> "PeftMod
     return wrapped
 
 
-def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Put `tensors` into the adapter of `model`. Raises UserError where names or shapes differ."""
+def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path, adapter: str = "default") -> None:
+    """Put `tensors` into the adapter of `model` called `adapter`. Raises UserError where names or shapes differ."""
     from peft import set_peft_model_state_dict
 
-    wanted = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in state(model, adapter=adapter).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = [
         f"{name} is {found.get(name, 'missing')}, the model wants {wanted.get(name, 'none')}"
@@ -132,32 +132,35 @@ def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path) -> 
             f"{source}: the adapter does not fit this base model and these options in {len(differences)} tensors "
             f"({'; '.join(differences[:3])}); use the base it was trained on"
         )
-    set_peft_model_state_dict(model, tensors)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter)
 
 
 def check_trainable(model: "PeftModel") -> None:
     """Compare the number of trainable parameters with the formula; a difference is a defect in this program."""
+    from peft.utils import ModulesToSaveWrapper
+
     config = model.peft_config["default"]
     expected = 0
     for module in model.modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             expected += module.r["default"] * (module.in_features + module.out_features)
             expected += module.out_features if config.use_dora else 0
-        if hasattr(module, "modules_to_save") and "default" in module.modules_to_save:
+        if isinstance(module, ModulesToSaveWrapper):
             expected += sum(parameter.numel() for parameter in module.modules_to_save["default"].parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if trainable != expected or not trainable:
         raise RuntimeError(f"{trainable} parameters would be trained, the formula gives {expected}")
 
 
-def save(model: "PeftModel", folder: str | Path, base_model: str) -> None:
+def save(model: "PeftModel", folder: str | Path, base_model: str, state_dict: dict[str, Any] | None = None) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, then read them back.
 
-    The base is recorded as `base_model`. Raises UserError where the file on disk is not what the model holds.
+    The base is recorded as `base_model`; `state_dict` is given where the model itself is sharded.
+    Raises UserError where the file on disk is not what the model holds.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state(model, state_dict).items()}
     with replacing(folder / WEIGHTS[0]) as aside:
         save_file(tensors, aside, metadata={"format": "pt"})
     settings: dict[str, Any] = model.peft_config["default"].to_dict()
@@ -169,11 +172,11 @@ def save(model: "PeftModel", folder: str | Path, base_model: str) -> None:
         raise UserError(f"{folder / WEIGHTS[0]}: what was read back differs from what was saved; check the disk")
 
 
-def state(model: "PeftModel") -> dict[str, torch.Tensor]:
+def state(model: "PeftModel", state_dict: dict[str, Any] | None = None, adapter: str = "default") -> dict[str, torch.Tensor]:
     """The adapter's tensors, by the names they are saved under; the frozen embeddings of the base are not among them."""
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers=False)
 
 
 def has_moved(tensors: dict[str, torch.Tensor]) -> bool:

@@ -92,6 +92,11 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(value: Any) -> str:
+    """A short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep `folder` (which need not exist yet) for this process while the block runs.

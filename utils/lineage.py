@@ -5,15 +5,15 @@ python -m utils.lineage output/rerun-2-alpaca-13b-3
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from utils.cli import option, run
 from utils.console import UserError
-from utils.files import read_json, sha256, write_json
+from utils.files import digest, read_json, sha256, write_json
 
 FILE = "lineage.json"
 ARCHITECTURE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -78,11 +78,12 @@ def check_base(lineage: dict[str, Any] | None, base: dict[str, Any], adapter: st
             )
 
 
-def describe(kind: str, options: Any, **facts: Any) -> dict[str, Any]:
+def describe(kind: str, options: Any, began: float, **facts: Any) -> dict[str, Any]:
     """The lineage of one step: what was run (`kind`, the command, all options) and its `facts`.
 
     Facts are `base` ({"name", "fingerprint"}), `parent` ({"name", "sha256", "lineage"}), `data`, `results` and
-    whatever else the kind of step knows. Only `time` holds what differs between two runs of the same command.
+    whatever else the kind of step knows. `began` is a time of time.time(); only `time` differs between two runs of
+    the same command, and holds the seconds since then.
     """
     return {
         "kind": kind,
@@ -90,6 +91,7 @@ def describe(kind: str, options: Any, **facts: Any) -> dict[str, Any]:
         "options": dataclasses.asdict(options),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         **facts,
+        "time": {"began": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)), "seconds": round(time.time() - began, 1)},
     }
 
 
@@ -112,13 +114,6 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     return lineage
 
 
-def digest(value: Any) -> str:
-    """A short hash of anything that JSON can hold."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
 def chain(folder: str | Path) -> list[dict[str, Any]]:
     """The lineages from the first step to that of `folder`. Raises UserError where it has none."""
     lineage = read(folder)
@@ -138,8 +133,8 @@ def table(steps: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 Path(step["options"]["output_dir"]).name,
-                ", ".join(Path(file["name"]).name for file in data.get("files", [])) or "—",
-                str(data.get("records", "—")),
+                ", ".join(Path(file).name for file in data.get("files", {})) or "—",
+                str(data.get("train", "—")),
                 str(data.get("tokens", "—")),
                 *(f"{results[key]:.4f}" if results.get(key) is not None else "—" for key in ("train_loss", "eval_loss")),
                 f"{step['time']['seconds'] / 60:.1f}" if "seconds" in step.get("time", {}) else "—",

@@ -1,6 +1,7 @@
 """The only place that chooses device, dtype, quantisation and attention; loads a base model."""
 
 import dataclasses
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -15,7 +16,11 @@ from utils.files import read_json
 from utils.weights import base_folder, weight_files
 
 transformers.utils.logging.set_verbosity_error()
+if not os.isatty(2):
+    transformers.utils.logging.disable_progress_bar()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="bitsandbytes")  # on the CPU it warns once a layer
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,22 @@ def place(load_8bit: bool | None, load_4bit: bool, gpu_id: int | None = None) ->
     else:
         device, dtype = torch.device("cpu"), torch.float32
     return Placement(device, dtype, "8bit" if load_8bit else "4bit" if load_4bit else None)
+
+
+def precision(device: torch.device, bf16: bool | None, fp16: bool | None) -> str | None:
+    """The type to compute in beside float32 weights that train: "bfloat16", "float16", or None for float32 throughout.
+
+    Raises UserError where the device cannot compute in the type that is asked for.
+    """
+    if bf16 or fp16:
+        if device.type != "cuda" and fp16:
+            raise UserError(f"--fp16: mixed precision in float16 needs a CUDA GPU, this is {device}; leave it out")
+        if device.type == "cuda" and bf16 and not torch.cuda.is_bf16_supported():
+            raise UserError("--bf16: this GPU does not compute in bfloat16; give --fp16")
+        return "bfloat16" if bf16 else "float16"
+    if device.type != "cuda" or bf16 is False or fp16 is False:
+        return None
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
 def load_base(
@@ -126,3 +147,26 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
     if rows > len(tokenizer):
         say(f"{base_model}: {rows} embedding rows, {len(tokenizer)} tokens in use")
+
+
+def fit_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_model: str, trained_whole: list[str]
+) -> None:
+    """Give a model embedding rows for a tokenizer with more tokens than the base's; `trained_whole` layers must hold them.
+
+    Raises UserError where the new rows would never be trained.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        from utils.tokenizer import load_tokenizer
+        from utils.vocabulary import grow_embeddings
+
+        layers = {"embed_tokens", "lm_head", "word_embeddings", "wte"} & set(trained_whole)
+        if not layers:
+            raise UserError(
+                f"{base_model}: has {rows} embedding rows for a tokenizer of {len(tokenizer)} tokens; to train the new ones "
+                "give --modules_to_save '[embed_tokens,lm_head]', or use a base and a tokenizer of one stage"
+            )
+        grow_embeddings(model, load_tokenizer(base_model), tokenizer)
+        say(f"{base_model}: {len(tokenizer) - rows} embedding rows added for new tokens, each the mean of what it replaces")
+    check_vocabulary(model, tokenizer, base_model)

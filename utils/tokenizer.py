@@ -6,6 +6,7 @@ for runs of spaces. Other folders keep their own `tokenizer.json`.
 """
 
 import functools
+import importlib.metadata
 import itertools
 import re
 import shutil
@@ -18,7 +19,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from utils.console import UserError, say
-from utils.files import read_json, write_json
+from utils.files import digest, read_json, sha256, write_json
 from utils.weights import base_folder
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -54,6 +55,18 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     for name in names:
         shutil.copyfile(Path(source) / name, Path(target) / name)
     return names
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """True if a folder holds a tokenizer of its own."""
+    return any((Path(folder) / name).is_file() for name in (MODEL, JSON))
+
+
+def tokenizer_hash(name: str | Path) -> str:
+    """A hash of all files of a tokenizer, and of the libraries that read them."""
+    folder = base_folder(str(name))
+    files = {file: sha256(folder / file) for file in FILES if (folder / file).is_file()}
+    return digest([files, *(importlib.metadata.version(library) for library in ("transformers", "sentencepiece"))])
 
 
 def is_sentencepiece(file: Path) -> bool:

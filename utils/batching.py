@@ -1,0 +1,124 @@
+"""Which records make up an optimizer step, how they are dealt into micro-batches, and how these are padded.
+
+A step's gradient does not depend on how its records are dealt, as long as its loss is the mean over all its
+supervised tokens. So each step's records are drawn at random, and only then sorted by length and cut: the same
+steps as ever, with nearly no padding.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from utils.encoding import IGNORED
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What rules batches: records a step over all processes, the most padded tokens of one micro-batch, and more.
+
+    `group_by_length` draws steps of records of similar length, as transformers does; else they are drawn at random.
+    """
+
+    batch_size: int
+    micro_batch_tokens: int
+    processes: int = 1
+    process: int = 0
+    group_by_length: bool = False
+    seed: int = 42
+    pad_to: int = 1
+
+
+def deal(indices: Sequence[int], lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Cut records, longest first, into micro-batches of at most `most_tokens` tokens with padding.
+
+    A record that is longer than that is a micro-batch of its own.
+    """
+    micro_batches: list[list[int]] = []
+    room = 0  # how many more records the open micro-batch takes
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        if not room:
+            micro_batches.append([])
+            room = max(1, most_tokens // lengths[index])
+        micro_batches[-1].append(index)
+        room -= 1
+    return micro_batches
+
+
+def share(indices: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Spread a step's records over processes so that all have about the same work: by length, to and fro."""
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    for rank, index in enumerate(sorted(indices, key=lambda i: (-lengths[i], i))):
+        lap, place = divmod(rank, processes)
+        shares[place if lap % 2 == 0 else processes - 1 - place].append(index)
+    return shares
+
+
+class MicroBatch(NamedTuple):
+    """Records (by number) that are computed at once, and how many supervised tokens their whole step has."""
+
+    records: list[int]
+    supervised: int
+
+
+class Steps:
+    """A batch sampler: for each optimizer step of an epoch, this process's micro-batches.
+
+    All processes get the same number of micro-batches (an empty one where records ran out), since some ways of
+    sharding wait for each other at each. The order depends on seed and epoch alone. `lengths` and `supervised` are
+    tokens a record.
+    """
+
+    def __init__(self, lengths: Sequence[int], supervised: Sequence[int], plan: Plan):
+        self.lengths = lengths
+        self.supervised = supervised
+        self.plan = plan
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Optimizer steps an epoch; the last one may have fewer records."""
+        return math.ceil(len(self.lengths) / self.plan.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def order(self) -> list[int]:
+        """The epoch's records in the order in which steps take them: each record once."""
+        generator = torch.Generator().manual_seed(self.plan.seed + self.epoch)
+        if self.plan.group_by_length:
+            return get_length_grouped_indices(list(self.lengths), self.plan.batch_size, generator=generator)
+        return torch.randperm(len(self.lengths), generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        order, size = self.order(), self.plan.batch_size
+        for start in range(0, len(order), size):
+            step = order[start : start + size]
+            supervised = sum(self.supervised[index] for index in step)
+            dealt = [
+                deal(part, self.lengths, self.plan.micro_batch_tokens)
+                for part in share(step, self.lengths, self.plan.processes)
+            ]
+            mine = dealt[self.plan.process]
+            mine = mine + [[]] * (max(map(len, dealt)) - len(mine))
+            yield [MicroBatch(records, supervised) for records in mine]
+
+
+def pad(records: Sequence[dict[str, Any]], pad_to: int) -> dict[str, torch.Tensor]:
+    """Records as `input_ids` and `labels`: (records, longest) int64, padded on the right.
+
+    Under causal attention no token sees what is right of it, so the padding needs no attention mask; its labels are
+    ignored. No records give one token without a label.
+    """
+    longest = max((len(record["input_ids"]) for record in records), default=1)
+    longest = -(-longest // pad_to) * pad_to
+    input_ids = torch.zeros(max(1, len(records)), longest, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, record in enumerate(records):
+        length = len(record["input_ids"])
+        input_ids[row, :length] = torch.as_tensor(record["input_ids"])
+        labels[row, :length] = torch.as_tensor(record["labels"])
+    return {"input_ids": input_ids, "labels": labels}

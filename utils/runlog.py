@@ -1,0 +1,82 @@
+"""What a run leaves for its reader: the log as JSON lines, and the curves of its losses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from utils.console import is_main_process, progress, say
+from utils.files import replacing
+
+LOG, PLOT = "train_log.jsonl", "loss.png"
+
+
+class RunLog(TrainerCallback):
+    """Writes `train_log.jsonl` as the run goes, and `loss.png` at each evaluation and at the end.
+
+    The log is the Trainer's own history, so after a resume it is that of an undisturbed run.
+    """
+
+    def __init__(self, output_dir: str):
+        self.folder = Path(output_dir)
+        self.bar = progress(total=0)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write what the checkpoint that is resumed has logged, if any, and show how far the run is."""
+        self.bar = progress(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+        if is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lines = [line(entry) for entry in state.log_history if "train_runtime" not in entry]
+            (self.folder / LOG).write_text("".join(lines), "utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Add the newest entry."""
+        if "loss" in state.log_history[-1]:
+            self.bar.set_postfix(loss=f"{state.log_history[-1]['loss']:.4f}", refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+        if is_main_process() and "train_runtime" not in state.log_history[-1]:
+            with open(self.folder / LOG, "a", encoding="utf-8") as file:
+                file.write(line(state.log_history[-1]))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
+    ) -> None:
+        """Draw the curves as they are."""
+        say(f"step {state.global_step} of {state.max_steps}: validation loss {metrics['eval_loss']:.4f}")
+        if is_main_process():
+            plot(state.log_history, self.folder / PLOT)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draw the curves of the whole run."""
+        self.bar.close()
+        if is_main_process():
+            plot(state.log_history, self.folder / PLOT)
+
+
+def line(entry: dict[str, Any]) -> str:
+    """One entry of the history as a line of JSON."""
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def curve(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one quantity in the Trainer's history."""
+    points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw training and validation loss over the optimizer steps into a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*curve(history, "loss"), linewidth=1, label="training")
+    if curve(history, "eval_loss")[0]:
+        axes.plot(*curve(history, "eval_loss"), marker="o", markersize=4, label="validation")
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as aside:
+        FigureCanvasAgg(figure).print_png(str(aside))
