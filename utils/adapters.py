@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from utils.console import UserError, say
 from utils.files import read_json, replacing, write_json
-from utils.weights import load_pickled, open_safetensors
+from utils.weights import Weights
 
 if TYPE_CHECKING:  # peft takes seconds to import, and reading an adapter's files does not need it
     from peft import LoraConfig, PeftModel
@@ -31,25 +31,28 @@ def find_weights(folder: str | Path) -> Path:
     raise UserError(f"{folder}: holds no {' or '.join(WEIGHTS)}; name the folder of an adapter")
 
 
-def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """An adapter's tensors by the names peft saves them under, without an adapter's name in them.
+def open_tensors(folder: str | Path) -> tuple[Weights, dict[str, str]]:
+    """An adapter's tensors, not read yet, and their names: as peft saves them, without an adapter's -> as in the file.
 
     Raises UserError where the file is broken, holds no LoRA weights, or is the untouched shell of a failed save.
     """
     file = find_weights(folder)
-    if file.suffix == ".safetensors":
-        open_safetensors(file)
-        loaded = load_file(file)
-    else:
-        loaded = load_pickled(file)
-    tensors = {}
-    for name, tensor in loaded.items():
-        if "lora_" in name or "modules_to_save" in name or file.name != FULL_CHECKPOINT:
-            tensors[re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)] = tensor
-    tensors = {name.replace("modules_to_save.", ""): t for name, t in tensors.items() if ".original_module." not in name}
-    if not any("lora_" in name for name in tensors):
-        raise UserError(f"{file}: holds no LoRA weights ({len(loaded)} tensors); the save failed, or it is another file")
-    return tensors
+    weights = Weights(file.parent, [file])
+    names = {}
+    for name in weights.names:
+        is_base = file.name == FULL_CHECKPOINT and "lora_" not in name and "modules_to_save" not in name
+        if not is_base and ".original_module." not in name:
+            plain = re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
+            names[plain.replace("modules_to_save.", "")] = name
+    if not any("lora_" in name for name in names):
+        raise UserError(f"{file}: holds no LoRA weights ({len(weights.names)} tensors); the save failed, or it is another file")
+    return weights, names
+
+
+def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by the names peft saves them under, without an adapter's name in them; raises as above."""
+    weights, names = open_tensors(folder)
+    return {plain: weights.tensor(name) for plain, name in names.items()}
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A model folder's tensors, whatever files they lie in: memory-mapped, one at a time, never unpickled with code."""
 
 import pickle
+import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,33 +12,98 @@ from utils.console import UserError
 from utils.files import read_json
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+MAPPED_AT_MOST = 2**27
+DTYPES = {  # by the names that the safetensors format has for them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class Weights:
-    """The tensors of a folder in Hugging Face's layout: `names`, and by name `shape`, `dtype` and `tensor`.
+    """The tensors of a model or adapter: `names`, and by name `shape`, `dtype`, `tensor` and `rows`.
 
-    Reads `model.safetensors` or `pytorch_model.bin`, whole or in shards. A tensor is read from the disk when it
-    is asked for. Raises UserError where a file is missing, cut off, or asks for code to be run.
+    Reads `model.safetensors` or `pytorch_model.bin`, whole or in shards, or any `files` of these two kinds. Tensors are
+    memory-mapped. A mapping is given up after `MAPPED_AT_MOST` bytes were read through it, since its pages count as
+    this process's memory; so whoever reads rows and keeps none stays small, whatever the size of the model.
+    Raises UserError where a file or a tensor is missing, cut off, or asks for code to be run.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, files: list[Path] | None = None):
         self.folder = Path(folder)
-        self.files = weight_files(self.folder)
-        self._homes: dict[str, object] = {}
+        self.files = files or weight_files(self.folder)
+        self._lock = threading.Lock()
+        self._opened: dict[Path, Any] = {}
+        self._bytes_read: dict[Path, int] = {}
+        self._homes: dict[str, Path] = {}
+        self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for file in self.files:
-            opened = open_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
-            self._homes.update(dict.fromkeys(opened.keys(), opened))
+            opened = self._open(file)
+            for name in opened.keys():  # noqa: SIM118, a safetensors file is no mapping
+                self._homes[name] = file
+                self._kinds[name] = kind(opened, name)
         self.names = sorted(self._homes)
+        index = self.folder / f"{SAFETENSORS if self.files[0].suffix == '.safetensors' else PICKLED}.index.json"
+        missing = sorted(read_json(index)["weight_map"].keys() - self._homes.keys()) if index.is_file() and not files else []
+        if missing:
+            raise UserError(f"{index}: {len(missing)} tensors are in none of its files ({missing[0]}, …); copy them again")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape."""
+        return self._kinds[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that one tensor is stored in."""
+        return self._kinds[name][1]
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in the type it is stored in."""
-        home = self._homes[name]
-        return home[name] if isinstance(home, dict) else home.get_tensor(name)  # type: ignore[attr-defined]
+        return self.rows(name, slice(None))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape, without reading it."""
-        home = self._homes[name]
-        return tuple(home[name].shape if isinstance(home, dict) else home.get_slice(name).get_shape())  # type: ignore[attr-defined]
+    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
+        """The rows `index` (along the first dimension) of one tensor, in the type it is stored in; safe in threads."""
+        file = self._homes[name]
+        with self._lock:
+            opened = self._open(file)
+            tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+            rows = tensor[index] if tensor.dim() else tensor
+            self._bytes_read[file] += rows.nbytes
+            if self._bytes_read[file] > MAPPED_AT_MOST and not isinstance(opened, Unmapped):
+                del self._opened[file]
+        return rows
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._opened:
+            self._opened[file] = open_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+            self._bytes_read[file] = 0
+        return self._opened[file]
+
+    def file_of(self, name: str) -> Path:
+        """The file that one tensor lies in."""
+        return self._homes[name]
+
+
+class Unmapped(dict):
+    """Tensors of a file that cannot be mapped, and so are all in memory."""
+
+
+def kind(opened: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a tensor of an opened file, without reading it. Raises UserError for types unknown to torch."""
+    if isinstance(opened, dict):
+        return tuple(opened[name].shape), opened[name].dtype
+    part = opened.get_slice(name)
+    if part.get_dtype() not in DTYPES:
+        raise UserError(f"{name}: is stored as {part.get_dtype()}, which is not read here; use weights in float16 or bfloat16")
+    return tuple(part.get_shape()), DTYPES[part.get_dtype()]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -67,22 +134,22 @@ def open_safetensors(file: Path):
 
 
 def load_pickled(file: Path) -> dict[str, torch.Tensor]:
-    """A file of torch.save, memory-mapped where its format allows, without running any code in it.
+    """A file of torch.save, memory-mapped where its format allows (else an `Unmapped`), without running any code in it.
 
     Raises UserError where the file is cut off, or holds anything but tensors.
     """
     try:
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            loaded, group = torch.load(file, map_location="cpu", weights_only=True, mmap=True), dict
         except RuntimeError:  # the old, unzipped format cannot be mapped
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded, group = torch.load(file, map_location="cpu", weights_only=True), Unmapped
     except pickle.UnpicklingError:
         raise UserError(f"{file}: refused, it asks for code to be run on loading; get the weights as .safetensors") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); copy it again") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{file}: holds a {type(loaded).__name__} instead of named tensors; is it the right file?")
-    return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
+    return group((name, tensor) for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor))
 
 
 def base_folder(base_model: str) -> Path:

@@ -1,0 +1,294 @@
+"""The two layouts that base models come in: Hugging Face's, and Meta's own for LLaMA.
+
+Meta's is a folder with `params.json` and `consolidated.00.pth`, `.01.pth`, … Each of these files holds, under the same
+names, one part of every tensor: a part of its rows, or of its columns, or (norms) the whole of it. The rows of the
+query and key projections are in another order, for another way to compute rotary embeddings.
+"""
+
+import collections
+import io
+import itertools
+import math
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.console import UserError, say
+from utils.files import read_json
+from utils.shards import Kind, Part, as_bytes
+from utils.weights import Weights
+
+META_FILES = "consolidated.*.pth"
+WHOLE, ROWS, COLUMNS = "whole", "rows", "columns"
+TOP = {  # Meta's name -> Hugging Face's name, and how Meta divides the tensor among its files
+    "tok_embeddings.weight": ("model.embed_tokens.weight", COLUMNS),
+    "norm.weight": ("model.norm.weight", WHOLE),
+    "output.weight": ("lm_head.weight", ROWS),
+}
+LAYER = {
+    "attention.wq.weight": ("self_attn.q_proj.weight", ROWS),
+    "attention.wk.weight": ("self_attn.k_proj.weight", ROWS),
+    "attention.wv.weight": ("self_attn.v_proj.weight", ROWS),
+    "attention.wo.weight": ("self_attn.o_proj.weight", COLUMNS),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", ROWS),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", COLUMNS),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", ROWS),
+    "attention_norm.weight": ("input_layernorm.weight", WHOLE),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE),
+}
+STORAGES = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
+FILES_BY_HIDDEN_SIZE = {4096: 1, 5120: 2, 6656: 4, 8192: 8}  # 7B, 13B, 33B, 65B and 70B; all else in one file
+
+
+def is_meta(folder: Path) -> bool:
+    """True for a folder in Meta's layout."""
+    return not (folder / "config.json").is_file() and any(folder.glob(META_FILES))
+
+
+def open_model(folder: Path) -> tuple[dict[str, Any], Weights]:
+    """A model's configuration and its tensors, both as in Hugging Face's layout, whichever its files are in.
+
+    Raises UserError where files are missing or belong to no model.
+    """
+    if is_meta(folder):
+        weights = MetaWeights(folder)
+        return weights.config, weights
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: is no configuration of a model; copy it again")
+    return config, Weights(folder)
+
+
+def names_in_meta(layers: int) -> dict[str, tuple[str, str]]:
+    """For each of Hugging Face's names Meta's name, and how the tensor is divided."""
+    names = {ours: (theirs, division) for theirs, (ours, division) in TOP.items()}
+    for layer in range(layers):
+        for theirs, (ours, division) in LAYER.items():
+            names[f"model.layers.{layer}.{ours}"] = f"layers.{layer}.{theirs}", division
+    return names
+
+
+class MetaWeights(Weights):
+    """The tensors of a folder in Meta's layout, under Hugging Face's names and in its order of rows."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.params = read_json(folder / "params.json")
+        self.files = sorted(folder.glob(META_FILES))
+        self.parts = [Weights(folder, [file]) for file in self.files]
+        if self.params.get("use_scaled_rope"):
+            raise UserError(f"{folder / 'params.json'}: Llama 3 is not read from Meta's layout; get it from the hub")
+        self._homes_in_meta = names_in_meta(self.params["n_layers"])
+        missing = sorted(theirs for theirs, _ in self._homes_in_meta.values() if theirs not in self.parts[0].names)
+        if missing:
+            raise UserError(f"{self.files[0]}: {len(missing)} tensors are missing ({missing[0]}, …); copy it again")
+        rows = self.shape("model.layers.0.self_attn.q_proj.weight")[0]
+        if rows != self.params["dim"] or len({tuple(part.names) for part in self.parts}) > 1:
+            raise UserError(
+                f"{folder}: {len(self.files)} files hold {rows} of {self.params['dim']} rows of the first layer; "
+                "copy all of its consolidated.*.pth"
+            )
+        self.names = sorted(self._homes_in_meta)
+        self.config = config_of(self.params, self)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape, of the whole tensor."""
+        theirs, division = self._homes_in_meta[name]
+        shape = list(self.parts[0].shape(theirs))
+        if division != WHOLE:
+            axis = 0 if division == ROWS else 1
+            shape[axis] = sum(part.shape(theirs)[axis] for part in self.parts)
+        return tuple(shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that one tensor is stored in."""
+        return self.parts[0].dtype(self._homes_in_meta[name][0])
+
+    def file_of(self, name: str) -> Path:
+        """The first of the files that hold parts of one tensor."""
+        return self.files[0]
+
+    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
+        """The rows `index` of one tensor, in Hugging Face's order, gathered from all files."""
+        theirs, division = self._homes_in_meta[name]
+        if division == WHOLE:
+            return self.parts[0].rows(theirs, index)
+        if division == COLUMNS:
+            return torch.cat([part.rows(theirs, index) for part in self.parts], dim=1)
+        wanted = self._order(name)[index]
+        ends = torch.tensor([part.shape(theirs)[0] for part in self.parts]).cumsum(0)
+        gathered = torch.empty(len(wanted), self.shape(name)[1], dtype=self.dtype(name))
+        for part, end in zip(self.parts, ends.tolist(), strict=True):
+            begin = end - part.shape(theirs)[0]
+            here = (wanted >= begin) & (wanted < end)
+            if here.any():
+                gathered[here] = part.rows(theirs, wanted[here] - begin)
+        return gathered
+
+    def _order(self, name: str) -> torch.Tensor:
+        """Where Meta has each of Hugging Face's rows."""
+        rows = torch.arange(self.shape(name)[0])
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = len(rows) * self.params["n_heads"] // self.params["dim"]
+            return rows.view(heads, -1, 2).transpose(1, 2).reshape(-1)
+        return rows
+
+
+def config_of(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    """Hugging Face's configuration for Meta's `params.json`.
+
+    Meta's files do not say for how many positions a model was trained: 2048 in LLaMA, whose weights are float16, and
+    4096 in Llama 2, whose weights are bfloat16.
+    """
+    dtype = weights.dtype("model.embed_tokens.weight")
+    positions = params.get("max_seq_len") or (4096 if dtype == torch.bfloat16 else 2048)
+    say(f"{weights.folder}: Meta's layout; max_position_embeddings is taken to be {positions}")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": weights.shape("model.embed_tokens.weight")[0],
+        "hidden_size": params["dim"],
+        "intermediate_size": weights.shape("model.layers.0.mlp.gate_proj.weight")[0],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
+        "hidden_act": "silu",
+        "rms_norm_eps": params["norm_eps"],
+        "rope_theta": params.get("rope_theta", 10000.0),
+        "max_position_embeddings": positions,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def params_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Meta's `params.json` for a configuration of Hugging Face's.
+
+    Meta's code computes the size of the feed-forward layers from `multiple_of`; LLaMA's own is 256, and for other sizes
+    it is chosen so that the size comes out right. Raises UserError for models that are not LLaMA's architecture.
+    """
+    inner, dim = config["intermediate_size"], config["hidden_size"]
+    least = int(8 * dim / 3)
+    reasons = {
+        f"is of the family {config.get('model_type')}": config.get("model_type") != "llama",
+        "has biases": config.get("attention_bias") or config.get("mlp_bias"),
+        "scales its rotary embeddings": (config.get("rope_scaling") or {}).get("rope_type", "default") != "default",
+        "has heads of another size": config.get("head_dim") not in (None, dim // config["num_attention_heads"]),
+        f"has feed-forward layers of {inner}": inner < least,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"--output_type pth: Meta's layout is for LLaMA, and this model {reason}; leave the option out")
+    params = {
+        "dim": dim,
+        "multiple_of": 256 if math.ceil(least / 256) * 256 == inner else inner,
+        "n_heads": config["num_attention_heads"],
+        "n_layers": config["num_hidden_layers"],
+        "norm_eps": config["rms_norm_eps"],
+        "vocab_size": -1,
+    }
+    if config.get("num_key_value_heads", config["num_attention_heads"]) != config["num_attention_heads"]:
+        params["n_kv_heads"] = config["num_key_value_heads"]
+    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
+    return params if theta == 10000.0 else params | {"rope_theta": theta}
+
+
+def plan_meta(kinds: dict[str, Kind], config: dict[str, Any]) -> dict[str, dict[str, Part]]:
+    """Divide tensors as Meta does: file name -> Meta's name -> which part of which tensor.
+
+    Rows that cannot be shared out evenly, such as 49953 tokens in two files, go to the last file.
+    """
+    count = FILES_BY_HIDDEN_SIZE.get(config["hidden_size"], 1)
+    files: dict[str, dict[str, Part]] = {f"consolidated.{number:02}.pth": {} for number in range(count)}
+    for ours, (theirs, division) in names_in_meta(config["num_hidden_layers"]).items():
+        shape, dtype = kinds[ours]
+        for number, file in enumerate(files):
+            length = shape[0] if division == ROWS else shape[-1]
+            first = number * (length // count)
+            last = length if number == count - 1 else first + length // count
+            if division == WHOLE:
+                part = Part(ours, (shape, dtype))
+            elif division == COLUMNS:
+                part = Part(ours, ((shape[0], last - first), dtype), columns=slice(first, last))
+            else:
+                part = Part(ours, ((last - first, shape[1]), dtype), rows=rows_in_meta(ours, shape[0], config)[first:last])
+            files[file][theirs] = part
+    return files
+
+
+def rows_in_meta(name: str, count: int, config: dict[str, Any]) -> torch.Tensor:
+    """Which of Hugging Face's rows each of Meta's is."""
+    rows = torch.arange(count)
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        size = config["hidden_size"] // config["num_attention_heads"]
+        return rows.view(count // size, 2, -1).transpose(1, 2).reshape(-1)
+    return rows
+
+
+class StorageOf:
+    """Stands for a tensor's bytes while the file's table of contents is pickled."""
+
+    def __init__(self, key: str, kind: Kind):
+        self.key, self.kind = key, kind
+
+
+class TensorOf:
+    """Stands for a tensor; it is pickled as torch.save does it."""
+
+    def __init__(self, storage: StorageOf):
+        self.storage = storage
+
+    def __reduce__(self) -> tuple[Any, tuple]:
+        shape = self.storage.kind[0]
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, shape, strides, False, collections.OrderedDict())
+
+
+class ContentsPickler(pickle.Pickler):
+    """Pickles names and tensors; the tensors' bytes are left to entries of the file that are named by their keys."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        """torch.load's way to name a storage."""
+        if not isinstance(obj, StorageOf):
+            return None
+        shape, dtype = obj.kind
+        return "storage", STORAGES[dtype], obj.key, "cpu", math.prod(shape)
+
+
+def write_pth(file: Path, kinds: dict[str, Kind], blocks: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    """Write what torch.save would, without ever holding it; `blocks` are the values in the order of `kinds`, in any parts.
+
+    Returns each tensor's CRC-32. The format is a zip file without compression: `data.pkl` and an entry for each tensor,
+    which begins at a multiple of 64 bytes.
+    """
+    keys = {name: str(number) for number, name in enumerate(kinds)}
+    contents = io.BytesIO()
+    ContentsPickler(contents, protocol=2).dump({name: TensorOf(StorageOf(keys[name], kinds[name])) for name in kinds})
+    sums: dict[str, int] = {}
+    with open(file, "wb") as raw, zipfile.ZipFile(raw, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(f"{file.stem}/data.pkl"), contents.getvalue())
+        archive.writestr(zipfile.ZipInfo(f"{file.stem}/byteorder"), "little")
+        for name, parts in itertools.groupby(blocks, lambda block: block[0]):
+            entry = zipfile.ZipInfo(f"{file.stem}/data/{keys[name]}")
+            begin = raw.tell() + 30 + len(entry.filename) + 20 + 4  # header, name, zip64 sizes, head of the padding
+            padding = -begin % 64
+            entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+            with archive.open(entry, "w", force_zip64=True) as opened:
+                for _, block in parts:
+                    data = as_bytes(block)
+                    opened.write(data)
+                    sums[name] = zlib.crc32(data, sums.get(name, 0))
+        archive.writestr(zipfile.ZipInfo(f"{file.stem}/version"), "3\n")
+    if sums.keys() != kinds.keys():
+        raise RuntimeError(f"{file}: {len(sums)} tensors were written, {len(kinds)} were planned")
+    return sums
