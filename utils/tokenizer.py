@@ -33,20 +33,23 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
     Raises UserError where there is none, or its files are broken.
     """
-    folder = base_folder(str(name))
-    if is_sentencepiece(folder / MODEL):
-        tokenizer = SentencePieceTokenizer(vocab_file=str(folder / MODEL), **read_settings(folder))
-    elif not any((folder / file).is_file() for file in (JSON, "vocab.json")):
-        raise UserError(f"{folder}: holds neither {MODEL} (of SentencePiece) nor {JSON}; put the model's tokenizer there")
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}); copy it again") from None
+    tokenizer = read_tokenizer(base_folder(str(name)))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        say(f"{folder}: the tokenizer names no padding token; {tokenizer.pad_token} ({tokenizer.pad_token_id}) pads")
+        say(f"{name}: the tokenizer names no padding token; {tokenizer.pad_token} ({tokenizer.pad_token_id}) pads")
     return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder as its files describe it, with a padding token or without; raises as above."""
+    if is_sentencepiece(folder / MODEL):
+        return SentencePieceTokenizer(vocab_file=str(folder / MODEL), **read_settings(folder))
+    if not any((folder / file).is_file() for file in (JSON, "vocab.json")):
+        raise UserError(f"{folder}: holds neither {MODEL} (of SentencePiece) nor {JSON}; put the model's tokenizer there")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}); copy it again") from None
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
