@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Set up if needed, then lint, types and tests. Further words go to pytest: bash scripts/test.sh -k merging
+set -euo pipefail
+bash "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$ROOT"
+
+if ! command -v chromium > /dev/null && ! command -v google-chrome > /dev/null; then
+    if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+        echo "set-up: installing Chromium and a Chinese font for the tests of the page"
+        { apt-get update -q && apt-get install -y -q chromium fonts-noto-cjk; } > /dev/null
+    else
+        echo "no Chromium found: the tests of the page are left out; install chromium to run them"
+    fi
+fi
+
+ruff check .
+ruff format --check .
+mypy
+shellcheck --external-sources scripts/*.sh .ci/run
+python -m pytest "$@"
