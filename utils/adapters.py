@@ -123,6 +123,7 @@ def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path, ada
     """Put `tensors` into the adapter of `model` called `adapter`. Raises UserError where names or shapes differ."""
     from peft import set_peft_model_state_dict
 
+    tensors = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}  # the base's own, saved along
     wanted = {name: tuple(tensor.shape) for name, tensor in state(model, adapter=adapter).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = [

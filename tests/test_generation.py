@@ -1,0 +1,254 @@
+"""The engine: the same answers as transformers gives one at a time, ends, adapters merged and taken out again."""
+
+import random
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from utils import generation, switching
+from utils.console import UserError
+from utils.decoding import GrowingLayer, Settings, decode, groups, narrow, noise
+from utils.generation import BASE, Ending, Engine, labels, resolve
+from utils.modeling import place
+from utils.prompter import Prompter
+from utils.tokenizer import load_tokenizer
+
+CPU = place(False, False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A LLaMA, a BLOOM, and two adapters on the former."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.llama(folder / "llama")
+    tiny.bloom(folder / "bloom")
+    tiny.adapter(folder / "llama", folder / "a", 1)
+    tiny.adapter(folder / "llama", folder / "b", 2, modules_to_save=["lm_head"])
+    return folder
+
+
+def prompts_of(vocabulary, lengths=(90, 61, 58, 30, 29, 12, 5, 3, 1)):
+    chance = random.Random(0)
+    return [[1] + [chance.randrange(4, vocabulary) for _ in range(length)] for length in lengths]
+
+
+def answers(model, prompts, settings, ended=lambda ids: ids[-1] == 2, seeds=None):
+    finished = {}
+    limits, seeds = [settings.max_new_tokens] * len(prompts), seeds or [0] * len(prompts)
+    for step in decode(model, prompts, limits, settings, ended, seeds):
+        finished |= step.finished
+    return [finished[row] for row in range(len(prompts))]
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 1},
+        {"num_beams": 4},
+        {"num_beams": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"num_beams": 1, "repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
+    ],
+)
+def test_a_batch_of_mixed_lengths_gives_what_transformers_gives_one_by_one(folder, family, options):
+    """Pitfall 11; also that padding reaches neither positions, nor ALiBi, nor the repetition penalty."""
+    model = AutoModelForCausalLM.from_pretrained(folder / family)
+    prompts = prompts_of(280)
+    single = model.generate(torch.tensor(prompts[:1]), max_new_tokens=30, do_sample=False, eos_token_id=None, num_beams=1)
+    end = single[0, -8].item()  # a token that is really written ends the answer
+    ours = answers(model, prompts, Settings(max_new_tokens=24, **options), lambda ids: ids[-1] == end)
+    for prompt, answer in zip(prompts, ours, strict=True):
+        tensor = torch.tensor([prompt])
+        plain = model.generate(
+            tensor,
+            attention_mask=torch.ones_like(tensor),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=0,
+            **options,
+        )
+        plain = plain[0, len(prompt) :].tolist()
+        assert answer == (plain[: plain.index(end) + 1] if end in plain else plain)
+
+
+def test_rows_that_have_their_answer_leave_the_batch(folder, monkeypatch):
+    """Pitfall 11: a batch does as much work as its answers need, not as its longest answer would."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    computed = []
+    model.register_forward_hook(lambda module, inputs, output: computed.append(output.logits.shape[:2].numel()))
+    prompts = prompts_of(280, (20, 20, 20, 20))
+    list(decode(model, prompts, [2, 5, 9, 40], Settings(num_beams=1), lambda ids: False, [0] * 4))
+    assert sum(computed) == 4 + (2 - 1) + (5 - 1) + (9 - 1) + (40 - 1)
+
+
+def test_closing_the_iterator_ends_the_computation(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    computed = []
+    model.register_forward_hook(lambda module, inputs, output: computed.append(1))
+    steps = decode(model, prompts_of(280, (9,)), [100], Settings(num_beams=1), lambda ids: False, [0])
+    next(steps), next(steps), next(steps)
+    steps.close()
+    assert len(computed) == 3
+
+
+def test_what_is_sampled_does_not_depend_on_the_company(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    prompts, seeds = prompts_of(280, (9, 30, 14)), [1, 2, 3]
+    for beams in (1, 3):
+        settings = Settings(num_beams=beams, do_sample=True, temperature=1.0, top_p=0.9, max_new_tokens=12)
+        together = answers(model, prompts, settings, seeds=seeds)
+        alone = [answers(model, [prompt], settings, seeds=[seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+        assert together == alone
+        assert answers(model, prompts, settings, seeds=[4, 5, 6]) != together
+
+
+def test_sampling_follows_temperature_top_k_and_top_p():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
+    best, tokens = narrow(scores, Settings(temperature=0.5, top_k=3, top_p=0.97), 1)
+    assert tokens.tolist() == [[0, 1, 2]]
+    expected = torch.tensor([4.0, 2.0, 0.0]).softmax(0)  # 0.867, 0.117, 0.016: the first two make up 0.984
+    assert best[0, 2] == -torch.inf
+    generator = torch.Generator().manual_seed(0)
+    drawn = (
+        torch.bincount(torch.cat([(best + noise(tokens, 5, [generator])).argmax(1) for _ in range(4000)]), minlength=3) / 4000
+    )
+    assert torch.allclose(drawn[:2], expected[:2] / expected[:2].sum(), atol=0.03)
+    assert drawn[2] == 0
+
+
+def test_prompts_are_read_in_groups_of_like_length():
+    prompts = [[0] * length for length in (700, 335, 104, 100, 99, 42, 40)]
+    assert [[len(prompt) for prompt in group] for group in groups(prompts)] == [[700], [335], [104, 100, 99], [42, 40]]
+
+
+def test_the_cache_grows_in_place_and_keeps_its_content():
+    layer, whole = GrowingLayer(), torch.randn(2, 3, 200, 4)
+    layer.update(whole[:, :, :5], whole[:, :, :5])
+    for column in range(5, 200):
+        keys, values = layer.update(whole[:, :, column : column + 1], -whole[:, :, column : column + 1])
+    assert torch.equal(keys, whole)
+    assert torch.equal(values[:, :, 5:], -whole[:, :, 5:])
+
+
+def test_answers_end_at_the_next_question_and_not_at_a_quoted_response(folder):
+    """Pitfalls 8 and 17."""
+    tokenizer = load_tokenizer(folder / "llama")
+    ending = Ending(tokenizer, Prompter("alpaca").stop_strings)
+    quoted = tokenizer("The template ends with ### Response:\nand that is all.", add_special_tokens=False)["input_ids"]
+    more = tokenizer("\n\n### Instruction:\nWhat else?", add_special_tokens=False)["input_ids"]
+    assert not any(ending(quoted[: size + 1]) for size in range(len(quoted)))
+    ids, size = quoted + more, len(quoted)
+    while not ending(ids[: size + 1]):
+        size += 1
+    assert ending.text(ids[: size + 1]) == "The template ends with ### Response:\nand that is all."
+    assert ending.text([*quoted, 2]) == ending.text(quoted)
+    assert ending([*quoted, 2])
+
+
+def test_streaming_shows_whole_characters_and_no_half_stop_strings(folder):
+    """Pitfall 9."""
+    tokenizer = load_tokenizer(folder / "llama")
+    ending = Ending(tokenizer, ["### Instruction:"])
+    text = "Zażółć 𠮷 我们👍🏽 # ## ###\n\n### Instruction:"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    shown = [ending.so_far(ids[: size + 1]) for size in range(len(ids))]
+    assert all("\ufffd" not in part and "Instr" not in part for part in shown)
+    assert all(text.startswith(part) for part in shown)
+    assert ending.text(ids) == "Zażółć 𠮷 我们👍🏽 # ## ###"
+    assert len(set(shown)) > 8
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
+)
+def test_merging_in_memory_is_the_adapter_and_leaves_the_base_as_it_was(folder, tmp_path, settings):
+    """Pitfall 7."""
+    tiny.adapter(folder / "llama", tmp_path / "c", 3, **settings)
+    engine = Engine(str(folder / "llama"), resolve("", [str(folder / "a"), str(tmp_path / "c")], "")[1], CPU)
+    ids = torch.tensor(prompts_of(280, (20,)))
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    with torch.inference_mode():
+        for name, path in (("c", tmp_path / "c"), ("a", folder / "a"), ("c", tmp_path / "c")):
+            expected = (
+                PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "llama"), path).eval()(ids).logits
+            )
+            engine.use(name)
+            assert torch.allclose(engine.model(ids).logits, expected, atol=1e-4)
+            with engine.merged(name):
+                assert torch.allclose(engine.model(ids).logits, expected, atol=1e-4)
+        engine.use(BASE)
+        assert torch.equal(engine.model(ids).logits, base(ids).logits)
+    after = engine.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_an_adapter_on_tied_embeddings_changes_the_half_it_was_trained_for(tmp_path):
+    base = tiny.llama(tmp_path / "base", tie_word_embeddings=True)
+    tiny.adapter(base, tmp_path / "e", 1, target_modules=["embed_tokens", "q_proj"])
+    engine = Engine(str(base), resolve("", [str(tmp_path / "e")], "")[1], CPU)
+    ids = torch.tensor(prompts_of(280, (20,)))
+    with torch.inference_mode():
+        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "e").eval()(ids).logits
+        with engine.merged("e"):
+            assert torch.allclose(engine.model(ids).logits, expected, atol=1e-4)
+    assert engine.model.lm_head.weight is engine.model.model.embed_tokens.get_base_layer().weight
+
+
+def test_a_quantised_base_keeps_its_weights_and_has_the_adapters_beside_them(folder):
+    engine = Engine(str(folder / "llama"), resolve("", [str(folder / "a")], "")[1], place(True, False))
+    prompts, settings = prompts_of(280, (12, 7)), Settings(num_beams=1, max_new_tokens=6)
+    with engine.merged("a"):
+        adapted = [step.running for step in engine.answer("a", prompts, settings)][-2]
+    layer = engine.model.model.layers[0].self_attn.q_proj
+    assert not layer.merged_adapters
+    assert layer.get_base_layer().weight.dtype == torch.int8
+    engine.use(BASE)
+    one = engine.answerers[0].name
+    plain = [step.running for step in decode(engine.model, prompts, [6, 6], settings, engine.ending(one), [0, 0])][-2]
+    assert adapted != plain
+
+
+def test_base_and_template_come_from_what_the_adapter_records(folder, tmp_path, capsys):
+    base, answerers = resolve("", [str(folder / "a"), str(folder / "b")], "")
+    assert base == str(folder / "llama")
+    assert [(one.name, one.template) for one in answerers] == [("a", "alpaca"), ("b", "alpaca")]
+    assert "base model:" in capsys.readouterr().out
+    assert resolve(str(folder / "llama"), [], "chinese")[1][0].template == "chinese"
+    with pytest.raises(UserError, match="--base_model"):
+        resolve("", [], "")
+
+
+def test_a_larger_vocabulary_has_to_be_merged_first(folder, tmp_path):
+    """Pitfall 5."""
+    large = tiny.llama(tmp_path / "large", vocab_size=400)
+    tiny.adapter(large, tmp_path / "wide", 1, modules_to_save=["embed_tokens", "lm_head"])
+    with pytest.raises(UserError, match=r"400 tokens.*merge_weights.py"):
+        Engine(str(folder / "llama"), resolve(str(folder / "llama"), [str(tmp_path / "wide")], "")[1], CPU)
+
+
+def test_an_adapter_of_another_family_is_refused(folder):
+    """Pitfall 2."""
+    with pytest.raises(UserError, match="does not fit"):
+        Engine(str(folder / "bloom"), resolve(str(folder / "bloom"), [str(folder / "a")], "")[1], CPU)
+
+
+def test_labels_are_short_and_distinct():
+    assert labels(["out/f1", "out/f2/"]) == ["f1", "f2"]
+    assert labels(["x/run", "y/run"]) == ["x/run", "y/run"]
+    assert labels(["models/base"]) == ["models/base"]
+    with pytest.raises(UserError, match="twice"):
+        labels(["x", "x"])
+
+
+def test_the_window_limits_prompt_and_answer_together(folder, tmp_path):
+    base = tiny.llama(tmp_path / "short", max_position_embeddings=64)
+    engine = Engine(str(base), resolve(str(base), [], "")[1], CPU)
+    assert engine.limit([1] * 50, Settings(max_new_tokens=2048)) == 14
+    assert Engine(str(folder / "bloom"), resolve(str(folder / "bloom"), [], "")[1], CPU).limit([1] * 50, Settings()) == 2048
+    assert switching.key_of("v1.2/lora") != switching.key_of("v1-2/lora")
+    assert generation.seed(Settings(), [1, 2]) != generation.seed(Settings(), [2, 1])

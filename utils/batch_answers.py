@@ -1,0 +1,306 @@
+"""Batch runs: a file or folder of prompts in, `test.json` out, each answer on the disk when it is there."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from utils import lineage
+from utils.adapters import find_weights
+from utils.console import UserError, progress, say
+from utils.decoding import Ids, Settings
+from utils.files import locked, read_json, sha256, write_json
+from utils.formats import ENDINGS
+from utils.generation import Engine, is_out_of_memory
+from utils.journal import Journal
+from utils.records import read_records, write_records
+
+Record = dict[str, Any]
+Plan = list[list[int]]  # batches of positions among the distinct prompts
+RESULT = "test.json"
+ROWS = 64  # more than these at once make a step longer without making it worth more
+PADDED = 1.5  # a batch's cache has at most this many columns for each one that holds a token
+MEMORY_SHARE = 0.5  # of what the weights leave: the rest is for activations, and for others
+
+
+def read_prompts(paths: list[str]) -> list[Record]:
+    """The prompts of files and folders, in order; of several files, each record has its file's name as `category`.
+
+    A category that a record brings along is kept. Raises UserError where there is nothing to read or to answer.
+    """
+    if not paths:
+        raise UserError("--test_input_path: missing; give a file of prompts, several parted by commas, or a folder")
+    files = [file for path in paths for file in prompt_files(Path(path))]
+    several = len(files) > 1 or Path(paths[0]).is_dir()
+    records = []
+    for file in files:
+        found = list(read_records(file, need_output=False))
+        if not found:
+            raise UserError(f"{file}: holds no prompt that can be answered; a file is an array of texts or records")
+        records += [({"category": file.stem} if several else {}) | record for record in found]
+    return records
+
+
+def prompt_files(path: Path) -> list[Path]:
+    """The files that one path stands for: itself, or those of a folder by name."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS) and not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{path}: holds no file of prompts ({', '.join(ENDINGS)}); name a file, or such a folder")
+    return files
+
+
+def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
+    """Where the answers of each adapter go: `test.json` beside its weights, or the one `output_path`.
+
+    Raises UserError where answers have no place of their own.
+    """
+    if output_path:
+        if len(lora_weights) > 1:
+            raise UserError(
+                f"--output_path: one file for {len(lora_weights)} adapters; leave it out (each gets its own test.json)"
+            )
+        if Path(output_path).is_dir():
+            raise UserError(f"--output_path {output_path}: is a folder; name a file in it, such as {output_path}/{RESULT}")
+        return [Path(output_path)]
+    if not lora_weights:
+        raise UserError("--output_path: missing; without --lora_weights there is no folder to put test.json into")
+    return [Path(folder) / RESULT for folder in lora_weights]
+
+
+def check_output(path: Path, records: list[Record], overwrite: bool) -> None:
+    """Raises UserError where `path` holds anything but answers to these very prompts, and is not to be overwritten."""
+    if not path.exists() or overwrite:
+        return
+    try:
+        earlier = read_json(path)
+        same = [question(record) for record in earlier] == [question(record) for record in records]
+    except (UserError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise UserError(f"{path}: holds answers to other prompts; give --overwrite, or another --output_path")
+
+
+def question(record: Record) -> Record:
+    """A record as it is written before its answer is known; empty fields are left out."""
+    asked = {"instruction": record["instruction"]}
+    return asked | {key: record[key] for key in ("input", "history", "system", "category") if record.get(key)}
+
+
+def run(
+    engine: Engine, outputs: list[Path], records: list[Record], settings: Settings, batch_size: int, overwrite: bool
+) -> None:
+    """Answer `records` as each of the engine's answerers in turn, into the files `outputs`.
+
+    `batch_size` 0 means batches by a budget of tokens. Raises UserError before the first answer where a prompt is
+    too long for the model, or an unfinished run of other settings is in the way.
+    """
+    tasks = []
+    for one, path in zip(engine.answerers, outputs, strict=True):
+        tasks.append(Task(engine, one.name, path, records, settings))
+    for task in tasks:
+        with locked(task.path):
+            task.answer_all(batch_size, overwrite)
+
+
+class Task:
+    """One answerer's run over all prompts. Prompts of equal ids are answered once."""
+
+    def __init__(self, engine: Engine, name: str, path: Path, records: list[Record], settings: Settings):
+        self.engine, self.name, self.path, self.records, self.settings = engine, name, path, records, settings
+        encoded = [tuple(engine.encode(name, record)) for record in progress(records, desc="encoding", leave=False)]
+        self.prompts: list[Ids] = [list(ids) for ids in dict.fromkeys(encoded)]
+        places = {tuple(ids): place for place, ids in enumerate(self.prompts)}
+        self.places = [places[ids] for ids in encoded]
+        self.check_lengths()
+
+    def check_lengths(self) -> None:
+        """Say what the model's window leaves for the answers. Raises UserError where it leaves nothing."""
+        limits = [self.engine.limit(prompt, self.settings) for prompt in self.prompts]
+        for number, place in enumerate(self.places, 1):
+            if limits[place] < 1:
+                raise UserError(
+                    f"prompt {number}: {len(self.prompts[place])} tokens, the model's window is {self.engine.window}; "
+                    "shorten or remove it"
+                )
+        short = sum(limit < self.settings.max_new_tokens for limit in limits)
+        if short:
+            say(
+                f"{short} of {len(limits)} answers have room for {min(limits)} to {max(limits)} tokens instead of "
+                f"{self.settings.max_new_tokens}: prompt and answer share the model's window of {self.engine.window}"
+            )
+
+    def answer_all(self, batch_size: int, overwrite: bool) -> None:
+        """Answer what the journal does not hold yet, then write the result, and beside it how it was made."""
+        if not overwrite and self.is_done():
+            say(f"{self.path}: holds the answers to these prompts with these settings; --overwrite answers them anew")
+            return
+        doubles = len(self.records) - len(self.prompts)
+        if doubles:
+            say(f"{doubles} of {len(self.records)} prompts are equal to an earlier one and answered with it")
+        journal = self.open_journal(overwrite)
+        if "plan" not in journal.values:
+            journal.put("plan", plan(self.prompts, self.settings, self.engine.model, batch_size))
+        known = sum(str(place) in journal.values for place in range(len(self.prompts)))
+        if known:
+            say(f"{journal.path}: {known} of {len(self.prompts)} answers are there already; going on")
+        began, tokens = time.monotonic(), 0
+        try:
+            with self.engine.merged(self.name), self.bar(known) as bar:
+                while batch := next_batch(journal, len(self.prompts)):
+                    for grown, finished in self.answer_batch(batch, journal):
+                        tokens += grown
+                        bar.update(finished)
+                        bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.0f} tokens/s", refresh=False)
+        except BaseException:
+            journal.close(done=False)
+            raise
+        write_records(self.path, self.answered(journal.values))
+        self.report(journal.values, tokens, time.monotonic() - began)
+        write_json(self.made, self.header() | {"sha256": sha256(self.path)})
+        journal.close(done=True)
+
+    def bar(self, known: int) -> Any:
+        """A progress bar that counts answers."""
+        return progress(total=len(self.prompts), initial=known, desc=self.name, unit=" answers")
+
+    @property
+    def made(self) -> Path:
+        """The file that says how the result was made."""
+        return self.path.with_name(f".{self.path.name}.made")
+
+    def is_done(self) -> bool:
+        """True where the result is what this very run would make, untouched since."""
+        if not (self.path.is_file() and self.made.is_file()):
+            return False
+        return read_json(self.made) == self.header() | {"sha256": sha256(self.path)}
+
+    def open_journal(self, overwrite: bool) -> Journal:
+        """The journal beside the result; one of other settings is replaced where `overwrite` asks for it."""
+        path = self.path.with_name(f".{self.path.name}.journal")
+        header = self.header()
+        try:
+            return Journal(path, header)
+        except UserError:
+            if not overwrite:
+                raise
+            say(f"{path}: of an unfinished run with other settings; started anew")
+            path.unlink()
+            return Journal(path, header)
+
+    def header(self) -> dict[str, Any]:
+        """What has to be the same for an answer to be the same."""
+        one = next(one for one in self.engine.answerers if one.name == self.name)
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "prompts": lineage.digest(self.prompts),
+            "base model": lineage.fingerprint(self.engine.base_model),
+            "adapter": sha256(find_weights(one.folder)) if one.folder else None,
+            "placement": str(self.engine.placement),
+            "stop strings": self.engine.prompters[self.name].stop_strings,
+        }
+
+    def answer_batch(self, batch: list[int], journal: Journal) -> Iterator[tuple[int, int]]:
+        """Answer one batch, halved where memory runs out; yields new tokens and new answers, step by step."""
+        ending = self.engine.ending(self.name)
+        try:
+            for step in self.engine.answer(self.name, [self.prompts[place] for place in batch], self.settings):
+                new = [row for row in step.finished if str(batch[row]) not in journal.values]
+                for row in new:
+                    ids = step.finished[row]
+                    cut = not ending(ids)
+                    journal.put(str(batch[row]), {"output": ending.text(ids), "tokens": len(ids), "cut": cut})
+                yield step.rows, len(new)
+            return
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(batch) == 1:
+            raise UserError(
+                f"out of memory on one prompt of {len(self.prompts[batch[0]])} tokens; "
+                "give fewer --num_beams or --max_new_tokens, or --load_8bit"
+            )
+        half = (len(batch) + 1) // 2
+        say(f"out of memory with {len(batch)} prompts at once; going on with {half}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        journal.put("plan", halved(journal.values["plan"], half, batch))
+
+    def answered(self, values: dict[str, Any]) -> Iterator[Record]:
+        """The records of the result, in the order of the input."""
+        for record, place in zip(self.records, self.places, strict=True):
+            asked = question(record)
+            last = {"category": asked.pop("category")} if "category" in asked else {}
+            yield asked | {"output": values[str(place)]["output"]} | last
+
+    def report(self, values: dict[str, Any], tokens: int, seconds: float) -> None:
+        """Say what was made, and how many answers were cut."""
+        answers = [values[str(place)] for place in range(len(self.prompts))]
+        say(f"{self.path}: {len(self.records)} answers; {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} a second)")
+        cut = sum(answer["cut"] for answer in answers)
+        if cut:
+            say(f"{cut} answers reached their limit of tokens before their end (--max_new_tokens)")
+
+
+def next_batch(journal: Journal, prompts: int) -> list[int] | None:
+    """The first batch of the plan that is not answered whole.
+
+    It is computed whole again, so that its rows meet the same rounding as in a run that nothing stopped.
+    """
+    batches = journal.values["plan"]
+    return next((batch for batch in batches if any(str(place) not in journal.values for place in batch)), None)
+
+
+def plan(prompts: list[Ids], settings: Settings, model: PreTrainedModel, batch_size: int) -> Plan:
+    """Batches of prompts of like length, the longest first, so that what does not fit shows at once.
+
+    With `batch_size` 0, a batch has as many rows (beams counted) as are worth it and as memory holds at full length.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    budget = memory(model) * MEMORY_SHARE / cache_bytes(model)
+    batches: Plan = []
+    for place in order:
+        batch = [*batches[-1], place] if batches else [place]
+        longest, real = len(prompts[batch[0]]), sum(len(prompts[other]) for other in batch)
+        if batch_size:
+            fits = len(batch) <= batch_size
+        else:
+            rows = len(batch) * settings.num_beams
+            fits = (
+                rows <= ROWS and rows * (longest + settings.max_new_tokens) <= budget and len(batch) * longest <= PADDED * real
+            )
+        if fits and batches:
+            batches[-1] = batch
+        else:
+            batches.append([place])
+    return batches
+
+
+def halved(batches: Plan, half: int, batch: list[int]) -> Plan:
+    """The plan with `batch`, and every later one of more than `half` prompts, cut into parts of at most `half`."""
+    first = batches.index(batch)
+    cut = [part[start : start + half] for part in batches[first:] for start in range(0, len(part), half)]
+    return batches[:first] + cut
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values for one token of one row."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+
+
+def memory(model: PreTrainedModel) -> int:
+    """Bytes that the device has beside the weights, whatever others use now, so that a plan can be made twice."""
+    if model.device.type == "cuda":
+        total = torch.cuda.get_device_properties(model.device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(total - model.get_memory_footprint(), 0)

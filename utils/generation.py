@@ -1,0 +1,215 @@
+"""The engine behind batch and page: one base, any number of adapters on it, and one way to an answer."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from utils import adapters, lineage, switching
+from utils.console import UserError, say
+from utils.decoding import Ids, Settings, Step, decode
+from utils.encoding import encode_prompt
+from utils.modeling import Placement, check_vocabulary, load_base
+from utils.prompter import Prompter
+from utils.tokenizer import load_tokenizer
+
+BASE = "base"  # what the model without an adapter is called
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+    """Who answers: an adapter, or the base alone (`folder` None); with the template it was trained on."""
+
+    name: str
+    folder: Path | None
+    template: str
+    lineage: dict[str, Any] | None
+
+
+def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) -> tuple[str, list[Answerer]]:
+    """The base model and who answers on it, from the options and from the adapters' own records.
+
+    Without adapters the base answers. Where `base_model` or `prompt_template` is "", the adapters' lineage says it.
+    Raises UserError where an adapter is missing or broken, where neither options nor adapters name a base, and
+    where what they say differs from what was given, or from each other.
+    """
+    for folder in lora_weights:
+        adapters.find_weights(folder)
+    found = {folder: (adapters.read_settings(folder), lineage.read(folder)) for folder in lora_weights}
+    if not base_model:
+        base_model = common_base({folder: named_base(*known) for folder, known in found.items()})
+        say(f"base model: {base_model}, which the adapter was trained on")
+    if any(known and known.get("base") for _, known in found.values()):
+        fingerprint = lineage.fingerprint(base_model)
+        for folder, (_, known) in found.items():
+            lineage.check_base(known, fingerprint, folder, base_model)
+    names = labels(lora_weights)
+    if not found:
+        return base_model, [Answerer(BASE, None, prompt_template or "alpaca", None)]
+    return base_model, [
+        Answerer(name, Path(folder), choose_template(prompt_template, known, folder), known)
+        for name, (folder, (_, known)) in zip(names, found.items(), strict=True)
+    ]
+
+
+def named_base(settings: dict[str, Any], known: dict[str, Any] | None) -> str:
+    """The base that an adapter's lineage names, else its `adapter_config.json`; "" where neither does."""
+    recorded = (known or {}).get("base") or {}
+    return recorded.get("name") or settings.get("base_model_name_or_path") or ""
+
+
+def common_base(bases: dict[str, str]) -> str:
+    """The one base that all adapters name."""
+    if not bases:
+        raise UserError("--base_model: missing; give the folder of a model, or --lora_weights with a lineage.json")
+    for folder, base in bases.items():
+        if not base:
+            raise UserError(f"{folder}: does not say which base it was trained on; give it as --base_model")
+    if len(set(bases.values())) > 1:
+        told = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
+        raise UserError(f"--lora_weights: trained on several bases ({told}); give --base_model, or adapters of one base")
+    return next(iter(bases.values()))
+
+
+def choose_template(given: str, known: dict[str, Any] | None, folder: str) -> str:
+    """The template to ask an adapter with. Raises UserError where the one given is not the one it was trained on."""
+    trained = (known or {}).get("options", {}).get("prompt_template_name")
+    if not trained:
+        if not given:
+            say(f"{folder}: records no template; alpaca is used, as by alpaca-lora")
+        return given or "alpaca"
+    if given and Prompter(given).texts != Prompter(trained).texts:
+        raise UserError(
+            f"--prompt_template {given}: {folder} was trained with {trained}; leave --prompt_template out, or give {trained}"
+        )
+    return trained
+
+
+def labels(folders: Sequence[str]) -> list[str]:
+    """A short, distinct name for each adapter: its folder's name, with as many parents as it takes."""
+    if len(set(folders)) < len(folders):
+        raise UserError("--lora_weights: the same folder twice; name each adapter once")
+    parts = [Path(folder).absolute().parts for folder in folders]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names) and BASE not in names:
+            return names
+    return list(folders)
+
+
+class Ending:
+    """When an answer is over, and what of its ids a person reads.
+
+    An answer ends at the end of sequence, or where the model starts to write the next question itself.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token is a byte at least
+
+    def __call__(self, ids: Ids) -> bool:
+        if ids[-1] == self.tokenizer.eos_token_id:
+            return True
+        tail = self._decode(ids[-self.tail :]) if self.stops else ""
+        return any(stop in tail for stop in self.stops)
+
+    def text(self, ids: Ids) -> str:
+        """The whole answer, without what ended it."""
+        return self._cut(self._decode(ids)).strip()
+
+    def so_far(self, ids: Ids) -> str:
+        """What of an unfinished answer is sure to stay: no half characters, no beginning of a stop string."""
+        text = self._cut(self._decode(ids)).rstrip("\ufffd")
+        held = max((size for stop in self.stops for size in range(len(stop)) if text.endswith(stop[:size])), default=0)
+        return text[: len(text) - held].strip()
+
+    def _cut(self, text: str) -> str:
+        return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]
+
+    def _decode(self, ids: Ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Engine:
+    """A base with its adapters, ready to answer as any of them; the base itself is always one of them.
+
+    Raises UserError where base, tokenizer or an adapter is broken, or they do not fit each other.
+    """
+
+    def __init__(self, base_model: str, answerers: Sequence[Answerer], placement: Placement):
+        self.base_model, self.placement = base_model, placement
+        self.answerers = list(answerers)
+        self.prompters = {one.name: Prompter(one.template) for one in self.answerers}
+        self.tokenizers = {one.name: load_tokenizer(tokenizer_home(one, base_model)) for one in self.answerers}
+        self.model = load_base(base_model, self.tokenizers[self.answerers[0].name], placement)
+        folders = {one.name: one.folder for one in self.answerers if one.folder}
+        self.adapters = switching.attach(self.model, folders, base_model) if folders else None
+        for name, tokenizer in self.tokenizers.items():
+            self.use(name)
+            check_vocabulary(self.model, tokenizer, base_model)
+        self.model.eval()
+
+    @property
+    def window(self) -> int | None:
+        """The longest text, in tokens, that the model was made for; None where it has no such limit, as BLOOM."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def use(self, name: str) -> None:
+        """Compute as the answerer `name` from here on."""
+        if self.adapters:
+            switching.activate(self.adapters, name if name != BASE else None)
+
+    @contextlib.contextmanager
+    def merged(self, name: str) -> Iterator[None]:
+        """Compute as the answerer `name` while the block runs, its weights added into the base's where these are not
+        quantised. Afterwards the base has its own tensors back, bit for bit."""
+        self.use(name)
+        if self.adapters is None or name == BASE or self.placement.quantise:
+            yield
+        else:
+            with switching.merged(self.adapters, name):
+                yield
+
+    def encode(self, name: str, record: dict[str, Any]) -> Ids:
+        """The ids to ask the answerer `name` a record with."""
+        return encode_prompt(record, self.prompters[name], self.tokenizers[name])
+
+    def ending(self, name: str) -> Ending:
+        """How answers of `name` end."""
+        return Ending(self.tokenizers[name], self.prompters[name].stop_strings)
+
+    def answer(self, name: str, prompts: list[Ids], settings: Settings) -> Iterator[Step]:
+        """Answer `prompts` at once as `name` (which must be in use at each step); what page and batch both call.
+
+        An answer has at most `max_new_tokens`, and prompt and answer together stay within the model's window.
+        """
+        limits = [self.limit(prompt, settings) for prompt in prompts]
+        return decode(self.model, prompts, limits, settings, self.ending(name), [seed(settings, ids) for ids in prompts])
+
+    def limit(self, prompt: Ids, settings: Settings) -> int:
+        """The number of tokens that the answer to `prompt` may have; below 1 where the window has no room for any."""
+        return settings.max_new_tokens if self.window is None else min(settings.max_new_tokens, self.window - len(prompt))
+
+
+def tokenizer_home(answerer: Answerer, base_model: str) -> str | Path:
+    """The folder of an answerer's tokenizer: the adapter's own where it has one, else the base's."""
+    if answerer.folder and any((answerer.folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        return answerer.folder
+    return base_model
+
+
+def seed(settings: Settings, prompt: Ids) -> int:
+    """A prompt's own seed, the same in whatever company it is answered."""
+    return int.from_bytes(hashlib.sha256(f"{settings.seed} {prompt}".encode()).digest()[:7])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises when a device, or the machine, has no more memory to give."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
