@@ -25,6 +25,7 @@ from utils.weights import base_folder
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
 FILES = (MODEL, JSON, CONFIG, SPECIAL, ADDED, TEMPLATE, "vocab.json", "merges.txt")
+SPACE = "▁"  # how SentencePiece writes a space
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -175,7 +176,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
         self._added_pattern = re.compile("|".join(patterns) or "(?!)")
 
     @functools.cached_property
-    def _continuing_model(self) -> SentencePieceProcessor:
+    def continuing_model(self) -> SentencePieceProcessor:
         """SentencePiece for a text that goes on: without the space that it puts before a text."""
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
@@ -209,7 +210,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
         encoded: dict[Segment, dict[str, list]] = {}
         for group, is_fresh in ((fresh, True), (going_on, False)):
             if group:
-                model = self.sp_model if is_fresh else self._continuing_model
+                model = self.sp_model if is_fresh else self.continuing_model
                 encoded |= zip(group, model.encode([s.text for s in group], return_type="offset_mapping"), strict=True)
         rows: list[dict[str, list]] = [{"ids": [], "pieces": [], "offsets": []} for _ in texts]
         for s in segments:
@@ -288,7 +289,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
             if is_added:
                 text += "".join(self._added_tokens_decoder[index].content for index in run if index not in skipped)
             else:
-                model = self.sp_model if self.legacy or not text else self._continuing_model
+                model = self.sp_model if self.legacy or not text else self.continuing_model
                 text += model.decode([index for index in run if index < size])
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
