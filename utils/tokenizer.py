@@ -61,6 +61,14 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     return names
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path, target: str | Path) -> None:
+    """Have in `target` the tokenizer of `source`: its files as they are, or, where they lack settings, written anew."""
+    if (Path(source) / CONFIG).is_file():
+        copy_tokenizer(source, target)
+    else:
+        tokenizer.save_pretrained(target)
+
+
 def has_tokenizer(folder: str | Path) -> bool:
     """True if a folder holds a tokenizer of its own."""
     return any((Path(folder) / name).is_file() for name in (MODEL, JSON))

@@ -1,6 +1,10 @@
 """Extending a vocabulary: new pieces in a SentencePiece model, or new tokens beside a byte-level BPE, and their embeddings."""
 
+import collections
 import io
+import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +12,21 @@ import torch
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.console import UserError, say
+from utils.files import read_json
 from utils.tokenizer import MODEL, SPACE, SentencePieceTokenizer, copy_tokenizer
 
 BYTE_ALPHABET_ENDS = 0x143  # byte-level BPE writes bytes as characters up to this one; a token of these would be read as bytes
-# LLaMA's own settings, so that pieces of two such models go together
+# LLaMA's own settings, so that pieces of two such models go together (bytes and digits it has already)
 LIKE_LLAMA: dict[str, Any] = {
     "model_type": "bpe",
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
     "add_dummy_prefix": True,
     "split_digits": True,
-    "byte_fallback": True,
     "allow_whitespace_only_pieces": True,
-    "character_coverage": 0.9995,
-    "max_sentence_length": 2**16,
-    "num_threads": 1,  # more would not change the result, nor help with texts of this size
+    "character_coverage": 0.9999,
+    "max_sentence_length": 2**20,
+    "hard_vocab_limit": False,
     "minloglevel": 2,
 }
 
@@ -46,29 +50,55 @@ def read_proto(file: Path) -> Any:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
     if not proto or not proto.pieces:
-        raise UserError(f"{file}: is no SentencePiece model; give one that spm_train wrote, or --text_file")
+        raise UserError(f"{file}: is no SentencePiece model; give one that spm_train wrote, or a --text to train on")
     return proto
 
 
-def train_pieces(text: Path, size: int) -> list[str]:
-    """The ordinary pieces of a SentencePiece model trained on a text file, with LLaMA's settings.
+def train_pieces(file: Path, most: int) -> list[str]:
+    """At most `most` pieces learned from a text file, or from the texts in a JSON or JSON Lines file, as LLaMA's were.
 
-    Raises UserError where the text is too small for so many pieces.
+    Pieces that the text itself uses only once are left out, and the most frequent come first.
+    Raises UserError where the text is too small to learn from.
     """
     import sentencepiece
 
-    if not text.is_file():
-        raise UserError(f"{text}: no such file; check the path")
+    texts = read_texts(file)
+    characters = len(set("".join(texts)))
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(input=str(text), model_writer=model, vocab_size=size, **LIKE_LLAMA)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=characters + most, **LIKE_LLAMA
+        )
     except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rpartition("] ")[2]
-        raise UserError(f"{text}: {size} pieces cannot be trained on it ({reason}); give another --vocab_size") from None
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+        raise UserError(f"{file}: nothing can be learned from it ({str(error).splitlines()[0]}); give a larger text") from None
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    uses = collections.Counter(itertools.chain.from_iterable(processor.encode(texts)))
+    useful = [
+        processor.id_to_piece(index) for index in range(len(processor)) if uses[index] > 1 and not processor.is_unknown(index)
+    ]
+    say(f"{file}: {min(most, len(useful))} pieces learned from {sum(map(len, texts))} characters")
+    return useful[:most]
 
-    proto = ModelProto.FromString(model.getvalue())
-    return [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL]
+
+def read_texts(file: Path) -> list[str]:
+    """The lines of a text file, or all texts in the values of a JSON (Lines) file. Raises UserError where it is neither."""
+    if file.suffix == ".json":
+        return list(texts_in(read_json(file)))
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+        values = [json.loads(line) for line in lines if line.strip()] if file.suffix == ".jsonl" else lines
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as text ({error}); give a UTF-8 text, or JSON") from None
+    return list(texts_in(values))
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in lists and in the values of dictionaries, however deep."""
+    if isinstance(value, str) and value.strip():
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(part)
 
 
 def extend(source: Path, tokenizer: PreTrainedTokenizerBase, pieces: list[str], target: Path) -> int:
