@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from utils.console import UserError, say
+from utils.console import UserError
 from utils.files import read_json
 from utils.shards import Kind, Part, as_bytes
 from utils.weights import Weights
@@ -147,8 +147,6 @@ def config_of(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
     4096 in Llama 2, whose weights are bfloat16.
     """
     dtype = weights.dtype("model.embed_tokens.weight")
-    positions = params.get("max_seq_len") or (4096 if dtype == torch.bfloat16 else 2048)
-    say(f"{weights.folder}: Meta's layout; max_position_embeddings is taken to be {positions}")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -161,7 +159,7 @@ def config_of(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": params["norm_eps"],
         "rope_theta": params.get("rope_theta", 10000.0),
-        "max_position_embeddings": positions,
+        "max_position_embeddings": params.get("max_seq_len") or (4096 if dtype == torch.bfloat16 else 2048),
         "initializer_range": 0.02,
         "tie_word_embeddings": False,
         "use_cache": True,

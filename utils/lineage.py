@@ -5,6 +5,7 @@ python -m utils.lineage output/rerun-2-alpaca-13b-3
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import sys
 import time
@@ -28,18 +29,20 @@ def fingerprint(base_model: str) -> dict[str, Any]:
     The architecture, the tokenizer's hash, the number of tensors with their names and shapes (hashed), and a few
     values of a few tensors. Another dtype or other shards leave it the same within `TOLERANCE`.
     """
-    from utils.weights import Weights, base_folder
+    from utils.layouts import open_model
+    from utils.weights import base_folder
 
     folder = base_folder(base_model)
-    config = read_json(folder / "config.json")
-    weights = Weights(folder)
+    config, weights = open_model(folder)
     tied = config.get("tie_word_embeddings", False)
     names = [n for n in weights.names if not n.endswith("inv_freq") and not (tied and n == "lm_head.weight")]
     step = max(1, len(names) // SAMPLED_TENSORS)
     samples = {}
     for name in names[::step][:SAMPLED_TENSORS]:
-        flat = weights.tensor(name).flatten()
-        samples[name] = [round(flat[int(i * (len(flat) - 1) / SAMPLED_VALUES)].item(), 6) for i in range(1, SAMPLED_VALUES + 1)]
+        size = math.prod(weights.shape(name))
+        width = size // max(1, weights.shape(name)[0])
+        places = [divmod(int(i * (size - 1) / SAMPLED_VALUES), width) for i in range(1, SAMPLED_VALUES + 1)]
+        samples[name] = [round(weights.rows(name, slice(r, r + 1)).flatten()[c].item(), 6) for r, c in places]
     tokenizers = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return {
         "architecture": {key: config[key] for key in ARCHITECTURE if key in config},
