@@ -64,9 +64,10 @@ def main(options: Options) -> None:
         chat.serve(load_engine(options), decoding(options), options.lang, address)
         return
     from utils import batch_answers
+    from utils.prompts import read_prompts
 
     outputs = batch_answers.output_paths(options.lora_weights, options.output_path)
-    records = batch_answers.read_prompts(options.test_input_path)
+    records = read_prompts(options.test_input_path)
     for path in outputs:
         batch_answers.check_output(path, records, options.overwrite)
     batch_size = options.batch_size if isinstance(options.batch_size, int) else 0

@@ -15,45 +15,15 @@ from utils.adapters import find_weights
 from utils.console import UserError, progress, say
 from utils.decoding import Ids, Settings
 from utils.files import locked, read_json, sha256, write_json
-from utils.formats import ENDINGS
 from utils.generation import Engine, is_out_of_memory
 from utils.journal import Journal
-from utils.records import read_records, write_records
+from utils.prompts import RESULT, Record, answered, question
+from utils.records import write_records
 
-Record = dict[str, Any]
 Plan = list[list[int]]  # batches of positions among the distinct prompts
-RESULT = "test.json"
 ROWS = 64  # more than these at once make a step longer without making it worth more
 PADDED = 1.5  # a batch's cache has at most this many columns for each one that holds a token
 MEMORY_SHARE = 0.5  # of what the weights leave: the rest is for activations, and for others
-
-
-def read_prompts(paths: list[str]) -> list[Record]:
-    """The prompts of files and folders, in order; of several files, each record has its file's name as `category`.
-
-    A category that a record brings along is kept. Raises UserError where there is nothing to read or to answer.
-    """
-    if not paths:
-        raise UserError("--test_input_path: missing; give a file of prompts, several parted by commas, or a folder")
-    files = [file for path in paths for file in prompt_files(Path(path))]
-    several = len(files) > 1 or Path(paths[0]).is_dir()
-    records = []
-    for file in files:
-        found = list(read_records(file, need_output=False))
-        if not found:
-            raise UserError(f"{file}: holds no prompt that can be answered; a file is an array of texts or records")
-        records += [({"category": file.stem} if several else {}) | record for record in found]
-    return records
-
-
-def prompt_files(path: Path) -> list[Path]:
-    """The files that one path stands for: itself, or those of a folder by name."""
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS) and not file.name.startswith("."))
-    if not files:
-        raise UserError(f"{path}: holds no file of prompts ({', '.join(ENDINGS)}); name a file, or such a folder")
-    return files
 
 
 def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
@@ -85,12 +55,6 @@ def check_output(path: Path, records: list[Record], overwrite: bool) -> None:
         same = False
     if not same:
         raise UserError(f"{path}: holds answers to other prompts; give --overwrite, or another --output_path")
-
-
-def question(record: Record) -> Record:
-    """A record as it is written before its answer is known; empty fields are left out."""
-    asked = {"instruction": record["instruction"]}
-    return asked | {key: record[key] for key in ("input", "history", "system", "category") if record.get(key)}
 
 
 def run(
@@ -235,9 +199,7 @@ class Task:
     def answered(self, values: dict[str, Any]) -> Iterator[Record]:
         """The records of the result, in the order of the input."""
         for record, place in zip(self.records, self.places, strict=True):
-            asked = question(record)
-            last = {"category": asked.pop("category")} if "category" in asked else {}
-            yield asked | {"output": values[str(place)]["output"]} | last
+            yield answered(record, values[str(place)]["output"])
 
     def report(self, values: dict[str, Any], tokens: int, seconds: float) -> None:
         """Say what was made, and how many answers were cut."""
