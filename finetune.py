@@ -16,13 +16,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import option, run
-from utils.console import UserError, say
+from utils.console import UserError, is_main_process, say
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import TrainingArguments
 
     from utils.dataset import Encoded
+    from utils.modeling import Placement
     from utils.start import Start
     from utils.training import StepTrainer
 
@@ -95,8 +96,10 @@ def main(options: Options) -> None:
     check_together(options)
     from utils import lineage, start, training  # here, because torch and its kin take seconds to import
     from utils.files import locked
+    from utils.modeling import place
 
     began = time.time()
+    placement = place(options.load_8bit, options.load_4bit)
     origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
     base = {"name": options.base_model, "fingerprint": lineage.fingerprint(options.base_model)}
     parent = start.parent_facts(origin)
@@ -107,14 +110,15 @@ def main(options: Options) -> None:
     run_facts = {"options": what_rules(options), "base": lineage.digest(base), "parent": parent, "data": data["files"]}
     start.check_unchanged(origin, run_facts)
     with locked(options.output_dir):
-        if options.overwrite_output_dir:
+        if options.overwrite_output_dir and is_main_process():
             start.clear(options.output_dir)
-        model = prepare_model(options, origin, tokenizer)
+        model = prepare_model(options, placement, origin, tokenizer)
         trainer = prepare_trainer(options, model, train_data, val_data, run_facts)
         training.train(trainer, origin.checkpoint)
         results = training.finish(trainer, tokenizer, options.load_best_model_at_end and val_data is not None)
         facts = {"base": base, "parent": parent, "data": data, "results": results}
-        lineage.write(options.output_dir, lineage.describe("train", options, began, **facts))
+        if is_main_process():
+            lineage.write(options.output_dir, lineage.describe("train", options, began, **facts))
     say(f"done: {options.output_dir} holds the adapter; its chain: python -m utils.lineage {options.output_dir}")
 
 
@@ -198,14 +202,13 @@ def tokenizer_folder(options: Options, origin: "Start") -> str:
     return options.tokenizer or (str(beside) if beside and has_tokenizer(beside) else options.base_model)
 
 
-def prepare_model(options: Options, origin: "Start", tokenizer: Any) -> "PeftModel":
+def prepare_model(options: Options, placement: "Placement", origin: "Start", tokenizer: Any) -> "PeftModel":
     """The base with the adapter that is trained on it."""
     import transformers
 
     from utils import adapters, start
-    from utils.modeling import fit_embeddings, load_base, place
+    from utils.modeling import fit_embeddings, load_base
 
-    placement = place(options.load_8bit, options.load_4bit)
     say(f"base model {options.base_model} on {placement}")
     transformers.set_seed(options.seed)
     base = load_base(options.base_model, tokenizer, placement, options.attn_implementation)

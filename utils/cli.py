@@ -8,6 +8,7 @@ counts, so that a shell script can pass "$@" on; an option made with `many=True`
 import dataclasses
 import difflib
 import errno
+import logging
 import math
 import re
 import sys
@@ -49,6 +50,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     argv = sys.argv[1:] if argv is None else argv
     script = Path(sys.argv[0]).name
     module = sys.modules[main.__module__]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it speaks of kernels that nobody asked for
     try:
         if {"--help", "-h"} & set(argv):
             print(help_text(options, module.__doc__ or ""))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.console import UserError
+from utils.console import UserError, is_main_process
 
 
 @contextlib.contextmanager
@@ -101,9 +101,13 @@ def digest(value: Any) -> str:
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep `folder` (which need not exist yet) for this process while the block runs.
 
-    The lock is the kernel's, on a file beside the folder, so it ends with the process, however that ends.
+    The lock is the kernel's, on a file beside the folder, so it ends with the process, however that ends. Of several
+    processes that train together only the main one holds it.
     Raises UserError, naming the other's host and process id, where another run holds it.
     """
+    if not is_main_process():
+        yield
+        return
     path = Path(folder).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name}.lock")

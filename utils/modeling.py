@@ -1,7 +1,6 @@
 """The only place that chooses device, dtype, quantisation and attention; loads a base model."""
 
 import dataclasses
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -18,7 +17,6 @@ from utils.weights import base_folder, weight_files
 transformers.utils.logging.set_verbosity_error()
 if not os.isatty(2):
     transformers.utils.logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="bitsandbytes")  # on the CPU it warns once a layer
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 

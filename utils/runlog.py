@@ -56,7 +56,7 @@ class RunLog(TrainerCallback):
 
 def line(entry: dict[str, Any]) -> str:
     """One entry of the history as a line of JSON."""
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    return json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def curve(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

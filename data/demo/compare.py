@@ -1,6 +1,6 @@
 """Print the answers of several systems to the held-back questions side by side, and count the right ones.
 
-    python data/demo/compare.py base=output/save-generate-0-smollm2-135m/test.json f1=output/run-0-smollm2-135m-1/test.json
+python data/demo/compare.py base=output/save-generate-0-smollm2-135m/test.json f1=output/run-0-smollm2-135m-1/test.json
 """
 
 import json

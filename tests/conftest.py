@@ -1,0 +1,27 @@
+"""What all tests share: no network, one thread a process (so that a warm parent can fork), caches of their own."""
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dreamergpt-cache-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("WANDB_PROJECT", None)
+os.environ.pop("BASE_MODEL", None)
+
+import pytest
+import tiny
+from scripting import Script
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs a script of the repository as a process forked from this one: `script("finetune.py", "--x", 1)`."""
+    return Script(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """The folder of a LLaMA of two layers."""
+    return tiny.llama(tmp_path_factory.mktemp("tiny") / "llama")

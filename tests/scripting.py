@@ -1,0 +1,105 @@
+"""Runs the scripts as real processes, forked from this warm one so that importing torch costs nothing."""
+
+import dataclasses
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@dataclasses.dataclass
+class Ended:
+    """A process that has ended: its exit status (negative: the signal that killed it) and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a user error; checks that it is one, and that the status is 2."""
+        assert self.status == 2, f"status {self.status}\n{self.out}\n{self.err}"
+        lines = [line for line in self.err.splitlines() if ": error: " in line]
+        assert len(lines) == 1 and "Traceback" not in self.err, self.err
+        return lines[0]
+
+    @property
+    def ok(self) -> str:
+        """What was printed; checks that all went well."""
+        assert self.status == 0, f"status {self.status}\n{self.out}\n{self.err}"
+        return self.out
+
+
+class Running:
+    """A forked process."""
+
+    def __init__(self, folder: Path, name: str, argv: list[str], cwd: Path | None, env: dict[str, str]):
+        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be(argv, cwd, env)
+
+    def _be(self, argv: list[str], cwd: Path | None, env: dict[str, str]) -> None:
+        status = 70
+        try:
+            for number, path in ((1, self.out), (2, self.err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+            os.environ.update(env)
+            os.chdir(cwd or os.getcwd())
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal, if the process is still there."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> Ended:
+        """Wait for the end."""
+        _, status = os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        return Ended(code, self.out.read_text("utf-8"), self.err.read_text("utf-8"))
+
+    def wait_until(self, condition, seconds: float = 120) -> None:
+        """Wait until `condition()` holds while the process runs."""
+        until = time.time() + seconds
+        while not condition():
+            assert time.time() < until, "waited in vain"
+            pid, _ = os.waitpid(self.pid, os.WNOHANG)
+            assert pid == 0, self.err.read_text("utf-8")
+            time.sleep(0.002)
+
+
+class Script:
+    """Starts scripts of the repository, their output kept in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.count = 0
+
+    def start(self, name: str, *argv: object, cwd: Path | None = None, **env: str) -> Running:
+        """Start a script, and do not wait for it."""
+        self.count += 1
+        return Running(self.folder, f".run{self.count}", [str(ROOT / name), *map(str, argv)], cwd, env)
+
+    def __call__(self, name: str, *argv: object, cwd: Path | None = None, **env: str) -> Ended:
+        """Run a script to its end."""
+        return self.start(name, *argv, cwd=cwd, **env).wait()

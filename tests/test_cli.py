@@ -1,0 +1,177 @@
+"""Options: written in all of Fire's ways, typed, checked before anything heavy is imported or written."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from scripting import ROOT
+
+import finetune
+from utils import cli
+from utils.cli import option, parse
+from utils.console import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """One of each kind."""
+
+    name: str = option(help="a text")
+    count: int = option(3, "a number", least=1, most=9)
+    rate: float = option(0.5, "a rate", least=0)
+    flag: bool = option(True, "a switch")
+    auto: bool | None = option(None, "a switch with a third state")
+    size: int | float = option(2000, "a count or a share", least=0)
+    parts: list[str] = option(["a"], "a list")
+    answers: list[str] = option([], "a list that is collected", many=True)
+    kind: str = option("x", "a choice", choices=("x", "y"))
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--count", "5"], {"count": 5}),
+        (["--count=5"], {"count": 5}),
+        (["-count", "5"], {"count": 5}),
+        (["--count", "5", "--count", "6"], {"count": 6}),
+        (["--flag"], {"flag": True}),
+        (["--flag", "False"], {"flag": False}),
+        (["--flag=false"], {"flag": False}),
+        (["--flag", "0"], {"flag": False}),
+        (["--flag", "no"], {"flag": False}),
+        (["--noflag"], {"flag": False}),
+        (["--noauto"], {"auto": False}),
+        (["--auto", "None"], {"auto": None}),
+        (["--rate", "1e-4"], {"rate": 1e-4}),
+        (["--rate", "-0.0"], {"rate": 0.0}),
+        (["--size", "20"], {"size": 20}),
+        (["--size", "0.1"], {"size": 0.1}),
+        (["--parts", "[q_proj,v_proj]"], {"parts": ["q_proj", "v_proj"]}),
+        (["--parts=['q_proj', \"v_proj\"]"], {"parts": ["q_proj", "v_proj"]}),
+        (["--parts", "q_proj,v_proj"], {"parts": ["q_proj", "v_proj"]}),
+        (["--parts", "[]"], {"parts": []}),
+        (["--parts", "[a]", "--parts", "[b]"], {"parts": ["b"]}),
+        (["--answers", "a=1", "--answers", "b=2"], {"answers": ["a=1", "b=2"]}),
+        (["--name", "1e4"], {"name": "1e4"}),
+        (["--name", "13"], {"name": "13"}),
+        (["--name", "a=b"], {"name": "a=b"}),
+        (["--name=a=b"], {"name": "a=b"}),
+        (["--kind", "y"], {"kind": "y"}),
+    ],
+)
+def test_every_way_to_write_an_option(argv, expected):
+    """Row 13: values are read by the option's type, not by their looks."""
+    parsed = parse(Options, ["--name", "n", *argv])
+    assert {name: getattr(parsed, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], ["--name", "missing"]),
+        (["--name", ""], ["--name", "missing"]),
+        (["--nam", "x"], ["--nam", "--name"]),
+        (["--counts=5"], ["--counts", "--count"]),
+        (["--name", "n", "--count", "five"], ["--count five", "whole number"]),
+        (["--name", "n", "--count", "5.5"], ["--count 5.5", "whole number"]),
+        (["--name", "n", "--count", "0"], ["--count 0", "at least 1"]),
+        (["--name", "n", "--count", "10"], ["--count 10", "at most 9"]),
+        (["--name", "n", "--rate", "nan"], ["--rate nan", "a number"]),
+        (["--name", "n", "--flag", "maybe"], ["--flag maybe", "true or false"]),
+        (["--name", "n", "--count"], ["--count", "no value"]),
+        (["--name", "n", "stray"], ["stray", "--name value"]),
+        (["--name", "n", "--kind", "z"], ["--kind z", "x, y"]),
+        (["--name", "n", "--nocount"], ["--nocount", "no such option"]),
+        (["--name", "n", "--parts", "{a:1}"], []),
+    ],
+)
+def test_mistakes_are_named_with_the_way_out(argv, words):
+    if not words:
+        assert parse(Options, argv).parts == ["{a:1}"]
+        return
+    with pytest.raises(UserError) as caught:
+        parse(Options, argv)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_an_alpaca_lora_command_means_what_it_meant():
+    argv = [
+        "--base_model", "decapoda-research/llama-7b-hf", "--data_path", "yahma/alpaca-cleaned", "--output_dir", "./lora-alpaca",
+        "--batch_size", "128", "--micro_batch_size", "4", "--num_epochs", "3", "--learning_rate", "1e-4", "--cutoff_len", "512",
+        "--val_set_size", "2000", "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0.05",
+        "--lora_target_modules", "[q_proj,v_proj]", "--train_on_inputs", "--group_by_length", "--wandb_watch", "gradients",
+        "--wandb_log_model", "true", "--resume_from_checkpoint", "./old", "--add_eos_token", "False",
+    ]  # fmt: skip
+    parsed = parse(finetune.Options, argv)
+    assert parsed.train_on_inputs is True and parsed.group_by_length is True and parsed.learning_rate == 1e-4
+    assert parsed.lora_target_modules == ["q_proj", "v_proj"] and parsed.resume_from_checkpoint == "./old"
+    plain = parse(finetune.Options, ["--base_model", "b", "--data_path", "d"])
+    defaults = {
+        "output_dir": "./lora-alpaca", "batch_size": 128, "micro_batch_size": 4, "num_epochs": 3, "learning_rate": 3e-4,
+        "cutoff_len": 256, "val_set_size": 2000, "lora_dropout": 0.05, "train_on_inputs": True, "add_eos_token": False,
+        "group_by_length": False, "wandb_project": "", "resume_from_checkpoint": None, "prompt_template_name": "alpaca",
+    }  # fmt: skip
+    assert {name: getattr(plain, name) for name in defaults} == defaults
+
+
+@pytest.mark.parametrize("name", ["finetune.py", "generate.py", "merge_weights.py", "judge.py"])
+def test_help_and_typos_answer_at_once_and_import_nothing_heavy(name, tmp_path):
+    """Row 13: `--lerning_rate` is refused before torch is imported; nothing is written."""
+    probe = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: assert not {'torch', 'transformers', 'gradio', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    for words, status in ((["--help"], 0), (["--lerning_rate", "1"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", probe, ROOT / name, *words], capture_output=True, text=True, cwd=tmp_path, check=False,
+            env={"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert "Assertion" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_option_of_finetune_is_suggested(script, tmp_path):
+    error = script("finetune.py", "--base_model", "b", "--data_path", "d", "--lerning_rate", "1", cwd=tmp_path).error
+    assert "--lerning_rate: no such option; did you mean --learning_rate?" in error
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".run")]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"batch_size": 10, "micro_batch_size": 4}, ["--batch_size 10", "--micro_batch_size 4", "give 8"]),
+        ({"batch_size": 2, "micro_batch_size": 4}, ["--batch_size 2", "--micro_batch_size 4", "give 4"]),
+        ({"bf16": True, "fp16": True}, ["--bf16", "--fp16"]),
+        ({"load_8bit": True, "load_4bit": True}, ["--load_8bit", "--load_4bit"]),
+        ({"wandb_project": "x"}, ["--wandb_project", "pip install wandb"]),
+        ({"report_to": "[nothing]"}, ["--report_to nothing", "tensorboard"]),
+        ({"base_model": "/no/such/folder"}, ["/no/such/folder", "no such folder"]),
+        ({"data_path": "no.json"}, ["no.json"]),
+        ({"prompt_template_name": "alpacca"}, ["alpacca", "alpaca_short"]),
+        ({"val_set_size": 4000}, ["--val_set_size 4000", "30 records"]),
+        ({"cutoff_len": 4}, ["--cutoff_len 4", "leaves no answer"]),
+    ],
+)
+def test_mistakes_that_finetune_names(script, tmp_path, tiny_llama, changes, words):
+    settings = {"base_model": tiny_llama, "data_path": ROOT / "data/demo/f1.json", "output_dir": tmp_path / "out"} | changes
+    error = script("finetune.py", *[f"--{name}={value}" for name, value in settings.items()]).error
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_batch_size_is_checked_over_all_processes(script, tmp_path):
+    """Row 18."""
+    error = script(
+        "finetune.py", "--base_model=b", "--data_path=d", "--batch_size=128", "--micro_batch_size=4", WORLD_SIZE="3"
+    ).error
+    assert "4 x 3 processes = 12" in error and "give 120" in error
+
+
+def test_the_help_text_has_every_option_with_its_default():
+    text = cli.help_text(finetune.Options, "doc")
+    for field in dataclasses.fields(finetune.Options):
+        assert f"--{field.name} " in text
+    assert "[128]" in text and "(required)" in text

@@ -1,0 +1,215 @@
+"""finetune.py on tiny real models: what is trained, where it starts, and that nothing is lost."""
+
+import json
+import random
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, set_seed  # noqa: F401 (warm for the forks)
+
+from utils import adapters, lineage
+from utils.batching import Plan, Steps, deal, pad, share
+from utils.encoding import IGNORED
+from utils.loss import returning_loss
+
+torch.set_num_threads(1)
+FAMILIES = {"llama": tiny.llama, "bloom": tiny.bloom, "qwen2": tiny.qwen2, "mistral": tiny.mistral}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A tiny model of each family."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: build(folder / name) for name, build in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty records of different lengths."""
+    numbers = random.Random(0)
+    records = [
+        {"instruction": f"第{i}题：" + "问" * numbers.randint(1, 30), "input": "", "output": "答" * numbers.randint(1, 20)}
+        for i in range(40)
+    ]
+    path = tmp_path_factory.mktemp("data") / "records.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    return path
+
+
+def options(base, data, output, **changes) -> list[str]:
+    """A short run: five steps an epoch."""
+    settings = {
+        "base_model": base, "data_path": data, "output_dir": output, "batch_size": 8, "micro_batch_size": 2, "num_epochs": 2,
+        "val_set_size": 0, "cutoff_len": 128, "learning_rate": 1e-2, "prompt_template_name": "alpaca_short",
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in (settings | changes).items()]
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    """Bitwise the same tensors."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def losses(folder) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_learns_and_loads_with_peft_alone(script, bases, data, tmp_path, family):
+    """Rows 1 and 4: the saved adapter is not empty, has moved, and is all that was trained."""
+    before = {file: file.read_bytes() for file in bases[family].iterdir()}
+    out = script("finetune.py", *options(bases[family], data, tmp_path / "out")).ok
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    assert {file: file.read_bytes() for file in bases[family].iterdir()} == before
+    assert ("goes on query_key_value" in out) == (family == "bloom")
+    base = AutoModelForCausalLM.from_pretrained(bases[family])
+    ids = torch.arange(5, 25)[None]
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out")(ids).logits
+    assert not torch.allclose(plain, adapted)
+    assert adapters.has_moved(tensors(tmp_path / "out"))
+    assert {"lineage.json", "loss.png", "train_log.jsonl", "tokenizer.json"} <= {f.name for f in (tmp_path / "out").iterdir()}
+
+
+def test_trainable_parameters_equal_the_formula(script, bases, data, tmp_path):
+    """Row 4: r x (in + out) for each of the named layers: q 64 -> 64, v 64 -> 32, in two layers."""
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "out", lora_r=4)).ok  # noqa: B018
+    results = lineage.read(tmp_path / "out")["results"]
+    assert results["trainable_parameters"] == 2 * 4 * ((64 + 64) + (64 + 32))
+
+
+@pytest.mark.parametrize("bits", ["load_8bit", "load_4bit"])
+def test_quantised_bases_train(script, bases, data, tmp_path, bits):
+    """bitsandbytes really quantises, on the CPU too; the loss falls."""
+    out = script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **{bits: True})).ok
+    assert bits.removeprefix("load_") in out
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+
+
+VARIANTS = [
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"neftune_noise_alpha": 5},
+    {"modules_to_save": "[embed_tokens,lm_head]"},
+    {"group_by_length": True},
+    {"gradient_checkpointing": True},
+    {"lr_scheduler_type": "cosine", "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: next(iter(changes)))
+def test_variants_train(script, bases, data, tmp_path, changes):
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **changes)).ok  # noqa: B018
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+
+
+def test_a_layer_that_the_model_has_not_is_named_with_those_it_has(script, bases, data, tmp_path):
+    error = script("finetune.py", *options(bases["bloom"], data, tmp_path / "out", lora_target_modules="[q_proj]")).error
+    assert "q_proj" in error and "query_key_value" in error and "dense_h_to_4h" in error
+    assert not (tmp_path / "out").exists()
+
+
+# Batches and the loss
+
+
+def test_a_step_has_each_record_once_and_no_micro_batch_over_the_size():
+    lengths = [random.Random(1).randint(5, 100) for _ in range(50)]
+    steps = Steps(lengths, lengths, Plan(batch_size=16, micro_batch_tokens=200))
+    dealt = [[record for micro in step for record in micro.records] for step in steps]
+    assert sorted(record for step in dealt for record in step) == list(range(50)) and [len(step) for step in dealt] == [
+        16,
+        16,
+        16,
+        2,
+    ]
+    for step in steps:
+        for micro in step:
+            assert len(micro.records) * max(lengths[r] for r in micro.records) <= 200
+            assert micro.supervised == sum(lengths[r] for m in step for r in m.records)
+    steps.set_epoch(1)
+    assert [[r for micro in step for r in micro.records] for step in steps] != dealt
+
+
+def test_processes_share_a_step_evenly():
+    lengths = [random.Random(1).randint(5, 100) for _ in range(50)]
+    shares = [list(Steps(lengths, lengths, Plan(16, 200, processes=3, process=rank))) for rank in range(3)]
+    for parts in zip(*shares, strict=True):
+        assert len({len(part) for part in parts}) == 1, "all processes walk through as many micro-batches"
+        assert len({part[0].supervised for part in parts}) == 1
+    records = [r for part in shares for step in part for micro in step for r in micro.records]
+    assert sorted(records) == list(range(50))
+    work = [sum(lengths[i] for i in part) for part in share(range(48), lengths, 3)]
+    assert max(work) < 1.1 * min(work)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_the_plain_recipe(bases, family):
+    """Sorted micro-batches with logits where supervised, against one padded batch with a mask and all logits."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(bases[family])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "attention" in name or "attn" in name
+    numbers = random.Random(2)
+    records = []
+    for _ in range(12):
+        ids = [numbers.randint(4, 250) for _ in range(numbers.randint(4, 40))]
+        prompt = numbers.randint(0, len(ids) - 2)
+        records.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
+    lengths = [len(record["input_ids"]) for record in records]
+    supervised = sum(label != IGNORED for record in records for label in record["labels"][1:])
+
+    batch = pad(records, 1)
+    mask = torch.tensor([[1] * n + [0] * (batch["input_ids"].shape[1] - n) for n in lengths])
+    plain = model(**batch, attention_mask=mask).loss
+    plain.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total = 0.0
+    with returning_loss(model) as sparse:
+        assert sparse
+        for micro in deal(range(12), lengths, 100):
+            loss = model(**pad([records[i] for i in micro], 1)) / supervised
+            loss.backward()
+            total += loss.item()
+    assert total == pytest.approx(plain.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_caps_its_logits_takes_the_full_path(bases):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    plain = model.forward
+
+    def capped(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = torch.tanh(output.logits / 2) * 2
+        return output
+
+    model.forward = capped
+    batch = {"input_ids": torch.arange(5, 15)[None], "labels": torch.arange(5, 15)[None]}
+    wanted = torch.nn.functional.cross_entropy(
+        model(batch["input_ids"]).logits[0, :-1], batch["labels"][0, 1:], reduction="sum"
+    )
+    with returning_loss(model) as sparse:
+        assert not sparse
+        torch.testing.assert_close(model(**batch), wanted)
+
+
+def test_an_empty_micro_batch_has_loss_zero_and_gradients(bases):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    with returning_loss(model):
+        loss = model(**pad([], 1))
+    loss.backward()
+    assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
