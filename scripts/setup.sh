@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with what the toolkit needs; "setup.sh dev" adds what its tests need. Does nothing where that is done.
-set -euo pipefail
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$0")/env.sh"
 
 install() { # install REQUIREMENTS: unless these very lines are installed already
     local done_mark

@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # Set up if needed, then lint, types and tests. Further words go to pytest: bash scripts/test.sh -k merging
-set -euo pipefail
-bash "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+bash "$(dirname "$0")/setup.sh" dev || exit
+source "$(dirname "$0")/env.sh"
 cd "$ROOT"
 
 if ! command -v chromium > /dev/null && ! command -v google-chrome > /dev/null; then

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The chat page with the adapter of rerun-1-alpaca-13b-3-1.
+source "$(dirname "$0")/env.sh"
+
+base chinese-alpaca-13b merge-13b-alpaca
+adapter rerun-1-alpaca-13b-3-1
+chat --load_8bit True "$@"
