@@ -1,0 +1,77 @@
+"""How likely a model finds the right answers: the mean log-likelihood of references, under each adapter of a base."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.console import UserError, progress, say
+from utils.encoding import encode
+from utils.generation import BASE, Answerer, Engine, resolve
+from utils.loss import full_loss
+from utils.modeling import place
+from utils.prompts import Record
+from utils.tables import Row, Table, Values
+
+Members = dict[str, list[int]]
+
+LONGEST = 1 << 20  # tokens: nothing is cut
+
+
+@torch.inference_mode()
+def log_likelihoods(engine: Engine, name: str, records: Sequence[Record]) -> list[float | None]:
+    """For each record the mean over its reference's tokens, end of sequence included, of the natural logarithm of
+    the probability that the answerer `name` gives to it after the prompt; None where the model's window is too short.
+    """
+    engine.use(name)
+    answered = [record | {"output": record["reference"]} for record in records]
+    encoded = encode(answered, engine.prompters[name], engine.tokenizers[name], LONGEST, train_on_inputs=False)
+    found: list[float | None] = []
+    for one in progress(encoded, desc=f"log-likelihood, {name}", leave=False):
+        if engine.window is not None and one.full_length > engine.window:
+            found.append(None)
+            continue
+        ids = torch.tensor([one.input_ids], device=engine.model.device)
+        labels = torch.tensor([one.labels], device=engine.model.device)
+        found.append(-full_loss(engine.model.forward, ids, labels).item() / one.answer_tokens)
+    return found
+
+
+def table_where_possible(base_model: str, *rest: Any) -> list[Table]:
+    """`table_of`; none, which is said, where no `base_model` was given and the adapters lead to none that loads."""
+    try:
+        return [table_of(base_model, *rest)]
+    except UserError as error:
+        if base_model:
+            raise
+        say(f"log-likelihoods are left out: {error}")
+        return []
+
+
+def table_of(base_model: str, folders: dict[str, Path], records: Sequence[Record], members: Members, load_8bit: bool) -> Table:
+    """The mean log-likelihood of the references of each category under the base, and under each adapter on it.
+
+    `folders`: the adapters by their systems' names; `members`: positions of each category's records.
+    Raises UserError where base or adapters cannot be loaded, or do not fit each other.
+    """
+    base_model, adapters = resolve(base_model, [str(folder) for folder in folders.values()], "")
+    base = Answerer(BASE, None, adapters[0].template, None)
+    engine = Engine(base_model, [base, *adapters], place(load_8bit, False))
+    groups = {c: [p for p in positions if records[p].get("reference")] for c, positions in members.items()}
+    asked = [position for positions in groups.values() for position in positions]
+    found = {
+        system: dict(zip(asked, log_likelihoods(engine, one.name, [records[p] for p in asked]), strict=True))
+        for system, one in zip([BASE, *folders], engine.answerers, strict=True)
+    }
+    too_long = {position for given in found.values() for position, value in given.items() if value is None}
+    if too_long:
+        say(f"{len(too_long)} of {len(asked)} references are longer, with their prompts, than the model's window; left out")
+    rows = []
+    for category, positions in groups.items():
+        kept = [position for position in positions if position not in too_long]
+        if kept:
+            values: Values = {system: statistics.fmean(given[p] for p in kept) for system, given in found.items()}  # type: ignore[misc]
+            rows.append(Row(category, len(kept), values))
+    return Table("log-likelihood of the reference (nats a token)", list(found), rows, digits=3)
