@@ -142,6 +142,16 @@ class Segment(NamedTuple):
     token: int | None
 
 
+Encoded = tuple[list[int], list[tuple[int, int]]]  # the ids of a text, and the offsets of their tokens
+
+
+def run(model: SentencePieceProcessor, texts: list[str], with_offsets: bool) -> list[Encoded]:
+    """What SentencePiece makes of texts; it encodes a batch in threads, and offsets take it longer than ids do."""
+    if with_offsets:
+        return [(row["ids"], row["offsets"]) for row in model.encode(texts, return_type="offset_mapping")]
+    return [(ids, []) for ids in model.encode(texts)]
+
+
 class SentencePieceTokenizer(SentencePieceBackend):
     """A tokenizer of transformers whose ids are SentencePiece's own, in batches, with character offsets.
 
@@ -192,10 +202,10 @@ class SentencePieceTokenizer(SentencePieceBackend):
         proto.normalizer_spec.add_dummy_prefix = False
         return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
-    def _cut(self, row: int, text: str, split_special_tokens: bool) -> list[Segment]:
+    def _cut(self, row: int, text: str) -> list[Segment]:
         """Cut a text at its added tokens."""
         segments, end = [], 0
-        for match in self._added_pattern.finditer(text) if not split_special_tokens else ():
+        for match in self._added_pattern.finditer(text):
             if match.start() > end:
                 segments.append(Segment(row, end, text[end : match.start()], None))
             group = match.lastindex or 0
@@ -205,37 +215,32 @@ class SentencePieceTokenizer(SentencePieceBackend):
             segments.append(Segment(row, end, text[end:], None))
         return segments
 
-    def encode_texts(self, texts: list[str], split_special_tokens: bool) -> list[dict[str, list]]:
-        """For each text its `ids`, `pieces` and `offsets` (begin and end of each token, in characters).
+    def encode_texts(self, texts: list[str], split_special_tokens: bool, with_offsets: bool) -> list[Encoded]:
+        """For each text its ids and, where asked for, each token's begin and end in it, in characters.
 
         The texts of added tokens become these tokens, unless `split_special_tokens`. A token that stands for no
         character of its own (the space put before a text, all but the last byte of a character) has an empty range.
         """
-        segments = [cut for row, text in enumerate(texts) for cut in self._cut(row, text, split_special_tokens)]
+        if split_special_tokens or not any(map(self._added_pattern.search, texts)):
+            return run(self.sp_model, texts, with_offsets)
+        segments = [segment for row, text in enumerate(texts) for segment in self._cut(row, text)]
         plain = [s for s in segments if s.token is None]
         fresh = [s for s in plain if self.legacy or s.start == 0]
         going_on = [s for s in plain if not (self.legacy or s.start == 0)]
-        encoded: dict[Segment, dict[str, list]] = {}
-        for group, is_fresh in ((fresh, True), (going_on, False)):
-            if group:
-                model = self.sp_model if is_fresh else self.continuing_model
-                encoded |= zip(group, model.encode([s.text for s in group], return_type="offset_mapping"), strict=True)
-        rows: list[dict[str, list]] = [{"ids": [], "pieces": [], "offsets": []} for _ in texts]
+        encoded = dict(zip(fresh, run(self.sp_model, [s.text for s in fresh], with_offsets), strict=True))
+        if going_on:
+            encoded |= zip(going_on, run(self.continuing_model, [s.text for s in going_on], with_offsets), strict=True)
+        rows: list[Encoded] = [([], []) for _ in texts]
         for s in segments:
-            if s.token is None:
-                part = encoded[s]
-                if s.start:
-                    part["offsets"] = [(s.start + begin, s.start + end) for begin, end in part["offsets"]]
-            else:
-                part = {"ids": [s.token], "pieces": [s.text], "offsets": [(s.start, s.start + len(s.text))]}
-            for key, values in rows[s.row].items():
-                values.extend(part[key])
+            ids, offsets = ([s.token], [(0, len(s.text))]) if s.token is not None else encoded[s]
+            rows[s.row][0].extend(ids)
+            rows[s.row][1].extend((s.start + begin, s.start + end) for begin, end in offsets)
         return rows
 
     def tokenize(self, text: str, **options: Any) -> list[str]:  # type: ignore[override]
         """The pieces of a text."""
         split = bool(options.get("split_special_tokens", self.split_special_tokens))
-        return self.encode_texts([text], split)[0]["pieces"]
+        return self.convert_ids_to_tokens(self.encode_texts([text], split, False)[0][0])
 
     def _encode_plus(  # type: ignore[override]
         self,
@@ -258,8 +263,8 @@ class SentencePieceTokenizer(SentencePieceBackend):
             return super()._encode_plus(
                 text, text_pair, add_special_tokens, padding_strategy, max_length=max_length, **settings, **options
             )
-        rows = self.encode_texts(texts, split_special_tokens)
-        batch = {"input_ids": [row["ids"] for row in rows], "offset_mapping": [row["offsets"] for row in rows]}
+        rows = self.encode_texts(texts, split_special_tokens, return_offsets_mapping)
+        batch: dict[str, list] = {"input_ids": [ids for ids, _ in rows], "offset_mapping": [offsets for _, offsets in rows]}
         if truncation_strategy is not TruncationStrategy.DO_NOT_TRUNCATE and max_length is not None:
             room = max_length - (self.num_special_tokens_to_add() if add_special_tokens else 0)
             kept = slice(0, room) if self.truncation_side == "right" else slice(-room, None)
