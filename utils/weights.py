@@ -12,7 +12,7 @@ from utils.console import UserError
 from utils.files import read_json
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
-MAPPED_AT_MOST = 2**27
+MAPPED_AT_MOST = 2**26
 DTYPES = {  # by the names that the safetensors format has for them
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,7 +33,7 @@ class Weights:
     """The tensors of a model or adapter: `names`, and by name `shape`, `dtype`, `tensor` and `rows`.
 
     Reads `model.safetensors` or `pytorch_model.bin`, whole or in shards, or any `files` of these two kinds. Tensors are
-    memory-mapped. A mapping is given up after `MAPPED_AT_MOST` bytes were read through it, since its pages count as
+    memory-mapped. Mappings are given up after `MAPPED_AT_MOST` bytes were read through them, since their pages count as
     this process's memory; so whoever reads rows and keeps none stays small, whatever the size of the model.
     Raises UserError where a file or a tensor is missing, cut off, or asks for code to be run.
     """
@@ -43,7 +43,7 @@ class Weights:
         self.files = files or weight_files(self.folder)
         self._lock = threading.Lock()
         self._opened: dict[Path, Any] = {}
-        self._bytes_read: dict[Path, int] = {}
+        self._bytes_read = 0
         self._homes: dict[str, Path] = {}
         self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for file in self.files:
@@ -76,15 +76,15 @@ class Weights:
             opened = self._open(file)
             tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
             rows = tensor[index] if tensor.dim() else tensor
-            self._bytes_read[file] += rows.nbytes
-            if self._bytes_read[file] > MAPPED_AT_MOST and not isinstance(opened, Unmapped):
-                del self._opened[file]
+            self._bytes_read += rows.nbytes
+            if self._bytes_read > MAPPED_AT_MOST:
+                self._opened = {file: opened for file, opened in self._opened.items() if isinstance(opened, Unmapped)}
+                self._bytes_read = 0
         return rows
 
     def _open(self, file: Path) -> Any:
         if file not in self._opened:
             self._opened[file] = open_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
-            self._bytes_read[file] = 0
         return self._opened[file]
 
     def file_of(self, name: str) -> Path:
