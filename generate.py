@@ -37,7 +37,9 @@ class Options:
     overwrite: bool = option(False, "replace answers to other prompts, or those of an unfinished run")
     batch_size: int | str = option("auto", "prompts answered at once (auto: by length and memory)", least=1, choices=("auto",))
 
-    num_beams: int = option(4, "beams of the search", least=1, most=64, heading="Decoding")
+    num_beams: int | None = option(
+        None, "beams of the search (4; the page starts with 1)", least=1, most=64, heading="Decoding"
+    )
     max_new_tokens: int = option(2048, "longest answer, in tokens", least=1)
     do_sample: bool = option(False, "draw tokens by chance, with the three that follow")
     temperature: float = option(0.1, "flattens (above 1) or sharpens the scores", least=0)
@@ -84,11 +86,12 @@ def check_together(options: Options) -> None:
 
 def load_engine(options: Options) -> "Engine":
     """The base model with the adapters on it."""
-    from utils.generation import Engine, resolve
+    from utils.generation import Engine, resolve, with_base
     from utils.modeling import place
 
     base_model = options.base_model or os.environ.get("BASE_MODEL", "")
     base_model, answerers = resolve(base_model, options.lora_weights, options.prompt_template)
+    answerers = with_base(answerers) if options.is_ui else answerers
     return Engine(base_model, answerers, place(options.load_8bit, options.load_4bit, options.gpu_id))
 
 
@@ -96,7 +99,8 @@ def decoding(options: Options) -> "Settings":
     """The options of the same names."""
     from utils.decoding import Settings
 
-    return Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
+    return Settings(**{name: value for name, value in values.items() if value is not None})
 
 
 if __name__ == "__main__":

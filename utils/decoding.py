@@ -8,7 +8,7 @@ they generated; and a row that has its answer leaves the batch at once.
 import dataclasses
 import heapq
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def decode(
     settings: Settings,
     ended: Callable[[Ids], bool],
     seeds: list[int],
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Answer `prompts`, all at once, with at most `limits` tokens each; one `Step` a token.
 
     `ended` tells from an answer's ids so far whether its last token ends it. Each prompt has its own seed, so
@@ -323,7 +323,8 @@ class Beams:
     def extend(self, candidates: list[tuple[float, int, int]], ended: Callable[[Ids], bool]) -> list[int]:
         """Go on with the best `candidates` (score, beam, token; best first); return the beams they continue."""
         length = len(self.running[0][1]) + 1
-        running, sources = [], []
+        running: list[tuple[float, Ids]] = []
+        sources: list[int] = []
         for rank, (score, beam, token) in enumerate(candidates):
             ids = [*self.running[beam][1], token]
             if length < self.limit and not ended(ids):

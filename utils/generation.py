@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
         Answerer(name, Path(folder), choose_template(prompt_template, known, folder), known)
         for name, (folder, (_, known)) in zip(names, found.items(), strict=True)
     ]
+
+
+def with_base(answerers: list[Answerer]) -> list[Answerer]:
+    """The base, asked with the template of the first adapter, and the adapters."""
+    return answerers if answerers[0].folder is None else [Answerer(BASE, None, answerers[0].template, None), *answerers]
 
 
 def named_base(settings: dict[str, Any], known: dict[str, Any] | None) -> str:
@@ -175,21 +180,25 @@ class Engine:
             with switching.merged(self.adapters, name):
                 yield
 
-    def encode(self, name: str, record: dict[str, Any]) -> Ids:
+    def prompter(self, name: str, template: str = "") -> Prompter:
+        """The template to ask the answerer `name` with: its own, or another `template`."""
+        return Prompter(template) if template else self.prompters[name]
+
+    def encode(self, name: str, record: dict[str, Any], template: str = "") -> Ids:
         """The ids to ask the answerer `name` a record with."""
-        return encode_prompt(record, self.prompters[name], self.tokenizers[name])
+        return encode_prompt(record, self.prompter(name, template), self.tokenizers[name])
 
-    def ending(self, name: str) -> Ending:
+    def ending(self, name: str, template: str = "") -> Ending:
         """How answers of `name` end."""
-        return Ending(self.tokenizers[name], self.prompters[name].stop_strings)
+        return Ending(self.tokenizers[name], self.prompter(name, template).stop_strings)
 
-    def answer(self, name: str, prompts: list[Ids], settings: Settings) -> Iterator[Step]:
+    def answer(self, name: str, prompts: list[Ids], settings: Settings, template: str = "") -> Generator[Step]:
         """Answer `prompts` at once as `name` (which must be in use at each step); what page and batch both call.
 
         An answer has at most `max_new_tokens`, and prompt and answer together stay within the model's window.
         """
-        limits = [self.limit(prompt, settings) for prompt in prompts]
-        return decode(self.model, prompts, limits, settings, self.ending(name), [seed(settings, ids) for ids in prompts])
+        limits, ending = [self.limit(prompt, settings) for prompt in prompts], self.ending(name, template)
+        return decode(self.model, prompts, limits, settings, ending, [seed(settings, ids) for ids in prompts])
 
     def limit(self, prompt: Ids, settings: Settings) -> int:
         """The number of tokens that the answer to `prompt` may have; below 1 where the window has no room for any."""

@@ -1,0 +1,178 @@
+"""Answering all of test_data: one prompt at a time as alpaca-lora does, transformers' continuous batching, and this toolkit.
+
+    python benchmarks/generate.py --base_model models/smollm2-135m-instruct
+
+The prompts and the length of the answers are the same for all, and so must the answers be: where one differs, the two
+scores between which the recipes chose differently are shown, and have to lie within 1e-3 of each other. For greedy
+decoding these are the first differing tokens' log-probabilities; a beam search chooses between whole beams by their
+sum of log-probabilities over their length.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import ROOT, Figures, interleave, report
+from utils.cli import option, run
+from utils.console import say
+
+TOLERANCE = 1e-3
+Answers = list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    base_model: str = option(help="the base model")
+    lora_weights: list[str] = option([], "an adapter on it: unmerged in the plain recipe, merged in memory in ours")
+    test_input_path: list[str] = option([str(ROOT / "test_data")], "the prompts")
+    prompts: int = option(0, "answer only so many of them, evenly drawn (0: all)", least=0)
+    num_beams: list[str] = option(["1", "4"], "numbers of beams to measure")
+    max_new_tokens: int = option(48, "length of the answers", least=1)
+    repeats: int = option(1, "runs of each recipe", least=1)
+    continuous: bool = option(True, "also measure model.generate_batch (greedy decoding only)")
+
+
+def main(options: Options) -> None:
+    """Measure each number of beams; print all figures as one object."""
+    from utils.generation import Engine, resolve
+    from utils.modeling import place
+    from utils.prompts import read_prompts
+
+    base_model, answerers = resolve(options.base_model, options.lora_weights, "")
+    engine = Engine(base_model, answerers, place(False, False))
+    records = read_prompts(options.test_input_path)
+    records = records[:: max(1, len(records) // options.prompts)][: options.prompts] if options.prompts else records
+    prompts = [engine.encode(answerers[0].name, record) for record in records]
+    medians: dict[str, Figures] = {}
+    ratios: Figures = {}
+    for beams in map(int, options.num_beams):
+        measured, answers = measure(engine, prompts, beams, options)
+        medians |= measured
+        names = list(measured)
+        for name in names[1:]:
+            ratios[f"{name} against {names[0]}"] = measured[names[0]]["seconds"] / measured[name]["seconds"]
+            ratios[f"identical answers, {name}"] = compare(engine, prompts, answers[names[0]], answers[name], beams, name)
+    lengths = sorted(map(len, prompts))
+    facts = {"prompts": len(prompts), "prompt tokens": [lengths[0], lengths[len(lengths) // 2], lengths[-1]]}
+    report(medians, ratios, ("torch", "transformers", "peft"), max_new_tokens=options.max_new_tokens, **facts)
+
+
+def measure(engine: Any, prompts: Answers, beams: int, options: Options) -> tuple[dict[str, Figures], dict[str, Answers]]:
+    """Run the recipes in turn; their figures and their answers."""
+    recipes = {f"plain, {beams} beams": one_by_one, f"ours, {beams} beams": in_batches}
+    if options.continuous and beams == 1:
+        recipes["continuous batching, 1 beam"] = continuous
+    answers: dict[str, Answers] = {}
+
+    def timed(name: str, recipe: Callable) -> Callable[[], Figures]:
+        def call() -> Figures:
+            start = time.perf_counter()
+            answers[name] = recipe(engine, prompts, beams, options.max_new_tokens)
+            seconds = time.perf_counter() - start
+            return {"seconds": seconds, "tokens_per_second": sum(map(len, answers[name])) / seconds}
+
+        return call
+
+    return interleave({name: timed(name, recipe) for name, recipe in recipes.items()}, options.repeats), answers
+
+
+def one_by_one(engine: Any, prompts: Answers, beams: int, length: int) -> Answers:
+    """The plain recipe, line for line that of alpaca-lora's generate.py: one prompt a call, all scores kept."""
+    import torch
+    from transformers import GenerationConfig
+
+    engine.use(engine.answerers[0].name)
+    answers = []
+    for prompt in prompts:
+        input_ids = torch.tensor([prompt], device=engine.model.device)
+        config = GenerationConfig(
+            num_beams=beams, eos_token_id=engine.model.config.eos_token_id, pad_token_id=engine.model.config.pad_token_id
+        )
+        with torch.no_grad():
+            output = engine.model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=config,
+                return_dict_in_generate=True,
+                output_scores=True,
+                max_new_tokens=length,
+            )
+        answers.append(until_end(output.sequences[0, len(prompt) :].tolist(), engine.model.config.eos_token_id))
+    return answers
+
+
+def in_batches(engine: Any, prompts: Answers, beams: int, length: int) -> Answers:
+    """This toolkit, without stop strings, which the plain recipe does not have."""
+    from utils.batch_answers import plan
+    from utils.decoding import Settings, decode
+
+    settings, end = Settings(num_beams=beams, max_new_tokens=length), engine.model.config.eos_token_id
+    answers: Answers = [[] for _ in prompts]
+    with engine.merged(engine.answerers[0].name):
+        for batch in plan(prompts, settings, engine.model, 0):
+            chosen, limits = [prompts[place] for place in batch], [length] * len(batch)
+            for step in decode(engine.model, chosen, limits, settings, lambda ids: ids[-1] == end, [0] * len(batch)):
+                for row, ids in step.finished.items():
+                    answers[batch[row]] = ids
+    return answers
+
+
+def continuous(engine: Any, prompts: Answers, beams: int, length: int) -> Answers:
+    """transformers' continuous batching."""
+    from transformers import GenerationConfig
+
+    end = engine.model.config.eos_token_id
+    config = GenerationConfig(
+        max_new_tokens=length, eos_token_id=end, pad_token_id=engine.model.config.pad_token_id, do_sample=False
+    )
+    before = engine.model.config._attn_implementation
+    with engine.merged(engine.answerers[0].name):
+        outputs = engine.model.generate_batch(inputs=prompts, generation_config=config)
+    engine.model.set_attn_implementation(before)
+    found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    return [until_end(found[tuple(prompt)], end) for prompt in prompts]
+
+
+def until_end(ids: list[int], end: int) -> list[int]:
+    """An answer's ids up to its end of sequence."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def compare(engine: Any, prompts: Answers, plain: Answers, ours: Answers, beams: int, name: str) -> float:
+    """The share of identical answers; shows what separates the others, and ends the program where it is no rounding."""
+    same, wrong = 0, 0
+    for prompt, one, other in zip(prompts, plain, ours, strict=True):
+        if one == other:
+            same += 1
+            continue
+        first = next(
+            (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
+        )
+        scores = [log_probabilities(engine, prompt, ids) for ids in (one, other)]
+        values = [float(s.mean()) for s in scores] if beams > 1 else [float(s[first]) for s in scores]
+        wrong += abs(values[0] - values[1]) > TOLERANCE
+        what = "sum over length" if beams > 1 else "log-probability"
+        say(f"  {name}: differs from token {first} on; {what} {values[0]:.6f} (plain) and {values[1]:.6f}")
+    if wrong:
+        sys.exit(f"{name}: {wrong} answers differ by more than rounding")
+    return same / len(prompts)
+
+
+def log_probabilities(engine: Any, prompt: list[int], answer: list[int]) -> Any:
+    """The log-probability of each token of an answer, by the model itself: (tokens,) float32."""
+    import torch
+
+    with torch.no_grad():
+        logits = engine.model(input_ids=torch.tensor([prompt + answer], device=engine.model.device)).logits[0].float()
+    return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
+
+
+if __name__ == "__main__":
+    run(main, Options)

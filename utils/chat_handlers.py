@@ -1,0 +1,265 @@
+"""What the chat page does: the functions behind its buttons and its API. Of the page's components they know the names only.
+
+What belongs to one visitor (the conversation) comes in with each call and goes out with it; nothing is kept here.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from utils import lineage
+from utils.chat_labels import Labels
+from utils.console import UserError
+from utils.conversations import Conversation, from_file
+from utils.decoding import Settings
+from utils.generation import BASE, Answerer
+from utils.serving import Reply, Service, TooLong
+
+LARGEST_FILE = 1_000_000  # characters of a conversation that is loaded
+REDRAWN = 0.05  # seconds between two drawings of a growing answer: a fast model would drown the browser
+
+
+class Pace:
+    """Tells whether it is time to draw again."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def is_due(self, done: bool) -> bool:
+        """True if the last time was long enough ago, or all is `done`."""
+        now = time.monotonic()
+        due = done or now - self.last >= REDRAWN
+        self.last = now if due else self.last
+        return due
+
+
+class Handlers:
+    """The functions of the page, over a service, in one language."""
+
+    def __init__(self, service: Service, labels: Labels):
+        self.service, self.labels = service, labels
+        self.answerers = {one.name: one for one in service.engine.answerers}
+
+    # the conversation
+
+    def ask(self, conversation, question, adapter, template, **knobs) -> Iterator[tuple]:
+        """Answer the question in the box."""
+        yield from self.answer(conversation, conversation.asked(question), adapter, template, **knobs)
+
+    def again(self, conversation, adapter, template, **knobs) -> Iterator[tuple]:
+        """Answer the last question anew."""
+        if conversation.turns:
+            yield from self.answer_from(conversation, len(conversation.turns) - 1, None, adapter, template, **knobs)
+
+    def retry(self, event: gr.RetryData, *, conversation, adapter, template, **knobs) -> Iterator[tuple]:
+        """Answer a question of the conversation anew; what came after it goes."""
+        yield from self.answer_from(conversation, conversation.turn_of(event.index), None, adapter, template, **knobs)
+
+    def edit(self, event: gr.EditData, *, conversation, adapter, template, **knobs) -> Iterator[tuple]:
+        """Answer a question that was changed; what came after it goes."""
+        yield from self.answer_from(conversation, conversation.turn_of(event.index), event.value, adapter, template, **knobs)
+
+    def answer_from(self, conversation, place, question, adapter, template, **knobs) -> Iterator[tuple]:
+        earlier = conversation.until(place).asked(question or conversation.turns[place][0])
+        yield from self.answer(conversation, earlier, adapter, template, **knobs)
+
+    def answer(self, before: Conversation, conversation: Conversation, adapter, template, **knobs) -> Iterator[tuple]:
+        """Grow the answer to the last question; yields the conversation, its messages, the question box, the status.
+
+        Where there can be no answer, the page is as `before`, with the question in its box.
+        """
+        yield conversation, conversation.messages(), "", gr.skip()
+        pace = Pace()
+        try:
+            for reply in self.service.reply(adapter, conversation.record(), self.settings(**knobs), template):
+                self.tell_dropped(reply)
+                if not pace.is_due(reply.done):
+                    yield (gr.skip(),) * 4  # every token is a chance to stop
+                    continue
+                messages = conversation.answered(reply.text or self.waiting(reply)).messages()
+                yield conversation.answered(reply.text), messages, gr.skip(), self.status(adapter, reply)
+        except UserError as error:
+            gr.Warning(self.reason(error))
+            yield before, before.messages(), conversation.turns[-1][0], gr.skip()
+
+    def undo(self, conversation) -> tuple:
+        """Take the last question back into its box."""
+        if not conversation.turns:
+            return conversation, [], gr.skip()
+        earlier = conversation.until(len(conversation.turns) - 1)
+        return earlier, earlier.messages(), conversation.turns[-1][0]
+
+    def clear(self) -> tuple:
+        """An empty conversation."""
+        return Conversation(), []
+
+    def save(self, conversation) -> str:
+        """The conversation as a file's text, which the browser saves."""
+        text = conversation.to_file()
+        if not text:
+            gr.Warning(self.labels.no_conversation)
+        return text
+
+    def load(self, conversation, file) -> tuple:
+        """The conversation in a file's text, which the browser read."""
+        try:
+            if not file:
+                return conversation, conversation.messages()
+            if len(file) > LARGEST_FILE:
+                raise ValueError(f"> {LARGEST_FILE}")
+            loaded = from_file(file)
+        except ValueError as error:
+            gr.Warning(self.labels.not_a_conversation.format(reason=error))
+            return conversation, conversation.messages()
+        return loaded, loaded.messages()
+
+    # several side by side, and single tasks
+
+    def compare(self, compared_question, answerers, template, **knobs) -> Iterator[list]:
+        """One question to several answerers; yields the text of each column, and the status."""
+        columns = [""] * len(self.answerers)
+        yield [*columns, gr.skip()]
+        if not answerers:
+            gr.Warning(self.labels.none_chosen)
+            return
+        record, pace = {"instruction": compared_question, "input": ""}, Pace()
+        try:
+            for replies in self.service.replies(answerers, record, self.settings(**knobs), template):
+                if not pace.is_due(all(reply.done for reply in replies.values())):
+                    yield [gr.skip()] * (len(columns) + 1)
+                    continue
+                for place, name in enumerate(self.answerers):
+                    if name in replies:
+                        columns[place] = replies[name].text or self.waiting(replies[name])
+                yield [*columns, self.compared(replies)]
+        except UserError as error:
+            gr.Warning(self.reason(error))
+
+    def choose(self, answerers) -> list:
+        """Show the columns of those who are asked."""
+        shown = [gr.update(visible=name in answerers) for name in self.answerers]
+        return shown if len(shown) > 1 else shown[0]
+
+    def task(self, instruction, input, adapter, template, **knobs) -> Iterator[tuple]:
+        """Answer an instruction with its input; yields the answer and the status."""
+        yield "", gr.skip()
+        record, pace = {"instruction": instruction, "input": input}, Pace()
+        try:
+            for reply in self.service.reply(adapter, record, self.settings(**knobs), template):
+                if not pace.is_due(reply.done):
+                    yield gr.skip(), gr.skip()
+                    continue
+                yield reply.text or self.waiting(reply), self.status(adapter, reply)
+        except UserError as error:
+            gr.Warning(self.reason(error))
+
+    # the API
+
+    def api_answer(
+        self,
+        instruction: str,
+        input: str = "",
+        history: list[list[str]] | None = None,
+        adapter: str = "",
+        template: str = "",
+        max_new_tokens: int = 512,
+        num_beams: int = 1,
+        do_sample: bool = False,
+        temperature: float = 0.1,
+        top_p: float = 0.75,
+        top_k: int = 40,
+        repetition_penalty: float = 1.0,
+        seed: int = 42,
+    ) -> Iterator[str]:
+        """Answer an instruction; the text so far is sent after each token, the whole answer last.
+
+        history: earlier turns as [[question, answer], …]. adapter: a name that /answerers gives ("": the page's
+        first choice). template: a name in templates/ ("": the one trained with).
+        """
+        knobs = {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        pairs = history or []
+        if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
+            raise gr.Error("history: not a list of pairs of texts", print_exception=False)
+        record = {"instruction": instruction, "input": input, "history": pairs}
+        try:
+            for reply in self.service.reply(self.known(adapter), record, self.service.settings(**knobs), template):
+                yield reply.text
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    def api_answerers(self) -> list[dict]:
+        """Who can answer: name, template, and the chain of training steps of each; the last is the page's first choice."""
+        return [{"name": name, "template": one.template, "chain": steps_of(one)} for name, one in self.answerers.items()]
+
+    def known(self, name: str) -> str:
+        """An answerer's name; "" is the last one's. Raises UserError for any other."""
+        if name and name not in self.answerers:
+            raise UserError(f"adapter {name}: not loaded; choose one of {', '.join(self.answerers)}")
+        return name or list(self.answerers)[-1]
+
+    # what is said
+
+    def show_adapter(self, adapter) -> str:
+        """The status line for another answerer."""
+        return self.status(adapter)
+
+    def settings(self, **knobs: Any) -> Settings:
+        """The panel's settings; what is drawn by chance differs from answer to answer."""
+        return self.service.settings(**knobs, seed=random.randrange(2**31))
+
+    def status(self, name: str, reply: Reply | None = None) -> str:
+        """Base, answerer and its chain, device and type, and the speed of the last answer."""
+        labels, engine = self.labels, self.service.engine
+        speed = labels.speed.format(tokens=reply.tokens, speed=reply.speed) if reply else labels.no_speed
+        if reply and reply.dropped:
+            speed += " · " + labels.dropped.format(count=reply.dropped)
+        steps = steps_of(self.answerers[name])
+        chain = f" ({' → '.join(steps)})" if len(steps) > 1 else ""
+        return labels.status.format(
+            base=engine.base_model.rstrip("/").split("/")[-1],
+            adapter=self.shown(name) + chain,
+            place=engine.placement,
+            speed=speed,
+        )
+
+    def compared(self, replies: dict[str, Reply]) -> str:
+        """The speeds of several answers."""
+        return " · ".join(f"{self.shown(name)}: {reply.tokens} ({reply.speed:.1f}/s)" for name, reply in replies.items())
+
+    def shown(self, name: str) -> str:
+        """An answerer's name on the page."""
+        return self.labels.base if name == BASE else name
+
+    def waiting(self, reply: Reply) -> str:
+        """What stands in the place of an answer that has no text yet."""
+        return "" if reply.done else self.labels.waiting.format(tokens=reply.tokens)
+
+    def tell_dropped(self, reply: Reply) -> None:
+        """Say once, at an answer's first token, that old turns were left out."""
+        if reply.dropped and reply.tokens == 1:
+            gr.Info(self.labels.dropped.format(count=reply.dropped))
+
+    def reason(self, error: UserError) -> str:
+        """An error in the page's language, where it is one that visitors make."""
+        if isinstance(error, TooLong):
+            return self.labels.too_long.format(size=error.size, room=error.room)
+        return self.labels.refused.format(reason=error)
+
+
+def steps_of(answerer: Answerer) -> list[str]:
+    """The names of the training steps that lead to an adapter, by its lineage; for the base, none."""
+    if answerer.folder is None or answerer.lineage is None:
+        return []
+    return [step["options"]["output_dir"].rstrip("/").split("/")[-1] for step in lineage.chain(answerer.folder)]

@@ -1,0 +1,88 @@
+"""A conversation of the chat page: its turns, how it is shown, and how it becomes a record and a file."""
+
+import dataclasses
+import json
+from typing import Any
+
+from utils.records import Dirty, as_record, checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns of question and answer (the last one's may be unfinished, or ""), and a `system` text where one was loaded."""
+
+    turns: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+
+    def asked(self, question: str) -> "Conversation":
+        """With one more question, open; a turn that was never answered goes."""
+        return dataclasses.replace(self, turns=(*(turn for turn in self.turns if turn[1]), (question, "")))
+
+    def answered(self, answer: str) -> "Conversation":
+        """With `answer` to the last question."""
+        return dataclasses.replace(self, turns=(*self.turns[:-1], (self.turns[-1][0], answer)))
+
+    def until(self, place: int) -> "Conversation":
+        """Its first `place` turns."""
+        return dataclasses.replace(self, turns=self.turns[:place])
+
+    def messages(self) -> list[dict[str, str]]:
+        """As a chat shows it."""
+        shown = []
+        for question, answer in self.turns:
+            shown.append({"role": "user", "content": question})
+            if answer:
+                shown.append({"role": "assistant", "content": answer})
+        return shown
+
+    def turn_of(self, message: int) -> int:
+        """Which turn the message with this number, as `messages` counts them, belongs to."""
+        owners = [place for place, (_, answer) in enumerate(self.turns) for _ in range(2 if answer else 1)]
+        return owners[min(message, len(owners) - 1)]
+
+    def record(self) -> dict[str, Any]:
+        """In the record format: the last turn, with those before it as its history."""
+        *history, (question, answer) = self.turns
+        record: dict[str, Any] = {"instruction": question, "input": "", "output": answer}
+        if history:
+            record["history"] = [list(turn) for turn in history]
+        if self.system:
+            record["system"] = self.system
+        return record
+
+    def to_file(self) -> str:
+        """A JSON array of one record, which finetune.py takes as it is; "" where nothing has been answered."""
+        whole = tuple(turn for turn in self.turns if turn[1])
+        if not whole:
+            return ""
+        return json.dumps([dataclasses.replace(self, turns=whole).record()], ensure_ascii=False, indent=1) + "\n"
+
+
+def from_file(text: str) -> Conversation:
+    """The first record of a file, in any format of records, as a conversation; an input is joined to its question.
+
+    Raises ValueError, with the reason, where there is no record.
+    """
+    try:
+        value = first_value(text.removeprefix("\ufeff"))
+        first = value[0] if isinstance(value, list) and value else value
+        if not isinstance(first, dict):
+            raise ValueError(str(first)[:40])
+        record = checked(as_record(first), need_output=False)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"JSON: {error}") from None
+    except Dirty as dirt:
+        raise ValueError(str(dirt)) from None
+    question = "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
+    turns = [*record.get("history", []), (question, record["output"])]
+    return Conversation(tuple((one, other) for one, other in turns), record.get("system", ""))
+
+
+def first_value(text: str) -> Any:
+    """A file of JSON whole, or the first line of JSON Lines. Raises JSONDecodeError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if "Extra data" not in str(error):
+            raise
+        return json.loads(text.strip().partition("\n")[0])
