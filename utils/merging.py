@@ -36,14 +36,16 @@ KEPT = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # what 
 class Plan:
     """All that is known before the first byte is written.
 
-    `recipes` are the tensors of the merged model by name, and `files` say which parts of them go where. `tokenizer` is
-    the one that belongs to the merged model, and `tokenizer_folder` holds it (None: there is none).
+    `recipes` are the tensors of the merged model by name, and `files` say which parts of them go where. `rows` are the
+    embeddings' rows of the base, and after each adapter. `tokenizer` is the one that belongs to the merged model, and
+    `tokenizer_folder` holds it (None: there is none).
     """
 
     base: Path
     adapters: list[Adapter]
     config: dict[str, Any]
     recipes: dict[str, Recipe]
+    rows: list[int]
     files: dict[str, dict[str, Part]]
     tokenizer_folder: Path | None
     tokenizer: Any
@@ -80,7 +82,7 @@ def plan_merge(base_model: str, lora_models: list[str], dtype: str | None, outpu
     describe_dtype(config, recipes)
     kinds = {name: recipes[name].kind for name in in_order(recipes, weights)}
     files = layouts.plan_meta(kinds, config) if output_type == "pth" else shards.plan_shards(kinds, most)
-    return Plan(base, adapters, config, recipes, files, tokenizer_folder, tokenizer)
+    return Plan(base, adapters, config, recipes, rows, files, tokenizer_folder, tokenizer)
 
 
 def check_not_quantised(base: Path, config: dict[str, Any], weights: Weights) -> None:

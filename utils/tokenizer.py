@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import transformers
 from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
@@ -26,6 +27,24 @@ MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.jso
 SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
 FILES = (MODEL, JSON, CONFIG, SPECIAL, ADDED, TEMPLATE, "vocab.json", "merges.txt")
 SPACE = "▁"  # how SentencePiece writes a space
+SAMPLES = (  # of what models are asked and answer: runs of spaces, rare characters, two languages in one line
+    "世界的影响力正在改变，我们应该怎样面对未来的挑战？",
+    "你好！很高兴认识你。请用一句话介绍一下你自己吧。",
+    "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。",
+    "下面是一个描述任务的指令，请写出恰当完成该请求的回答。",
+    "二〇二三年，中国的国内生产总值（GDP）增长了5.2%。",
+    "我爱吃苹果🍎和香蕉🍌，你呢？😀",
+    "使用 Python 的 list.append() 方法可以在列表末尾添加元素。",
+    "他说：“學而時習之，不亦說乎？”龘靐齉",
+    "The artist creates a painting that captures the beauty of the sunset over the mountains.",
+    "Give three tips for staying healthy, and explain why each of them matters to you.",
+    "def main():\n    for i in range(10):\n        if i % 2 == 0:\n            print(i)\n",
+    "| a    | b        |\n|------|----------|\n| 1    |    2.50  |",
+    "#include <stdio.h>\n\nint main(void)\n{\n\treturn 0;\n}\n",
+    "1. first   2. second      3. third",
+    "Translate to English: 今天天气很好，我们去公园散步。",
+    "https://example.com/index.html?q=中文&lang=zh",
+)
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -44,7 +63,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder as its files describe it, with a padding token or without; raises as above."""
     if is_sentencepiece(folder / MODEL):
-        return SentencePieceTokenizer(vocab_file=str(folder / MODEL), **read_settings(folder))
+        settings = read_settings(folder)
+        check_numbers(folder, settings["added_tokens_decoder"])
+        return SentencePieceTokenizer(vocab_file=str(folder / MODEL), name_or_path=str(folder), **settings)
     if not any((folder / file).is_file() for file in (JSON, "vocab.json")):
         raise UserError(f"{folder}: holds neither {MODEL} (of SentencePiece) nor {JSON}; put the model's tokenizer there")
     try:
@@ -62,11 +83,33 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path, target: str | Path) -> None:
-    """Have in `target` the tokenizer of `source`: its files as they are, or, where they lack settings, written anew."""
-    if (Path(source) / CONFIG).is_file():
-        copy_tokenizer(source, target)
-    else:
+    """Have in `target` the tokenizer of `source`: its files as they are, or written anew where transformers needs that.
+
+    Says where transformers, without this room, gives other ids than those the model was trained with.
+    """
+    if not (Path(source) / CONFIG).is_file():
         tokenizer.save_pretrained(target)
+    else:
+        copy_tokenizer(source, target)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        try:
+            different = count_differences(tokenizer, target)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
+            say(f"{source}: transformers alone cannot use these tokenizer settings; they are written anew")
+            tokenizer.save_pretrained(target)
+            different = count_differences(tokenizer, target)
+        if different:
+            say(
+                f"{different} of {len(SAMPLES)} sample texts get other ids from a plain AutoTokenizer than from SentencePiece, "
+                "with which the model was trained; the right ones: utils.tokenizer.load_tokenizer(folder)"
+            )
+
+
+def count_differences(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> int:
+    """How many of `SAMPLES` get other ids from transformers' own AutoTokenizer on `folder`."""
+    plain = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ours, theirs = (words(list(SAMPLES), add_special_tokens=False)["input_ids"] for words in (tokenizer, plain))
+    return sum(a != b for a, b in zip(ours, theirs, strict=True))
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -123,6 +166,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if (folder / TEMPLATE).is_file():
         wanted["chat_template"] = (folder / TEMPLATE).read_text("utf-8")
     return wanted | {"added_tokens_decoder": added, "saved_class": settings.get("tokenizer_class") or "LlamaTokenizer"}
+
+
+def check_numbers(folder: Path, added: dict[int, AddedToken]) -> None:
+    """Raises UserError where an added token has the number of an ordinary piece: these files are of two stages."""
+    model = SentencePieceProcessor(model_file=str(folder / MODEL))
+    for index, token in added.items():
+        if index < len(model) and token.content != model.id_to_piece(index):
+            is_free = model.is_control(index) or model.is_unused(index) or model.is_unknown(index) or model.is_byte(index)
+            if not is_free:
+                raise UserError(
+                    f"{folder}: its settings give the number {index} to {token.content}, its {MODEL} of {len(model)} pieces "
+                    f"to {model.id_to_piece(index)}; take all tokenizer files from one model"
+                )
 
 
 def as_token(token: str | dict[str, Any]) -> AddedToken:
@@ -317,5 +373,6 @@ class SentencePieceTokenizer(SentencePieceBackend):
         config = read_json(path)
         config.pop("backend", None)
         switches = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
-        write_json(path, config | switches | {"tokenizer_class": self.saved_class})
+        known = self.saved_class if hasattr(transformers, self.saved_class) else "LlamaTokenizer"
+        write_json(path, config | switches | {"tokenizer_class": known})
         return written
