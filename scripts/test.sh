@@ -16,5 +16,4 @@ fi
 ruff check .
 ruff format --check .
 mypy
-shellcheck --external-sources scripts/*.sh .ci/run
 python -m pytest "$@"

@@ -1,0 +1,366 @@
+"""scripts/: every step parses, says what it needs, and every chain runs from merge to test.json at toy scale."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from scripting import ROOT, Script
+
+import utils.batch_answers
+import utils.memory
+import utils.merging
+import utils.training  # noqa: F401 (these four are warm for the forks)
+from utils import lineage
+from utils.cli import parse
+
+torch.set_num_threads(1)
+SCRIPTS = ROOT / "scripts"
+STEP = re.compile(r"(run|rerun|generate|save-generate|merge)-(\d-)?([a-z0-9]+-[a-z0-9]+)(-\d(-\d)?)?")
+STEPS = sorted(file.stem for file in SCRIPTS.glob("*.sh") if STEP.fullmatch(file.stem))
+TRAINING = [name for name in STEPS if name.startswith(("run-", "rerun-"))]
+PART1 = "COIG/human_value_alignment_instructions_part1.json"
+TRANSLATED = "COIG/translated_instructions.json"
+PSYQA = "psyQA/psyqa-5.json"
+FIREFLY = "firefly/firefly-train-0.json"
+BELLE = "belle/Belle_open_source_0.5M.json"
+# base, data, step that is trained on, records to validate with, whether questions are learned
+PUBLISHED = {
+    "run-1-alpaca-13b-1": ("chinese-alpaca-13b", PART1, None, 200, False),
+    "rerun-1-alpaca-13b-2": ("chinese-alpaca-13b", TRANSLATED, "run-1-alpaca-13b-1", 500, True),
+    "rerun-1-alpaca-13b-3-1": ("chinese-alpaca-13b", PSYQA, "rerun-1-alpaca-13b-2", 200, True),
+    "run-2-alpaca-13b-1": ("chinese-alpaca-13b", FIREFLY, None, 2000, False),
+    "rerun-2-alpaca-13b-2": ("chinese-alpaca-13b", PART1, "run-2-alpaca-13b-1", 200, True),
+    "rerun-2-alpaca-13b-2-2": ("chinese-alpaca-13b", TRANSLATED, "rerun-2-alpaca-13b-2", 500, True),
+    "rerun-2-alpaca-13b-3": ("chinese-alpaca-13b", PSYQA, "rerun-2-alpaca-13b-2-2", 200, True),
+    "run-4-alpaca-7b-1": ("chinese-alpaca-7b", FIREFLY, None, 2000, False),
+    "run-5-bloom-7b1-1": ("bloom-7b1", BELLE, None, 2000, False),
+}
+CHAINS = {
+    "D13b-1-3-1": "rerun-1-alpaca-13b-3-1",
+    "D13b-2-2-2": "rerun-2-alpaca-13b-2-2",
+    "D13b-2-3": "rerun-2-alpaca-13b-3",
+    "D7b-4-1": "run-4-alpaca-7b-1",
+    "B7b-5-1": "run-5-bloom-7b1-1",
+    "demo": "rerun-0-smollm2-135m-2",
+}
+
+
+def bash(script, *argv, cwd=None, **env):
+    """Run a shell script to its end."""
+    return subprocess.run(
+        ["bash", str(SCRIPTS / script), *argv],
+        cwd=cwd,
+        env=os.environ | {"MODEL_DIR": "M", "DATA_DIR": "D", "OUTPUT_DIR": "O"} | env,
+        text=True,
+        capture_output=True,
+    )
+
+
+def planned(script, *argv, **env):
+    """The commands that a script would run: the Python script, and its parsed options."""
+    found = []
+    for line in bash(f"{script}.sh", *argv, PLAN="1", **env).stdout.splitlines():
+        if not line.startswith("missing: "):
+            words = shlex.split(line)
+            file = next(word for word in words if word.endswith(".py"))
+            options = importlib.import_module(Path(file).stem).Options
+            found.append((words, parse(options, words[words.index(file) + 1 :])))
+    return found
+
+
+# What the scripts say
+
+
+def test_shellcheck():
+    scripts = [*SCRIPTS.glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh"), ROOT / ".ci" / "run"]
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    ended = subprocess.run([shellcheck, *scripts], cwd=ROOT, text=True, capture_output=True)
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_names():
+    """Every script is a step by the naming rule, or one of the tools; every adapter can be talked to and answers prompts."""
+    tools = {"env", "setup", "quickstart", "test", "chain", "get-smollm2-135m"}
+    assert {file.stem for file in SCRIPTS.glob("*.sh")} == tools | set(STEPS)
+    merges = {f"merge-{size}-{kind}" for size in ("7b", "13b") for kind in ("llama", "alpaca")}
+    assert merges < set(STEPS)
+    for step in set(TRAINING) - {"run-0-smollm2-135m-0"}:
+        for kind in ("generate", "save-generate"):
+            assert f"{kind}-{step.partition('-')[2]}" in STEPS
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_each_step_parses_and_passes_options_on(step):
+    more = {
+        "r": ("--num_epochs", "7"),
+        "g": ("--max_new_tokens", "7"),
+        "s": ("--max_new_tokens", "7"),
+        "m": ("--dtype", "float16"),
+    }
+    name, value = more[step[0]]
+    words, options = planned(step, name, value)[-1]
+    assert str(getattr(options, name[2:])) == value
+    assert words[-2:] == [name, value]
+
+
+@pytest.mark.parametrize("step", PUBLISHED)
+def test_the_published_hyperparameters(step):
+    base, data, parent, validation, inputs = PUBLISHED[step]
+    [(_, options)] = planned(step)
+    assert (options.base_model, options.data_path, options.output_dir) == (f"M/{base}", f"D/{data}", f"O/{step}")
+    assert options.resume_from_checkpoint == (parent and f"O/{parent}")
+    assert (options.val_set_size, options.train_on_inputs, options.group_by_length) == (validation, inputs, True)
+    assert (options.batch_size, options.micro_batch_size, options.num_epochs, options.cutoff_len) == (256, 8, 3, 512)
+    assert (options.learning_rate, options.warmup_steps, options.prompt_template_name) == (1e-4, 100, "alpaca")
+    assert (options.lora_r, options.lora_alpha, options.lora_dropout) == (8, 16, 0.05)
+    assert options.lora_target_modules == ([] if "bloom" in step else ["q_proj", "v_proj"])
+
+
+def test_processes_and_gpus_come_from_the_environment():
+    words, _ = planned("run-4-alpaca-7b-1", NPROC="4")[0]
+    assert words[:6] == ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    assert planned("run-4-alpaca-7b-1")[0][0][1].endswith("finetune.py")
+    assert planned("run-4-alpaca-7b-1", TRAIN_OPTIONS="--seed 7")[0][1].seed == 7
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_plan_of_a_chain(chain):
+    """Each step follows the one that it needs, and answers follow each adapter; nothing is run."""
+    ended = bash("chain.sh", chain, "--plan")
+    steps = re.findall(r"^== (\S+):", ended.stdout, re.MULTILINE)
+    assert ended.returncode == 0 and set(steps) <= {*STEPS, "get-smollm2-135m"}
+    assert steps[-2:] == [CHAINS[chain], f"save-generate-{CHAINS[chain].partition('-')[2]}"]
+    for place, step in enumerate(steps):
+        for maker in re.findall(r"bash scripts/(\S+)\.sh makes it", bash(f"{step}.sh", PLAN="1").stdout):
+            assert maker in steps[:place], (step, maker)
+
+
+@pytest.mark.parametrize(
+    ("step", "missing", "way_out"),
+    [
+        ("merge-7b-llama", "M/llama-7b", "README.md"),
+        ("rerun-2-alpaca-13b-3", "M/chinese-alpaca-13b", "bash scripts/merge-13b-alpaca.sh"),
+        ("save-generate-5-bloom-7b1-1", "M/bloom-7b1", "README.md"),
+    ],
+)
+def test_a_missing_model_is_one_line(tmp_path, step, missing, way_out):
+    ended = bash(f"{step}.sh", cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert missing in ended.stderr and way_out in ended.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_missing_adapter_or_data_set_is_one_line(tmp_path):
+    (tmp_path / "M" / "chinese-alpaca-13b").mkdir(parents=True)
+    ended = bash("rerun-2-alpaca-13b-2.sh", cwd=tmp_path)
+    assert ended.returncode == 2 and f"D/{PART1} is missing; python data/COIG/prepare.py" in ended.stderr
+    (tmp_path / "D" / PART1).parent.mkdir(parents=True)
+    (tmp_path / "D" / PART1).touch()
+    ended = bash("rerun-2-alpaca-13b-2.sh", cwd=tmp_path)
+    assert ended.returncode == 2 and "bash scripts/run-2-alpaca-13b-1.sh makes it" in ended.stderr
+
+
+def test_an_unknown_chain_and_missing_raw_material(tmp_path):
+    assert bash("chain.sh", "D13b-9", cwd=tmp_path).returncode == 2
+    assert bash("chain.sh", cwd=tmp_path).returncode == 2
+    ended = bash("chain.sh", "D13b-2-3", cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stdout == "" and not list(tmp_path.iterdir())
+    for thing in ("M/llama-13b", "M/chinese-alpaca-lora-13b", FIREFLY, PART1, TRANSLATED, PSYQA):
+        assert thing in ended.stderr
+    assert "makes it" in ended.stderr and "bash scripts/" not in ended.stderr
+
+
+@pytest.mark.parametrize("file", (SCRIPTS / "accelerate").glob("*.yaml"), ids=lambda file: file.stem)
+def test_accelerate_reads_its_configurations(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.distributed_type == "FSDP" and config.fsdp_config
+
+
+# Whole chains at toy scale
+
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+if not sys.argv[1].endswith(("finetune.py", "generate.py", "merge_weights.py", "extend_vocab.py")):
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect("{address}")
+    server.sendall(json.dumps([sys.argv[1:], os.getcwd()]).encode())
+    server.shutdown(socket.SHUT_WR)
+    status, out, err = json.load(server.makefile())
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(status)
+"""
+
+
+class World:
+    """Tiny models and data in one folder, and a way to run shell scripts whose Python is forked from this process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.models, self.data, self.output = (folder / name for name in ("models", "datasets", "output"))
+        self.script = Script(folder)
+        self.commands: list[str] = []
+
+    def __call__(self, script: str, *argv: str, **env: str) -> subprocess.CompletedProcess:
+        """Run a shell script in the folder, with relative paths to it; what it runs is noted in `commands`."""
+        self.commands = []
+        out, err = self.folder / "bash.out", self.folder / "bash.err"
+        settings = {
+            "MODEL_DIR": "models",
+            "DATA_DIR": "datasets",
+            "OUTPUT_DIR": "output",
+            "TRAIN_OPTIONS": "--num_epochs 1 --batch_size 4 --micro_batch_size 4 --cutoff_len 200 --val_set_size 2",
+            "ANSWER_OPTIONS": "--load_8bit False --num_beams 1 --max_new_tokens 3",
+        }
+        with tempfile.TemporaryDirectory(prefix="s") as short, contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+            client, address = Path(short, "python"), Path(short, "socket")
+            client.write_text(CLIENT.format(python=sys.executable, address=address))
+            client.chmod(0o755)
+            listener.bind(str(address))
+            listener.listen()
+            listener.settimeout(0.02)
+            with open(out, "w") as stdout, open(err, "w") as stderr:
+                env = os.environ | settings | env | {"PYTHON": str(client)}
+                process = subprocess.Popen(
+                    ["bash", SCRIPTS / script, *argv], cwd=self.folder, env=env, stdout=stdout, stderr=stderr
+                )
+                while process.poll() is None:
+                    with contextlib.suppress(TimeoutError):
+                        self.serve(listener.accept()[0])
+        return subprocess.CompletedProcess(process.args, process.returncode, out.read_text("utf-8"), err.read_text("utf-8"))
+
+    def serve(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(None)
+            argv, cwd = json.load(connection.makefile())
+            self.commands.append(Path(argv[0]).name)
+            ended = self.script(*argv, cwd=Path(cwd))
+            connection.sendall(json.dumps([ended.status, ended.out, ended.err]).encode())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The bases and LoRAs that the chains start from, in small, and raw data put through the sets' own prepare.py."""
+    world = World(tmp_path_factory.mktemp("world"))
+    for size in ("7b", "13b"):
+        tiny.llama(world.models / f"llama-{size}", seed=len(size))
+        for kind in ("llama", "alpaca"):
+            tiny.adapter(world.models / f"llama-{size}", world.models / f"chinese-{kind}-lora-{size}", seed=len(kind))
+    tiny.bloom(world.models / "bloom-7b1")
+    tiny.llama(world.models / "smollm2-135m", seed=7)
+    for name, raw in write_raw(world.folder / "raw").items():
+        world.script(f"data/{name}/prepare.py", "--raw", raw, DATA_DIR=str(world.data)).ok  # noqa: B018
+    return world
+
+
+def write_raw(folder: Path) -> dict[str, Path]:
+    """A dozen records of each set that the chains use, in the formats that these are published in."""
+    texts = [
+        (f"第{number}问：什么是{word}？", f"{word}是很好的东西。") for number, word in enumerate("春夏秋冬天地山水风花雪月", 1)
+    ]
+    english = {"instruction": "English", "input": "", "output": "English"}
+    belle = [{"instruction": question, "input": "", "output": f"\n{answer}"} for question, answer in texts]
+    files = {
+        "COIG/human_value_alignment_instructions_part1.json": [
+            {"instruction": question, "input": "", "output": answer} for question, answer in texts
+        ],
+        "COIG/translated_instructions.jsonl": [
+            {**english, "trans_instruction": question, "trans_input": "", "trans_output": answer} for question, answer in texts
+        ],
+        "firefly/firefly-train-1.1M.jsonl": [
+            {"kind": f"Kind{number % 2}", "input": question, "target": answer}
+            for number in range(5)
+            for question, answer in texts
+        ],
+        "psyQA/PsyQA_full.json": [
+            {
+                "question": question,
+                "description": "最近睡不好",
+                "keywords": "睡眠,压力",
+                "answers": [{"answer_text": answer, "has_label": False, "labels_sequence": None}] * 2,
+                "questionID": number,
+            }
+            for number, (question, answer) in enumerate(texts)
+        ],
+        "belle/Belle_open_source_0.5M.json": belle,
+    }
+    for name, items in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        as_array = name.endswith(("part1.json", "full.json"))
+        text = json.dumps(items, ensure_ascii=False) if as_array else "\n".join(map(json.dumps, items))
+        (folder / name).write_text(text, "utf-8")
+    return {name.partition("/")[0]: (folder / name).parent for name in files}
+
+
+def check_chain(world: World, chain: str, ended: subprocess.CompletedProcess) -> None:
+    """The last step has its answers, its lineage goes back to the first, and the chain's table shows it."""
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    last = world.output / CHAINS[chain]
+    answers = json.loads((last / "test.json").read_text("utf-8"))
+    prompts = [*(ROOT / ("data/demo/heldout" if chain == "demo" else "test_data")).glob("*.json")]
+    assert len(answers) == sum(len(json.loads(file.read_text("utf-8"))) for file in prompts)
+    steps = [Path(step["options"]["output_dir"]).name for step in lineage.chain(last)]
+    assert steps == [step for step in re.findall(r"^== (\S+):", ended.stdout, re.MULTILINE) if step in steps]
+    table = ended.stdout.strip().splitlines()[-len(steps) :]
+    assert [row.split()[1] for row in table] == steps
+    for step in lineage.chain(last):
+        assert step["options"]["learning_rate"] == (2e-3 if chain == "demo" else 1e-4) and step["data"]["train"] > 0
+
+
+@pytest.mark.parametrize("chain", ["D13b-1-3-1", "D7b-4-1", "B7b-5-1", "demo"])
+def test_a_chain_runs_from_merge_to_answers(world, chain):
+    check_chain(world, chain, world("chain.sh", chain))
+    config = json.loads((world.output / CHAINS[chain] / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == (["query_key_value"] if chain == "B7b-5-1" else ["q_proj", "v_proj"])
+    assert not {".journal", ".part"} & {file.suffix for file in world.output.rglob(".*")}
+
+
+def test_a_chain_goes_on_where_another_one_ended(world):
+    """What D13b-2-2-2 made is not made again for D13b-2-3; a second start makes nothing."""
+    check_chain(world, "D13b-2-2-2", world("chain.sh", "D13b-2-2-2"))
+    before = {file: file.stat().st_mtime_ns for file in world.output.rglob("*") if "-2-alpaca" in str(file) and file.is_file()}
+    ended = world("chain.sh", "D13b-2-3")
+    check_chain(world, "D13b-2-3", ended)
+    assert world.commands == ["finetune.py", "generate.py"] and ended.stdout.count("done already: ") == 7
+    assert before.items() <= {file: file.stat().st_mtime_ns for file in world.output.rglob("*")}.items()
+    check_chain(world, "D13b-2-3", world("chain.sh", "D13b-2-3"))
+    assert world.commands == []
+    assert "finetune.py" not in world("chain.sh", "D13b-2-3", "--plan").stdout
+
+
+def test_merging_each_lora(world):
+    for name in ("7b-llama", "7b-alpaca", "13b-llama", "13b-alpaca"):
+        size, kind = name.split("-")
+        merged = world.models / f"chinese-{kind}-{size}"
+        if not merged.exists():
+            assert world(f"merge-{name}.sh").returncode == 0
+        assert (merged / "config.json").is_file()
+
+
+def test_a_chain_stops_at_the_first_error(world, tmp_path):
+    ended = world("chain.sh", "D7b-4-1", OUTPUT_DIR=str(tmp_path / "out"), TRAIN_OPTIONS="--batch_size 7 --micro_batch_size 4")
+    assert ended.returncode == 2 and "--batch_size 7" in ended.stderr and not (tmp_path / "out").exists()
+    assert world.commands[-1] == "finetune.py"
+
+
+def test_a_published_adapter_counts_as_done_and_an_unfinished_run_does_not(world, tmp_path):
+    folder = tmp_path / "run-4-alpaca-7b-1"
+    folder.mkdir()
+    (folder / "adapter_config.json").touch()
+    needs = f"missing: {folder}/lineage.json; bash scripts/run-4-alpaca-7b-1.sh makes it"
+    assert needs not in bash("save-generate-4-alpaca-7b-1.sh", PLAN="1", OUTPUT_DIR=str(tmp_path)).stdout
+    (folder / "checkpoint-3").mkdir()
+    assert needs in bash("save-generate-4-alpaca-7b-1.sh", PLAN="1", OUTPUT_DIR=str(tmp_path)).stdout
