@@ -23,15 +23,19 @@ ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 BOM = b"\xef\xbb\xbf"
 OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 CHUNK = 1 << 20  # characters
+BATCH = 1 << 18  # bytes
 GAP = re.compile(r"[ \t\r\n]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
-    """Stands for an item that could not be read: why, and how it begins."""
+    """Stands for an item that could not be read: why, and what there is of it."""
 
     cause: str
-    text: str
+    rest: Any
+
+
+BLANK = Broken("blank", None)
 
 
 def read_items(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -42,36 +46,40 @@ def read_items(path: str | Path) -> Iterator[tuple[int, Any]]:
     Raises UserError where the file is missing, no plain file, empty, cut off, or of no such format.
     """
     path = Path(path)
-    try:
-        with opened(path) as file:
-            yield from reader(path, file)(path, file)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UserError(f"{path}: cut off or damaged (gzip); fetch it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+    with opened(path) as file:
+        yield from reader(path, file)(path, file)
 
 
-def place_of(path: str | Path, number: int) -> str:
-    """How a user finds an item again: file and line (Parquet: row)."""
-    noun = "row" if ".parquet" in Path(path).suffixes else "line"
-    return f"{path}, {noun} {number}"
+def place_of(path: str | Path, number: int | str) -> str:
+    """How a user finds an item again: file and line (Parquet: row), or file and a text that says where in it."""
+    if isinstance(number, str):
+        return f"{path}, {number}"
+    return f"{path}, {'row' if '.parquet' in Path(path).suffixes else 'line'} {number}"
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading bytes, decompressed where it is gzipped."""
+    """Open a file for reading bytes, decompressed where it is gzipped.
+
+    Raises UserError where that cannot be done, also for what fails while the block reads.
+    """
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is not a plain file; save what it gives to a file first")
-    with open(path, "rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        if not zipped:
-            yield raw
-            return
-        with gzip.open(raw) as file:
-            yield file  # type: ignore[misc]
+    try:
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            if zipped:
+                with gzip.open(raw) as file:
+                    yield file  # type: ignore[misc]
+            else:
+                yield raw
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise UserError(f"{path}: cut off or damaged (gzip); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
 
 
 def reader(path: Path, file: IO[bytes]) -> Any:
@@ -98,22 +106,28 @@ def reader(path: Path, file: IO[bytes]) -> Any:
 
 def json_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     """One JSON value a line; blank lines are passed over."""
-    for number, line in enumerate(file, 1):
+    number = 1
+    while lines := file.readlines(BATCH):
         try:
-            item = orjson.loads(line)
+            items = list(map(orjson.loads, lines))  # a batch at a time, which is as fast as reading alone
         except orjson.JSONDecodeError:
-            if not line.strip():
-                continue
-            if number == 1 and line.removeprefix(BOM).strip() == b"{":
+            if number == 1 and lines[0].removeprefix(BOM).strip() == b"{":
                 raise UserError(
                     f"{path}: is one JSON object over several lines; write an array of records, or one record a line"
                 ) from None
-            item = patient_loads(line)
-        yield number, item
+            items = list(map(patient_loads, lines))
+        for place, item in enumerate(items, number):
+            if item is not BLANK:
+                yield place, item
+        number += len(lines)
 
 
 def patient_loads(line: bytes) -> Any:
-    """Parse a line that orjson refused: it may begin with a byte-order mark or hold NaN, else it is `Broken`."""
+    """Parse a line that orjson may refuse, for a byte-order mark or NaN in it; else it is `Broken`, or `BLANK`."""
+    with contextlib.suppress(orjson.JSONDecodeError):
+        return orjson.loads(line)
+    if not line.strip():
+        return BLANK
     text = line.decode("utf-8-sig", "backslashreplace").strip()
     try:
         item = json.loads(line.decode("utf-8-sig"))
@@ -135,9 +149,9 @@ def without_surrogates(item: Any) -> Any:
             json.dumps(item, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             stray_byte = "\udc80" <= error.object[error.start] <= "\udcff"
-            return Broken("not UTF-8" if stray_byte else "a lone surrogate", json.dumps(item))
+            return Broken("not UTF-8" if stray_byte else "a lone surrogate", item)
         except RecursionError:
-            return Broken("nested too deeply", "")
+            return Broken("nested too deeply", None)
     return item
 
 
@@ -171,7 +185,8 @@ class Window:
     def _more(self) -> bool:
         """Read on, at least as much as is waiting (so that a long element costs linear time); False at the end."""
         more = self._file.read(max(CHUNK, len(self._text) - self._at))
-        self._text, self._at = self._text[self._at :] + more, 0
+        if more:
+            self._text, self._at = self._text[self._at :] + more, 0
         return bool(more)
 
     def _move(self, at: int) -> None:
@@ -203,14 +218,15 @@ class Window:
         while True:
             try:
                 value, end = self._decode(self._text, self._at)
-                if end < len(self._text) or not self._more():
+                # `1` at the end may be the beginning of `12` or `1e+5`
+                if len(self._text) - end > 2 or not self._more():
                     break
             except json.JSONDecodeError as error:
                 # An error close to the end, or a string without one, may only mean that the rest is not read yet.
-                ahead, open_string = error.pos - self._at, error.msg.startswith("Unterminated string")
+                open_string = error.msg.startswith("Unterminated string")
                 if (open_string or error.pos > len(self._text) - 16) and self._more():
                     continue
-                self._move(self._at + ahead)
+                self._move(error.pos)
                 cut = open_string or not self.peek()
                 raise self.error("is cut off" if cut else f"is not JSON ({error.msg})") from None
             except (RecursionError, ValueError):
@@ -243,7 +259,7 @@ def csv_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 def csv_item(header: list[str], row: list[str]) -> Any:
     """One row as an object, `Broken` where it does not fit the header."""
     if len(row) != len(header):
-        return Broken("more cells than the header" if len(row) > len(header) else "fewer cells than the header", str(row))
+        return Broken("more cells than the header" if len(row) > len(header) else "fewer cells than the header", row)
     item: dict[str, Any] = dict(zip(header, row, strict=True))
     for key in {"history", "messages", "conversations"} & item.keys():
         with contextlib.suppress(ValueError):

@@ -5,11 +5,12 @@ were earlier turns, `"system": str` where a text takes the place of the template
 and `reference` where the file has them.
 """
 
+import contextlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -41,31 +42,30 @@ class Tally:
         self.kept = 0
         self._found: dict[tuple[str, str], list] = {}
 
-    @property
-    def dropped(self) -> int:
-        """How many items made no record."""
-        return sum(count for (what, _), (count, _) in self._found.items() if what == "dropped")
-
-    @property
-    def causes(self) -> dict[str, int]:
-        """How many items were dropped for each cause."""
-        return {cause: count for (what, cause), (count, _) in self._found.items() if what == "dropped"}
-
-    def add(self, what: str, cause: str, place: Callable[[], str]) -> None:
-        """Count one record that was `what` ("dropped" or "mended") because of `cause`; `place` says where it stands."""
+    def add(self, what: str, cause: str, path: str | Path, number: int | str, item: Any) -> None:
+        """Count an item that was `what` ("dropped" or "mended") because of `cause`."""
         if self.strict:
-            raise UserError(f"{place()}: {cause}; mend the record, or leave --strict out to have it {what}")
+            raise UserError(f"{place_of(path, number)}: {cause}; mend the file, or leave --strict out to have it {what}")
         if (what, cause) in self._found:
             self._found[what, cause][0] += 1
         else:
-            self._found[what, cause] = [1, place()]
+            self._found[what, cause] = [1, shown(path, number, item)]
 
-    def report(self, name: str | Path) -> None:
-        """Say what was dropped and mended, a line a cause; nothing where all was well."""
-        if self._found:
-            say(f"{name}: {self.kept:,} records, {self.dropped:,} dropped")
+    def report(self, path: str | Path) -> None:
+        """Say what was dropped and mended, a line a cause. Raises UserError where nothing was kept."""
         for (what, cause), (count, first) in self._found.items():
-            say(f"  {count:,} {what}: {cause}; first: {first}")
+            say(f"{path}: {count:,} {what}, {self.kept:,} kept: {cause}; first: {first}")
+        if not self.kept:
+            dropped = [f"{cause}: {count:,}" for (what, cause), (count, _) in self._found.items() if what == "dropped"]
+            causes = ", ".join(dropped) or "it holds none"
+            raise UserError(f"{path}: no record in it can be used ({causes}); see data/README.md for the record format")
+
+
+class Mended(NamedTuple):
+    """What a converter returns for an item that it had to put right, and what was wrong."""
+
+    raw: dict
+    cause: str
 
 
 def read_records(path: str | Path, need_output: bool = True, strict: bool = False) -> Iterator[dict]:
@@ -74,53 +74,64 @@ def read_records(path: str | Path, need_output: bool = True, strict: bool = Fals
     The format is recognised (`utils.formats`), and in it alpaca records with or without history and system,
     ShareGPT (`conversations`), OpenAI (`messages`), and plain texts, which are prompts. With `need_output` False
     an empty or missing output is allowed, as prompts have none. With `strict` a bad record is an error.
-    Raises UserError where the file cannot be read.
+    Raises UserError where the file cannot be read, and, at its end, where it held no record that can be used.
     """
     tally = Tally(strict)
-    yield from clean(path, read_items(path), lambda item: [as_record(item)], tally, need_output)
-    tally.report(path)
+    items = ((line, {"instruction": item} if isinstance(item, str) else item) for line, item in read_items(path))
+    for _, record in clean(path, items, as_record, tally, need_output):
+        yield record
 
 
 def clean(
     path: str | Path,
-    items: Iterable[tuple[int, Any]],
-    convert: Callable[[Any], Iterable[dict]],
+    items: Iterable[tuple[int | str, Any]],
+    convert: Callable[[Any], dict | Mended],
     tally: Tally,
     need_output: bool = True,
-) -> Iterator[dict]:
-    """Turn the numbered items of `path` into records by `convert`, which may raise Dirty; check, count, drop the rest."""
+    is_new: Callable[[dict], bool] | None = None,
+) -> Iterator[tuple[Any, dict]]:
+    """Yield each item of `path` with its record, made by `convert` (which may raise Dirty) and checked; count the rest.
+
+    `items` should be objects; they are numbered as `read_items` numbers them, or carry a text that says where in the
+    file they stand. Where `is_new` is given, records that it denies are dropped as duplicates. At the end what was
+    dropped and mended is said. Raises UserError where no record was left.
+    """
     for number, item in items:
+        cause = ""
         try:
-            if isinstance(item, Broken):
-                raise Dirty(item.cause)
-            for raw in convert(item):
-                try:
-                    record = checked(raw, need_output)
-                except Dirty as dirt:
-                    tally.add("dropped", str(dirt), lambda: shown(path, number, item))  # noqa: B023 (called at once)
-                    continue
-                if mend(record):
-                    cause = "CRLF or byte-order mark within a text, made LF or removed"
-                    tally.add("mended", cause, lambda: shown(path, number, item))  # noqa: B023
-                tally.kept += 1
-                yield record
+            if type(item) is not dict:
+                raise Dirty(item.cause if isinstance(item, Broken) else f"{KINDS.get(type(item), 'null')}, not an object")
+            raw = convert(item)
+            if isinstance(raw, Mended):
+                raw, cause = raw
+            record = checked(raw, need_output)
         except Dirty as dirt:
-            tally.add("dropped", str(dirt), lambda: shown(path, number, item))  # noqa: B023
+            tally.add("dropped", str(dirt), path, number, item)
+            continue
+        if mend(record):
+            cause = cause or "CRLF or byte-order mark within a text, made LF or removed"
+        if is_new and not is_new(record):
+            tally.add("dropped", "the same as an earlier record", path, number, item)
+            continue
+        if cause:
+            tally.add("mended", cause, path, number, item)
+        tally.kept += 1
+        yield item, record
+    tally.report(path)
 
 
-def shown(path: str | Path, number: int, item: Any, width: int = 80) -> str:
+def shown(path: str | Path, number: int | str, item: Any, width: int = 80) -> str:
     """Place and beginning of an item, safe to print."""
-    text = item.text if isinstance(item, Broken) else json.dumps(item, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(item.rest if isinstance(item, Broken) else item, ensure_ascii=False, default=str)
+    except RecursionError:
+        text = "(nested too deeply to be shown)"
     begin = text[:width].encode("utf-8", "backslashreplace").decode()
     return f"{place_of(path, number)}: {begin}{'…' if len(text) > width else ''}"
 
 
-def as_record(item: Any) -> dict:
+def as_record(item: dict) -> dict:
     """Recognise the format of one item and give it the fields of a record, not yet checked. Raises Dirty."""
-    if isinstance(item, str):
-        return {"instruction": item}
-    if not isinstance(item, dict):
-        raise Dirty(f"{KINDS.get(type(item), 'null')}, not an object")
     if item.get("instruction") is None:
         if item.get("conversations") is not None:
             return item | dialogue(sharegpt_turns(item["conversations"]), item.get("system"))
@@ -132,24 +143,35 @@ def as_record(item: Any) -> dict:
 def checked(raw: dict, need_output: bool = True) -> dict:
     """A record with the known fields of `raw` in their order. Raises Dirty where one is missing, empty or no text."""
     instruction, given, output = raw.get("instruction"), raw.get("input"), raw.get("output")
-    given = "" if given is None else given
-    output = "" if output is None and not need_output else output
-    for name, text in (("instruction", instruction), ("input", given), ("output", output)):
-        if type(text) is not str:
-            raise Dirty(f"{name} is missing" if text is None else f"{name} is {KINDS.get(type(text), 'no text')}")
-    if not instruction.strip():  # type: ignore[union-attr]
+    if given is None:
+        given = ""
+    if output is None and not need_output:
+        output = ""
+    if not (type(instruction) is type(given) is type(output) is str):
+        raise Dirty(no_text({"instruction": instruction, "input": given, "output": output}))
+    if not instruction or instruction.isspace():
         raise Dirty("instruction is empty")
-    if need_output and not output.strip():  # type: ignore[union-attr]
+    if need_output and (not output or output.isspace()):
         raise Dirty("output is empty")
-    record = {"instruction": instruction, "input": given, "output": output}
+    record: dict[str, Any] = {"instruction": instruction, "input": given, "output": output}
+    if len(raw) == 3 and "input" in raw and "output" in raw:
+        return record
     if raw.get("history"):
         record["history"] = checked_history(raw["history"])
     if raw.get("system"):
         if type(raw["system"]) is not str:
-            raise Dirty(f"system is {KINDS.get(type(raw['system']), 'no text')}")
+            raise Dirty(no_text({"system": raw["system"]}))
         record["system"] = raw["system"]
-    record.update((key, raw[key]) for key in KEPT if type(raw.get(key)) is str)
+    for key in KEPT:
+        if type(raw.get(key)) is str:
+            record[key] = raw[key]
     return record
+
+
+def no_text(fields: dict[str, Any]) -> str:
+    """Which field is no text, and what it is instead."""
+    key, value = next((key, value) for key, value in fields.items() if type(value) is not str)
+    return f"{key} is missing" if value is None else f"{key} is {KINDS.get(type(value), 'no text')}"
 
 
 def checked_history(history: Any) -> list[list[str]]:
@@ -166,20 +188,21 @@ def checked_history(history: Any) -> list[list[str]]:
 
 def mend(record: dict) -> bool:
     """Make CRLF into LF and remove byte-order marks in all texts of a record, in place; True where there were any."""
+    texts: Iterable[str] = record.values()
+    if "history" in record:
+        texts = [text for text in texts if type(text) is str] + [text for pair in record["history"] for text in pair]
+    joined = "".join(texts)
+    if "\r" not in joined and "\ufeff" not in joined:
+        return False
+    record.update({key: mended(value) for key, value in record.items()})
+    return True
 
-    def needs(text: str) -> bool:
-        return "\r" in text or "\ufeff" in text
 
-    def mended(text: str) -> str:
-        return text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
-
-    dirty = [key for key, value in record.items() if type(value) is str and needs(value)]
-    for key in dirty:
-        record[key] = mended(record[key])
-    turns = any(needs(text) for pair in record.get("history", ()) for text in pair)
-    if turns:
-        record["history"] = [[mended(text) for text in pair] for pair in record["history"]]
-    return bool(dirty) or turns
+def mended(text: Any) -> Any:
+    """A text, or the texts in a list, made clean."""
+    if isinstance(text, list):
+        return [mended(part) for part in text]
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
 
 
 def dialogue(turns: list[tuple[str, Any]], system: Any = None) -> dict:
@@ -238,12 +261,22 @@ def content_of(content: Any) -> Any:
 
 def write_records(path: str | Path, records: Iterable[dict]) -> int:
     """Write records as they come: one JSON array, UTF-8, indent 1, whole or not at all. Returns their number."""
-    with replacing(path) as aside, open(aside, "wb") as file:
-        writer = RecordWriter(file)
+    with writers([path]) as (writer,):
         for record in records:
             writer.write(record)
-        writer.end()
     return writer.count
+
+
+@contextlib.contextmanager
+def writers(paths: Sequence[str | Path]) -> Iterator[list["RecordWriter"]]:
+    """Yield a writer for each path; all files are there when the block ends, none where it ends with an error."""
+    with contextlib.ExitStack() as stack:
+        asides = [stack.enter_context(replacing(path)) for path in paths]
+        files = [stack.enter_context(open(aside, "wb", buffering=1 << 20)) for aside in asides]
+        opened = [RecordWriter(file) for file in files]
+        yield opened
+        for writer in opened:
+            writer.end()
 
 
 class RecordWriter:
@@ -253,23 +286,27 @@ class RecordWriter:
         self._file = file
         self.count = 0
 
-    def write(self, record: dict) -> None:
-        self._file.write((b",\n " if self.count else b"[\n ") + encoded(record))
+    def write(self, record: dict) -> int:
+        """Add one record; returns its bytes."""
+        if "history" in record:
+            text = b",\n " + json.dumps(record, ensure_ascii=False, indent=1).replace("\n", "\n ").encode()
+        else:  # an object of texts: orjson's indent fits but for the last brace, and takes a tenth of the time
+            text = b",\n " + orjson.dumps(record, option=orjson.OPT_INDENT_2)[:-1] + b" }"
         self.count += 1
+        return self._file.write(text)
+
+    def copy(self, source: Any, size: int, count: int) -> None:
+        """Add `count` records that another writer has written as the next `size` bytes of `source`."""
+        self.count += count
+        while size:
+            size -= self._file.write(source.read(min(size, 1 << 20)))
 
     def end(self) -> None:
-        """Close the array (not the file)."""
+        """Make it one array: close it, and put its bracket in place of the first comma."""
         self._file.write(b"\n]\n" if self.count else b"[]\n")
-
-
-def encoded(record: dict) -> bytes:
-    """One record as JSON within an array of indent 1. orjson writes the texts, ten times as fast as json with an indent."""
-    dumps = orjson.dumps
-    lines = []
-    for key, value in record.items():
-        text = dumps(value) if type(value) is str else json.dumps(value, ensure_ascii=False, indent=1).encode()
-        lines.append(b'\n  "%b": %b' % (key.encode(), text.replace(b"\n", b"\n  ")))
-    return b"{" + b",".join(lines) + b"\n }"
+        if self.count:
+            self._file.seek(0)
+            self._file.write(b"[")
 
 
 def load_records(data_path: str, seed: int = 42, need_output: bool = True) -> list[dict]:
@@ -285,8 +322,6 @@ def load_records(data_path: str, seed: int = 42, need_output: bool = True) -> li
         found = []
         for file in source.files:
             found += progress(read_records(file, need_output), unit=" records", desc=file.name, leave=False)
-        if not found:
-            raise UserError(f"{source.name}: holds no record that can be used; see data/README.md for the record format")
         picked = weighted(found, source.weight, random.Random(f"{seed} {position}"))
         if source.weight != 1:
             say(f"{source.name}: weight {source.weight:g} makes {len(picked):,} of {len(found):,} records")

@@ -34,6 +34,8 @@ def source_of(part: str, data_path: str) -> Source:
     try:
         weight = float(number)
     except ValueError:
+        if not os.path.exists(name):
+            return Source(part, files_of(part, data_path), 1.0)
         weight = -1.0
     if not 0 < weight <= 1000:
         raise UserError(f"{part}: {number} is not a weight; write FILE:0.5, a number above 0 and at most 1000")
@@ -47,20 +49,22 @@ def files_of(name: str, data_path: str) -> list[Path]:
     if os.path.isdir(name):
         files = sorted(file for file in os.listdir(name) if file.endswith(ENDINGS))
         raise UserError(f"{name}: is a folder; name files in it ({', '.join(files[:5]) or 'it holds none of records'})")
-    if os.path.exists(name):
-        return [Path(name)]
-    if HUB_NAME.fullmatch(name) and not name.endswith(ENDINGS) and not os.path.exists(os.path.dirname(name)):
+    is_hub_name = HUB_NAME.fullmatch(name) and not name.endswith(ENDINGS) and not os.path.exists(os.path.dirname(name))
+    if is_hub_name and not os.path.exists(name):
         return hub_files(name)
-    raise UserError(f"{name}: {why_missing(Path(name))}")
+    check_exists(Path(name))
+    return [Path(name)]
 
 
-def why_missing(path: Path) -> str:
-    """What is wrong with the path of a file that is not there, and the nearest name in its folder."""
+def check_exists(path: Path) -> None:
+    """Raise UserError, with the nearest name in its folder, where a file or folder is not there."""
+    if os.path.exists(path):
+        return
     if os.path.islink(path):
-        return f"is a broken link to {os.readlink(path)}; mend the link"
+        raise UserError(f"{path}: is a broken link to {os.readlink(path)}; mend the link")
     names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     near = difflib.get_close_matches(path.name, names, 1, 0.6)
-    return f"no such file; {f'did you mean {path.parent / near[0]}?' if near else 'check the path'}"
+    raise UserError(f"{path}: no such file; {f'did you mean {path.parent / near[0]}?' if near else 'check the path'}")
 
 
 def hub_files(name: str) -> list[Path]:

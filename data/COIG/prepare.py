@@ -1,0 +1,110 @@
+"""Write COIG's six files in the record format.
+
+    python data/COIG/prepare.py --raw downloads/COIG
+
+What comes out keeps the raw files' names, with the ending .json (translated_instructions.jsonl: translated_instructions.json).
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.cli import run
+from utils.formats import Broken, patient_loads
+from utils.preparing import PrepareOptions, convert_each
+from utils.records import Dirty, Mended, as_record, dialogue
+
+FILES = (
+    "human_value_alignment_instructions_part1",
+    "human_value_alignment_instructions_part2",
+    "translated_instructions",
+    "exam_instructions",
+    "leetcode_instructions",
+    "counterfactural_correction_multi_round_chat",
+)
+FENCE = re.compile(r"\s*```(?i:json)?(.*?)(?:```)?\s*", re.DOTALL)
+ROUND = re.compile(r"round_(\d+)")
+
+
+def main(options: PrepareOptions) -> None:
+    converters = {"alpaca": as_record, "exam": exam, "translated": translated, "leetcode": leetcode, "rounds": rounds}
+    convert_each("COIG", "COIG", FILES, converters, options)
+
+
+def exam(item: dict) -> dict:
+    """An exam question: its context and itself are the input, its analysis (else the bare answer) is the output."""
+    context, question = text_in(item.get("textbox_q_context")), text_in(item.get("textbox_question"))
+    if not question:
+        raise Dirty("textbox_question is missing")
+    return {
+        "instruction": item.get("textbox_q_instruction"),
+        "input": f"{context}\n{question}" if context else question,
+        "output": text_in(item.get("textbox_answer_analysis")) or text_in(item.get("textbox_answer")),
+    }
+
+
+def text_in(value: Any) -> str | None:
+    """The text of an exam field, None where it stands for nothing: a missing or empty one, "[]" or "null"."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)
+    if value is None or (isinstance(value, str) and value.strip() in ("", "[]", "null")):
+        return None
+    if not isinstance(value, str):
+        raise Dirty("an exam field is no text")
+    return value
+
+
+def translated(item: dict) -> dict:
+    """The Chinese of an item that may hold the English beside it."""
+    return {key: item.get(f"trans_{key}") for key in ("instruction", "input", "output")}
+
+
+def leetcode(item: dict) -> dict:
+    """A programming task; an input or output written as a Python list becomes its texts."""
+    return item | {key: unlisted(item.get(key)) for key in ("input", "output")}
+
+
+def unlisted(text: Any) -> Any:
+    """A text that ends in a Python list of texts, with these in the list's place, parted by blank lines; else as it is."""
+    before, bracket, after = text.partition("[") if isinstance(text, str) else ("", "", "")
+    try:
+        parts = ast.literal_eval(bracket + after) if bracket else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
+        return text
+    return "\n".join(filter(None, [before.strip(), "\n\n".join(parts)]))
+
+
+def rounds(item: dict) -> dict | Mended:
+    """A dialogue of `round_0`, `round_1`, …, each the JSON of a question Q and an answer A. Raises Dirty where one is not."""
+    numbers = sorted(int(match[1]) for match in map(ROUND.fullmatch, item) if match)
+    turns = []
+    for number in numbers:
+        question, answer = question_and_answer(item[f"round_{number}"])
+        turns += [("user", question), ("assistant", answer)]
+    record = dialogue(turns)
+    gap = numbers != list(range(len(numbers)))
+    return Mended(record, "a round is missing, the others follow one another") if gap else record
+
+
+def question_and_answer(round: Any) -> tuple[str, str]:
+    """Q and A of a round `{"response": JSON text, perhaps in a fence}`. Raises Dirty."""
+    response = round.get("response") if isinstance(round, dict) else None
+    if not isinstance(response, str):
+        raise Dirty("a round without response")
+    fenced = FENCE.fullmatch(response)
+    pair = patient_loads((fenced[1] if fenced else response).encode())
+    if isinstance(pair, Broken) or not isinstance(pair, dict):
+        raise Dirty("a round's response is not JSON")
+    if not (type(pair.get("Q")) is str and type(pair.get("A")) is str and pair["Q"].strip() and pair["A"].strip()):
+        raise Dirty("a round whose Q or A is missing or no text")
+    return pair["Q"], pair["A"]
+
+
+if __name__ == "__main__":
+    run(main, PrepareOptions)

@@ -1,0 +1,40 @@
+"""Write baize's dialogues in the record format.
+
+    python data/baize/prepare.py --raw downloads/baize
+
+What comes out keeps the raw files' names: quora_chat_data.json, stackoverflow_chat_data.json and so on.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.cli import run
+from utils.preparing import PrepareOptions, convert_each
+from utils.records import Dirty, as_record, dialogue
+
+FILES = ("quora_chat_data", "stackoverflow_chat_data", "alpaca_chat_data", "medical_chat_data")
+SPEAKER = re.compile(r"(?:^|\n)\[\|(Human|AI)\|\]\s?")
+ROLES = {"Human": "user", "AI": "assistant"}
+
+
+def main(options: PrepareOptions) -> None:
+    convert_each("baize", "baize", FILES, {"baize": turns, "alpaca": as_record}, options)
+
+
+def turns(item: dict) -> dict:
+    """The dialogue in `input`, without the sentence before it and the empty turn after it. Raises Dirty."""
+    text = item.get("input")
+    if not isinstance(text, str):
+        raise Dirty("input is missing or no text")
+    pieces = SPEAKER.split(text)
+    found = [(ROLES[speaker], words.strip()) for speaker, words in zip(pieces[1::2], pieces[2::2], strict=True)]
+    if found and found[-1] == ("user", ""):
+        found.pop()
+    return dialogue(found)
+
+
+if __name__ == "__main__":
+    run(main, PrepareOptions)

@@ -1,0 +1,59 @@
+"""Write BELLE's files, single turn and dialogue, in the record format.
+
+    python data/belle/prepare.py --raw downloads/Belle_open_source_0.5M.json
+
+What comes out keeps the raw file's name. A file of dialogues (`Human:` and `Assistant:` inside one text) is recognised.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.cli import run
+from utils.preparing import PrepareOptions, convert_each
+from utils.records import Dirty, as_record, dialogue
+
+FILES = (
+    "Belle_open_source_0.5M",
+    "Belle_open_source_1M",
+    "train_2M_CN",
+    "multiturn_chat_0.8M",
+    "train_3.5M_CN",
+)
+SPEAKER = re.compile(r"(?:^|\n)(Human:|Assistant:)")
+ROLES = {"Human:": "user", "Assistant:": "assistant"}
+
+
+def main(options: PrepareOptions) -> None:
+    converters = {"alpaca": single_or_dialogue, "belle target": older, "belle dialogue": as_record}
+    convert_each("BELLE", "belle", FILES, converters, options)
+
+
+def single_or_dialogue(item: dict) -> dict:
+    """One turn, or, where the instruction opens with a speaker, the dialogue in it. The answers' outer white space goes."""
+    instruction, output = item.get("instruction"), item.get("output")
+    if isinstance(output, str):
+        item = item | {"output": output.strip()}
+    if isinstance(instruction, str) and instruction.lstrip().startswith("Human:"):
+        return item | multi_turn(instruction, item.get("output"))
+    return item
+
+
+def multi_turn(instruction: str, output: object) -> dict:
+    """The dialogue in one text that ends with a bare `Assistant:`, which `output` follows. Raises Dirty."""
+    pieces = SPEAKER.split(instruction.strip())
+    turns = [(ROLES[speaker], text.strip()) for speaker, text in zip(pieces[1::2], pieces[2::2], strict=True)]
+    if turns[-1] != ("assistant", ""):
+        raise Dirty("a dialogue that does not end with Assistant:")
+    return dialogue([*turns[:-1], ("assistant", output)])
+
+
+def older(item: dict) -> dict:
+    """A record of the files that name their fields `input` and `target`."""
+    return single_or_dialogue({"instruction": item.get("input"), "output": item.get("target")})
+
+
+if __name__ == "__main__":
+    run(main, PrepareOptions)

@@ -1,0 +1,102 @@
+"""Write couplets in the record format: the first line is the instruction, the second the output.
+
+    python data/couplets/prepare.py --raw downloads/couplet
+
+Out come couplet-0.json (train), couplet-1.json (test) and couplet-all.json (both); of a TSV file only couplet-all.json.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.cli import option, run
+from utils.console import UserError, say
+from utils.formats import Broken, opened
+from utils.preparing import Items, PrepareOptions, cleaned, output_files, refuse_json
+from utils.records import Dirty, writers
+from utils.sources import check_exists
+
+
+@dataclasses.dataclass
+class Options(PrepareOptions):
+    instruction: str | None = option(None, "a text such as 对下联 for the instruction; the first line is then the input")
+
+
+def main(options: Options) -> None:
+    parts, raw = find_parts(options.raw)
+    for path in raw:
+        refuse_json(path, "Couplets")
+    names = [f"couplet-{number}.json" for number in range(len(parts))] if len(parts) > 1 else []
+    with output_files(options, "couplets", [*names, "couplet-all.json"], raw) as outputs, writers(outputs) as written:
+        for number, (path, pairs) in enumerate(parts):
+            for _, record in cleaned(path, functools.partial(couplet, options), options, pairs):
+                for writer in {written[number], written[-1]}:
+                    writer.write(record)
+    for output, writer in zip(outputs, written, strict=True):
+        say(f"{output}: {writer.count:,} records")
+
+
+def find_parts(raw: str) -> tuple[list[tuple[Path, Items]], list[Path]]:
+    """The parts of the set, each a path to speak of and its pairs of lines; and all files that they are read from.
+
+    Raises UserError where a file is missing.
+    """
+    if Path(raw).is_file():
+        return [(Path(raw), tsv_pairs(Path(raw)))], [Path(raw)]
+    folder = Path(raw, "couplet") if Path(raw, "couplet").is_dir() else Path(raw)
+    files = [folder / part / name for part in ("train", "test") for name in ("in.txt", "out.txt")]
+    for file in files:
+        check_exists(file)
+    return [(first, text_pairs(first, second)) for first, second in (files[:2], files[2:])], files
+
+
+def lines_of(path: Path) -> Iterator[str | None]:
+    """The lines of a text file, None for one that is not UTF-8. Raises UserError where the file cannot be read."""
+    with opened(path) as file:
+        for line in file:
+            try:
+                yield line.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                yield None
+
+
+def text_pairs(first: Path, second: Path) -> Iterator[tuple[int, Any]]:
+    """Line by line of two files, the first and the second lines of couplets. Raises UserError where one file is shorter."""
+    for number, (one, two) in enumerate(itertools.zip_longest(lines_of(first), lines_of(second), fillvalue=""), 1):
+        if one is None or two is None:
+            yield number, Broken("not UTF-8", one or two or "")
+        elif bool(one) != bool(two) and (one + two).strip():
+            shorter = second if one else first
+            raise UserError(f"{shorter}: ends before line {number}, the other file goes on; fetch both again")
+        elif one.strip() or two.strip():
+            yield number, {"first": one.split(), "second": two.split()}
+
+
+def tsv_pairs(path: Path) -> Iterator[tuple[int, Any]]:
+    """The pairs of a file that has a first and a second line of a couplet on each line, parted by a tab."""
+    for number, line in enumerate(lines_of(path), 1):
+        halves = line.split("\t") if line is not None else []
+        if line is None or len(halves) != 2:
+            yield number, Broken("not UTF-8" if line is None else "not two halves with a tab between them", line or "")
+        else:
+            yield number, dict(zip(("first", "second"), (list("".join(half.split())) for half in halves), strict=True))
+
+
+def couplet(options: Options, halves: dict) -> dict:
+    """A record of two halves, each a list of characters. Raises Dirty where they differ in length."""
+    if len(halves["first"]) != len(halves["second"]):
+        raise Dirty("halves of different length")
+    first, second = "".join(halves["first"]), "".join(halves["second"])
+    if options.instruction:
+        return {"instruction": options.instruction, "input": first, "output": second}
+    return {"instruction": first, "output": second}
+
+
+if __name__ == "__main__":
+    run(main, Options)

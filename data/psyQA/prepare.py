@@ -1,0 +1,69 @@
+"""Write PsyQA, psychological questions with long answers, in six variants of the record format.
+
+    python data/psyQA/prepare.py --raw downloads/PsyQA_full.json
+
+Out come psyqa-0.json to psyqa-5.json: even numbers hold all answers, odd ones each question's first; 0 and 1 have the question
+only, 2 and 3 the question and its description, 4 and 5 the description as input.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.cli import run
+from utils.console import say
+from utils.formats import Broken, read_items
+from utils.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
+from utils.records import Dirty, writers
+
+FILES = ("PsyQA_full",)
+
+
+def main(options: PrepareOptions) -> None:
+    raw = find_raw(options.raw, FILES)[0]
+    recognise(raw, "PsyQA")
+    names = [f"psyqa-{variant}.json" for variant in range(6)]
+    with output_files(options, "psyQA", names, [raw]) as outputs, writers(outputs) as variants:
+        for item, record in cleaned(raw, answered, options, answers(raw)):
+            for variant, variation in enumerate(variations(record)):
+                if variant % 2 == 0 or item["first"]:
+                    variants[variant].write(variation)
+    for output, writer in zip(outputs, variants, strict=True):
+        say(f"{output}: {writer.count:,} records")
+
+
+def answers(raw: Path) -> Iterator[tuple[int, Any]]:
+    """One item an answer: its question, description and text, and whether it is the first."""
+    for line, item in read_items(raw):
+        texts = item.get("answers") if isinstance(item, dict) else None
+        if not isinstance(texts, list) or not texts:
+            yield line, item if isinstance(item, Broken) else Broken("answers are missing", item)
+            continue
+        for index, answer in enumerate(texts):
+            text = answer.get("answer_text") if isinstance(answer, dict) else None
+            yield (
+                line,
+                {"first": index == 0, "answer_text": text, **{key: item.get(key) for key in ("question", "description")}},
+            )
+
+
+def answered(item: dict) -> dict:
+    """The answer as a record, with the description as input. Raises Dirty where the description is no text."""
+    if not isinstance(item["description"] or "", str):
+        raise Dirty("description is no text")
+    return {"instruction": item["question"], "input": item["description"], "output": item["answer_text"]}
+
+
+def variations(record: dict) -> Iterator[dict]:
+    """The record without, with joined, and with separate description, each twice: for all answers, and for first ones."""
+    question, description = record["instruction"], record["input"]
+    joined = f"{question} {description}" if description.strip() else question
+    for instruction, given in ((question, ""), (joined, ""), (question, description)):
+        yield from [{"instruction": instruction, "input": given, "output": record["output"]}] * 2
+
+
+if __name__ == "__main__":
+    run(main, PrepareOptions)

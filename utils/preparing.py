@@ -1,0 +1,219 @@
+"""What the data/<set>/prepare.py scripts share: finding and recognising raw files, cleaning, writing to $DATA_DIR."""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import itertools
+import os
+import sqlite3
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from utils.cli import option
+from utils.console import UserError, progress, say
+from utils.files import locked
+from utils.formats import opened, patient_loads, read_items
+from utils.records import Mended, Tally, clean, write_records
+from utils.sources import check_exists
+
+Items = Iterable[tuple[int | str, Any]]
+Convert = Callable[[dict], dict | Mended]
+
+
+@dataclasses.dataclass
+class PrepareOptions:
+    """The options of every prepare.py."""
+
+    raw: str = option(help="the downloaded file, or the folder that holds the downloaded files")
+    output_dir: str | None = option(
+        None, "where the prepared files go; default: this set's folder under $DATA_DIR (./datasets)"
+    )
+    strict: bool = option(False, "end with an error at the first bad record, instead of counting and dropping it")
+    dedupe: bool = option(False, "drop records that are the same as an earlier one of their file")
+
+
+class Shape(NamedTuple):
+    """A raw format: the sets that come in it, and the keys that all its items have."""
+
+    sets: tuple[str, ...]
+    keys: frozenset[str]
+
+
+def shape(sets: str, keys: str) -> Shape:
+    return Shape(tuple(sets.split(", ")), frozenset(keys.split()))
+
+
+SHAPES = {
+    "firefly": shape("Firefly", "kind input target"),
+    "firefly dialogue": shape("Firefly", "conversation_id category conversation"),
+    "exam": shape("COIG", "textbox_question textbox_answer"),
+    "translated": shape("COIG", "trans_instruction trans_output"),
+    "leetcode": shape("COIG", "instruction input output task_type program_lang"),
+    "rounds": shape("COIG", "round_0"),
+    "psyqa": shape("PsyQA", "question description answers"),
+    "baize": shape("baize", "topic input"),
+    "alpaca": shape("Alpaca-GPT4, BELLE, COIG, baize", "instruction input output"),
+    "belle target": shape("BELLE", "input target"),
+    "belle dialogue": shape("BELLE", "id conversations"),
+}
+
+
+def find_raw(raw: str, stems: Sequence[str]) -> list[Path]:
+    """The raw file, or those files of the raw folder that are called like one of `stems` (with any ending).
+
+    Raises UserError where there is none.
+    """
+    path = Path(raw)
+    check_exists(path)
+    if not path.is_dir():
+        return [path]
+    files = [file for stem in stems for file in sorted(path.iterdir()) if stem_of(file) == stem and file.is_file()]
+    if not files:
+        raise UserError(
+            f"{raw}: this folder holds none of the files {', '.join(stems)}; name the folder or file you downloaded"
+        )
+    left = [stem for stem in stems if stem not in map(stem_of, files)]
+    if left:
+        say(f"{raw}: not there, and left out: {', '.join(left)}")
+    return files
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without the endings of formats (`firefly-train-1.1M.jsonl.gz`: `firefly-train-1.1M`)."""
+    name = path.name
+    while name.endswith((".json", ".jsonl", ".gz", ".tar", ".tgz", ".csv", ".parquet")):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def raw_items(path: Path) -> Items:
+    """The numbered items of a raw file of any format, or of the members of a tar archive."""
+    return archive_items(path) if {".tar", ".tgz"} & set(path.suffixes) else read_items(path)
+
+
+def archive_items(path: Path) -> Iterator[tuple[str, Any]]:
+    """The JSON files in a tar archive (gzipped or not), in the archive's order, read as a stream."""
+    with opened(path) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r|") as archive:
+                for member in archive:
+                    content = archive.extractfile(member) if member.isfile() else None
+                    if content is not None and not Path(member.name).name.startswith("."):  # macOS adds ._ files
+                        yield f"member {member.name}", patient_loads(content.read())
+        except tarfile.TarError as error:
+            raise UserError(f"{path}: cut off, damaged, or no tar archive ({error}); fetch it again") from None
+
+
+def recognise(path: Path, name: str) -> str:
+    """The shape, among those of the set `name`, that a file's first hundred items have.
+
+    Raises UserError for a file of another set: what it has, what it lacks, and which set it looks like.
+    """
+    first = [item for _, item in itertools.islice(raw_items(path), 100) if isinstance(item, dict)]
+    if not first:
+        raise UserError(f"{path}: this is not {name}: its first items are no JSON objects; check that it is the right file")
+    found = [best for best in map(shape_of, first) if best]
+    fitting = [best for best in found if name in SHAPES[best].sets]
+    if fitting:
+        return max(fitting, key=fitting.count)
+    has = SHAPES[found[0]].keys if found else frozenset(first[0])
+    looks = f"this looks like {' or '.join(SHAPES[found[0]].sets)}, not {name}" if found else f"this is not {name}"
+    wanted = max(
+        (shape.keys for shape in SHAPES.values() if name in shape.sets), key=lambda keys: len(keys & has), default=frozenset()
+    )
+    lacks = f" and lacks {listed(wanted - has)}" if wanted - has else ""
+    raise UserError(f"{path}: {looks}: it has {listed(has)}{lacks}; check that it is the right file")
+
+
+def refuse_json(path: Path, name: str) -> None:
+    """Raise UserError where a file of the set `name`, which is plain text, is JSON, and so of another set."""
+    with opened(path) as file:
+        begins_as_json = file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+    if begins_as_json:
+        recognise(path, name)
+
+
+def shape_of(item: dict) -> str | None:
+    """The most particular shape that an item has."""
+    fitting = [name for name, shape in SHAPES.items() if shape.keys <= item.keys()]
+    return max(fitting, key=lambda name: len(SHAPES[name].keys), default=None)
+
+
+def listed(keys: Iterable[str], most: int = 6) -> str:
+    """Names of keys for an error, not more than a line holds."""
+    names = sorted(key[:30] for key in keys)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "") if names else "no keys"
+
+
+@contextlib.contextmanager
+def output_files(options: PrepareOptions, folder: str, names: Sequence[str], raw: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yield the paths of the files to write; meanwhile their folder is this run's alone.
+
+    What a killed run left half-written is removed first. After an error no new folder stays.
+    Raises UserError where the folder is a file or in use, or where an output would replace a raw file.
+    """
+    target = Path(options.output_dir or Path(os.environ.get("DATA_DIR") or "datasets", folder))
+    outputs = [target / name for name in names]
+    if len(set(names)) < len(names):
+        raise UserError(f"{options.raw}: two of its files would both become one of {', '.join(names)}; prepare them one by one")
+    for output, source in itertools.product(outputs, raw):
+        if output.exists() and output.samefile(source):
+            raise UserError(f"{output}: is the raw file itself; give another --output_dir, or move the raw file")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is not a folder; give another --output_dir")
+    new = [parent for parent in (target, *target.parents) if not parent.exists()]
+    try:
+        with locked(target):
+            target.mkdir(exist_ok=True)
+            for output in outputs:
+                for left in target.glob(f".{glob.escape(output.name)}.*.part"):
+                    left.unlink()
+            yield outputs
+    except BaseException:
+        for parent in new:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def cleaned(path: Path, convert: Convert, options: PrepareOptions, items: Items | None = None) -> Iterator[tuple[Any, dict]]:
+    """Yield the items of a raw file (or these `items` of it) with their records, as `records.clean` does; shows progress."""
+    bar = progress(raw_items(path) if items is None else items, desc=path.name, unit=" records", miniters=1000)
+    return clean(path, bar, convert, Tally(options.strict), is_new=Seen().add if options.dedupe else None)
+
+
+class Seen:
+    """Which records were there before, by their digests, in a database on the disk: the memory stays constant."""
+
+    def __init__(self) -> None:
+        self._base = sqlite3.connect("")  # a file of SQLite's own in the temporary folder, gone when this ends
+        self._base.execute("PRAGMA cache_size = -65536")  # KiB
+        self._base.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+
+    def add(self, record: dict) -> bool:
+        """Remember a record; False where it was there before."""
+        digest = hashlib.blake2b(orjson.dumps(record), digest_size=16).digest()
+        try:
+            return self._base.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
+        except sqlite3.OperationalError as error:
+            raise UserError(f"--dedupe: {error}; free the temporary folder, or set TMPDIR to another") from None
+
+
+def convert_each(
+    name: str, folder: str, stems: Sequence[str], converters: Mapping[str, Convert], options: PrepareOptions
+) -> None:
+    """Turn each raw file of the set `name` into one file of the same name, by the converter of its shape.
+
+    All raw files are recognised before the first is written.
+    """
+    files = find_raw(options.raw, stems)
+    shapes = [recognise(file, name) for file in files]
+    with output_files(options, folder, [f"{stem_of(file)}.json" for file in files], files) as outputs:
+        for file, shape, output in zip(files, shapes, outputs, strict=True):
+            count = write_records(output, (record for _, record in cleaned(file, converters[shape], options)))
+            say(f"{output}: {count:,} records")
