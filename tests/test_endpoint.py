@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from serving import Server, asked
+from api_server import Server, asked
 
 from utils.api import Service
 from utils.console import UserError

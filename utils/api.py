@@ -27,7 +27,7 @@ class Service:
     api_base: str = ""
     temperature: float | None = 0.0
     max_tokens: int | None = 1024
-    timeout: float = 120.0
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         try:

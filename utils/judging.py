@@ -14,7 +14,7 @@ PREAMBLE = (
     "以下是{count}个类似 ChatGPT 的系统的输出。请以 10 分制为每一项打分，并给出解释以证明您的分数。"
     "输出结果格式为：System 分数；System 解释。"
 )
-REMINDER = "（上一次的回答里，{systems} 的分数无法确定。请给每个 System 各打一个 0 到 10 之间的分数。）"
+REMINDER = "（上一次的回答里，{systems}的分数无法确定。请给每个 System 各打一个 0 到 10 之间的分数。）"
 ASKED = 3  # times in all, until every system has a certain score
 
 
