@@ -116,7 +116,7 @@ class Adapter:
             target, shape = find(name), self.weights.shape(name_in_file)
             grows = target in find.embeddings and shape[1:] == shapes[target][1:] and shape[0] > shapes[target][0]
             if shape != shapes[target] and not grows:
-                raise misfit(self.folder, name, shape, shapes[target])
+                raise misfit(self.folder, name, shape, shapes[target], target in find.embeddings)
             shapes[target] = shape
             found.setdefault(target, []).append(Replace(self.weights, name_in_file))
         for module, parts in self.modules.items():
@@ -170,10 +170,10 @@ def of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> An
     return default
 
 
-def misfit(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> UserError:
+def misfit(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...], is_embedding: bool = False) -> UserError:
     """The error for a tensor of another shape than the base's, with what usually is the reason."""
     text = f"{folder}: {name} is {' x '.join(map(str, found))}, the base's is {' x '.join(map(str, wanted))}"
-    if len(found) == len(wanted) == 2 and found[1] == wanted[1] and found[0] != wanted[0] and "lora" not in name:
+    if is_embedding and found[1:] == wanted[1:]:
         return UserError(
             f"{text}: vocabularies of two stages; 32000 tokens belong to LLaMA, 49953 to Chinese-LLaMA and 49954 to "
             "Chinese-Alpaca: merge them in this order, --lora_model chinese-llama…,chinese-alpaca…"

@@ -175,18 +175,21 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
     Meta's code computes the size of the feed-forward layers from `multiple_of`; LLaMA's own is 256, and for other sizes
     it is chosen so that the size comes out right. Raises UserError for models that are not LLaMA's architecture.
     """
+    family = config.get("model_type")
+    if family != "llama":
+        raise UserError(
+            f"--output_type pth: Meta's layout is for LLaMA, and this model is of the family {family}; leave it out"
+        )
     inner, dim = config["intermediate_size"], config["hidden_size"]
     least = int(8 * dim / 3)
     reasons = {
-        f"is of the family {config.get('model_type')}": config.get("model_type") != "llama",
         "has biases": config.get("attention_bias") or config.get("mlp_bias"),
         "scales its rotary embeddings": (config.get("rope_scaling") or {}).get("rope_type", "default") != "default",
         "has heads of another size": config.get("head_dim") not in (None, dim // config["num_attention_heads"]),
-        f"has feed-forward layers of {inner}": inner < least,
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UserError(f"--output_type pth: Meta's layout is for LLaMA, and this model {reason}; leave the option out")
+            raise UserError(f"--output_type pth: Meta's layout is for LLaMA, and this model {reason}; leave it out")
     params = {
         "dim": dim,
         "multiple_of": 256 if math.ceil(least / 256) * 256 == inner else inner,
@@ -195,6 +198,8 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": config["rms_norm_eps"],
         "vocab_size": -1,
     }
+    if inner < least:
+        params["ffn_dim_multiplier"] = inner / least
     if config.get("num_key_value_heads", config["num_attention_heads"]) != config["num_attention_heads"]:
         params["n_kv_heads"] = config["num_key_value_heads"]
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
@@ -205,7 +210,9 @@ def plan_meta(kinds: dict[str, Kind], config: dict[str, Any]) -> dict[str, dict[
     """Divide tensors as Meta does: file name -> Meta's name -> which part of which tensor.
 
     Rows that cannot be shared out evenly, such as 49953 tokens in two files, go to the last file.
+    Raises UserError for models that Meta's layout cannot hold.
     """
+    params_of(config)
     count = FILES_BY_HIDDEN_SIZE.get(config["hidden_size"], 1)
     files: dict[str, dict[str, Part]] = {f"consolidated.{number:02}.pth": {} for number in range(count)}
     for ours, (theirs, division) in names_in_meta(config["num_hidden_layers"]).items():
