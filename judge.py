@@ -46,7 +46,9 @@ class Options:
     api_base: str = option("", "address of the API, such as http://localhost:8000/v1 [OpenAI's]", heading="Requests")
     concurrency: int = option(4, "requests under way at once", least=1, most=1000)
     budget: int | None = option(None, "most requests to send, failed ones and those of earlier starts included", least=1)
-    timeout: float = option(600.0, "seconds that one request may take (one given up may have to be paid all the same)", least=0.1)
+    timeout: float = option(
+        600.0, "seconds that one request may take (one given up may have to be paid all the same)", least=0.1
+    )
     temperature: float | None = option(0.0, "None: the server's own", least=0)
     max_tokens: int | None = option(1024, "most tokens of one reply; None: the server's own", least=1)
     price_in: float = option(0.0, "price of a million tokens sent, to total the cost", least=0)

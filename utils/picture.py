@@ -24,6 +24,7 @@ PREFERRED = (  # of those that have every character needed, one made for Chinese
     "SimHei",
     "Arial Unicode MS",
 )
+BOXES = ("Last Resort", ".LastResort", "LastResort")  # they have every character, and show a box for it
 MOST_SIDES = 12  # a radar with more is not readable
 
 
@@ -36,18 +37,20 @@ def find_font(text: str, files: Iterable[str | Path]) -> Path | None:
     for file in files:
         try:
             font = FT2Font(str(file))
-            if needed <= font.get_charmap().keys() and (font.family_name not in fitting or font.style_name == "Regular"):
-                fitting[font.family_name] = Path(file)
+            family, style, fits = font.family_name, font.style_name, needed <= font.get_charmap().keys()
         except (RuntimeError, OSError):
             continue  # a bitmap font, or a broken file
+        if fits and not family.startswith(BOXES) and (family not in fitting or style == "Regular"):
+            fitting[family] = Path(file)
     ranked = [fitting[family] for family in PREFERRED if family in fitting]
     return next(iter([*ranked, *fitting.values()]), None)
 
 
-def draw(table: Table, path: str | Path) -> None:
+def draw(table: Table, path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
     """Write a PNG with a radar (from three categories on) and bars of the table.
 
-    Where no font has the characters of the labels, that is said, and the categories' plain names are used instead.
+    Its font is found among the files `fonts`, or all of the system's. Where none has the characters of the labels,
+    that is said, and the categories' plain names are used instead.
     """
     import matplotlib
 
@@ -55,7 +58,8 @@ def draw(table: Table, path: str | Path) -> None:
     from matplotlib import font_manager, pyplot
 
     labels = [row.label for row in table.rows]
-    font = find_font("".join([*labels, *table.systems, table.title]), sorted(font_manager.findSystemFonts()))
+    fonts = sorted(font_manager.findSystemFonts()) if fonts is None else fonts
+    font = find_font("".join([*labels, *table.systems, table.title]), fonts)
     if font is None and not "".join(labels + table.systems + [table.title]).isascii():
         say(f"{path}: no font has all characters of the labels (install Noto Sans CJK, say); categories get their plain names")
         labels = [row.category for row in table.rows]
