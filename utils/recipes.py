@@ -44,8 +44,10 @@ class Add:
     @functools.lru_cache(maxsize=8)  # the tensors in work; all of a large adapter's would fill the memory  # noqa: B019
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """left (rows, rank) and right (rank, columns), whose product is added, and the magnitude (outputs,); float32."""
-        a, b = self.weights.tensor(self.a).float(), self.weights.tensor(self.b).float() * self.scaling
-        magnitude = self.weights.tensor(self.magnitude).float().reshape(-1) if self.magnitude else None
+        names = (self.a, self.b, self.magnitude) if self.magnitude else (self.a, self.b)
+        # copies, since a view would keep the whole file mapped
+        a, b, *rest = (self.weights.tensor(name).to(torch.float32, copy=True) for name in names)
+        b, magnitude = b * self.scaling, rest[0].reshape(-1) if rest else None
         return (a.T.contiguous(), b.T.contiguous(), magnitude) if self.outputs_are_columns else (b, a, magnitude)
 
 

@@ -6,14 +6,17 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from utils.console import UserError, say
 from utils.files import read_json
 from utils.tokenizer import MODEL, SPACE, SentencePieceTokenizer, copy_tokenizer
+
+if TYPE_CHECKING:  # it takes seconds to import, and merging does without
+    from transformers import PreTrainedModel
 
 BYTE_ALPHABET_ENDS = 0x143  # byte-level BPE writes bytes as characters up to this one; a token of these would be read as bytes
 # LLaMA's own settings, so that pieces of two such models go together (bytes and digits it has already)
@@ -187,7 +190,7 @@ def ids_inside_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @torch.no_grad()
-def grow_embeddings(model: PreTrainedModel, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
+def grow_embeddings(model: "PreTrainedModel", old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
     """Give `model` rows for the tokens that `new` has and `old` has not, each the mean of the rows it replaces.
 
     Input and output embeddings grow alike, tied or not, and always to the same values.

@@ -1,0 +1,138 @@
+"""Merging a 2.2 GB float16 model with a LoRA: ours, the plain peft recipe, and cp -r with sync, in turn.
+
+    python -m benchmarks.merge --repeats 3
+
+The base has TinyLlama's sizes, in 500 MB shards; the LoRA has rank 8 on all linear layers, and both embeddings whole.
+What is compared: tensors (equal to one rounding of float16), bytes of two runs, time, and peak memory, which is also
+measured on a base with twice as many layers. About 12 GB of disk are needed under --folder.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Figures, child, interleave, report, timed
+from utils.cli import option, run
+
+BUILD = """
+import sys, torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+folder, layers = sys.argv[1], int(sys.argv[2])
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
+                     num_attention_heads=32, num_key_value_heads=4)
+torch.set_default_dtype(torch.float16)
+model = LlamaForCausalLM(config)
+torch.set_default_dtype(torch.float32)
+model.save_pretrained(folder, max_shard_size="500MB")
+lora = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM",
+                                        modules_to_save=["embed_tokens", "lm_head"]))
+with torch.no_grad():
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+lora.save_pretrained(folder + "-lora")
+"""
+PLAIN = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, lora, output = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16, low_cpu_mem_usage=True)
+model = PeftModel.from_pretrained(model, lora).merge_and_unload()
+model.save_pretrained(output, max_shard_size="500MB")
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of this benchmark."""
+
+    repeats: int = option(3, "how often each recipe runs", least=1)
+    layers: int = option(22, "layers of the base (22: 2.2 GB)", least=1)
+    folder: str = option("", "where to build the models (a temporary folder)")
+
+
+def main(options: Options) -> None:
+    """Build the models, run the recipes in turn, compare what they wrote, and print the figures."""
+    with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
+        base, double = Path(name) / "base", Path(name) / "double"
+        child("-c", BUILD, base, str(options.layers))
+        medians = interleave(
+            {
+                "plain peft": lambda: child("-c", PLAIN, base, f"{base}-lora", base.with_name("plain")),
+                "merge_weights.py": lambda: merged(base, "ours"),
+                "cp -r and sync": lambda: timed(lambda: copied(base)),
+            },
+            options.repeats,
+        )
+        first = digests(base.with_name("ours"))
+        merged(base, "again")
+        facts: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in base.glob("*.safetensors"))}
+        facts |= {"identical_runs": first == digests(base.with_name("again")), **differences(base)}
+        for folder in ("again", "plain", "copy"):
+            shutil.rmtree(base.with_name(folder))
+        child("-c", BUILD, double, str(2 * options.layers))
+        facts["peak_mb_of_twice_the_model"] = merged(double, "ours")["peak_mb"]
+    ours, plain, copy = (medians[recipe] for recipe in ("merge_weights.py", "plain peft", "cp -r and sync"))
+    ratios = {
+        "time, ours / plain": ours["seconds"] / plain["seconds"],
+        "time, ours / copy": ours["seconds"] / copy["seconds"],
+        "peak memory, ours / plain": ours["peak_mb"] / plain["peak_mb"],
+    }
+    report(medians, ratios, ("torch", "transformers", "peft", "safetensors"), **facts)
+
+
+def merged(base: Path, output: str) -> Figures:
+    """Run merge_weights.py."""
+    target = ("--output_dir", base.with_name(output), "--overwrite", "--max_shard_size", "500MB")
+    return child("merge_weights.py", "--base_model", base, "--lora_model", f"{base}-lora", *target)
+
+
+def copied(base: Path) -> None:
+    """Copy the base's folder, and have the copy on the disk."""
+    shutil.rmtree(base.with_name("copy"), ignore_errors=True)
+    subprocess.run(["cp", "-r", base, base.with_name("copy")], check=True)
+    os.sync()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The hash of each shard."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def differences(base: Path) -> dict[str, float]:
+    """Compare our tensors with the plain recipe's: the share of equal values, and the largest difference.
+
+    The difference is counted in units of the last place of the larger of base and result, in float16. The plain recipe
+    rounds twice, the change and the sum.
+    """
+    import torch
+
+    from utils.weights import Weights
+
+    stored, ours, plain = (Weights(base.with_name(name)) for name in ("base", "ours", "plain"))
+    if ours.names != plain.names:
+        raise SystemExit("the recipes wrote tensors of different names")
+    values = equal = 0
+    largest = 0.0
+    for name in ours.names:
+        for start in range(0, ours.shape(name)[0], 1024):
+            rows = slice(start, start + 1024)
+            a, b, c = (weights.rows(name, rows).float() for weights in (ours, plain, stored))
+            exponent = torch.frexp(torch.maximum(a.abs(), c.abs()).clamp(min=2**-14)).exponent
+            largest = max(largest, ((a - b).abs() / torch.ldexp(torch.ones_like(a), exponent - 11)).max().item())
+            values, equal = values + a.numel(), equal + (a == b).sum().item()
+    if largest > 1:
+        raise SystemExit(f"the recipes' results differ by {largest} units of the last place")
+    return {"share_of_equal_values": equal / values, "largest_difference_in_last_places": largest}
+
+
+if __name__ == "__main__":
+    run(main, Options)
