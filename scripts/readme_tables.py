@@ -1,0 +1,98 @@
+"""Fill in what the READMEs compute: the options of each script, and the memory that training takes.
+
+    python scripts/readme_tables.py
+
+A table stands between `<!-- options of finetune.py -->` (or `<!-- memory -->`) and `<!-- end -->`. options_zh.json holds
+the Chinese of each line of help; a line that is not there stays English, which is said.
+"""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import describe
+from utils.files import replacing
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = {"zh": ROOT / "README.md", "en": ROOT / "README_EN.md"}
+HEADS = {"zh": "| 选项 | 值 | 默认 | 说明 |", "en": "| option | value | default | meaning |"}
+BLOCK = re.compile(r"(<!-- (?:options of (\w+)\.py|memory) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite both files."""
+    for language, path in READMES.items():
+        with replacing(path) as aside:
+            aside.write_text(filled(path.read_text("utf-8"), language), "utf-8")
+
+
+def filled(text: str, language: str) -> str:
+    """A README with its tables as they should be."""
+
+    def table(match: re.Match[str]) -> str:
+        body = options_table(match[2], language) if match[2] else memory_table(language)
+        return f"{match[1]}{body}\n{match[3]}"
+
+    return BLOCK.sub(table, text)
+
+
+def options_table(script: str, language: str) -> str:
+    """The options of one script, as its --help has them."""
+    chinese = json.loads((ROOT / "scripts" / "options_zh.json").read_text("utf-8")) if language == "zh" else {}
+
+    def word(text: str) -> str:
+        if chinese and text and text not in chinese:
+            print(f"scripts/options_zh.json: lacks {text!r} ({script}.py)", file=sys.stderr)
+        return chinese.get(text, text).replace("|", "\\|")
+
+    rows = [HEADS[language], "|---|---|---|---|"]
+    for heading, name, value, default, help in describe(importlib.import_module(script).Options):
+        if heading:
+            rows.append(f"| **{word(heading)}** | | | |")
+        kind = f"`{value.strip('|')}`".replace("|", "\\|")
+        shown = word(default) if default == "required" else f"`{default}`" if default else ""
+        rows.append(f"| `{name}` | {kind} | {shown} | {word(help)} |")
+    return "\n".join(rows)
+
+
+def memory_table(language: str) -> str:
+    """GB to train with the published settings, by utils/memory.py, on skeletons of the real sizes."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
+
+    from utils.memory import estimate
+    from utils.modeling import Placement
+
+    seven = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    thirteen = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    bloom = BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)
+    configs = {
+        "Chinese-Alpaca-7B": (LlamaConfig(vocab_size=49954, **seven), ["q_proj", "v_proj"]),
+        "Chinese-Alpaca-13B": (LlamaConfig(vocab_size=49954, **thirteen), ["q_proj", "v_proj"]),
+        "BLOOM-7b1": (bloom, ["query_key_value"]),
+    }
+    first = {"zh": "模型", "en": "model"}[language]
+    kinds = {"bfloat16": None, "8 bit": "8bit", "4 bit": "4bit"}
+    rows = [f"| {first} | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for name, (config, targets) in configs.items():
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+        model = get_peft_model(base, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
+        cells = []
+        for quantise in kinds.values():
+            placement = Placement(torch.device("cuda"), torch.bfloat16, quantise)
+            without, with_it = (
+                estimate(model, placement, "bfloat16", 8 * 512, checkpointing).total / 1e9 for checkpointing in (False, True)
+            )
+            cells.append(f"{without:.0f} / {with_it:.0f}")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
