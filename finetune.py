@@ -9,6 +9,7 @@ The same command again goes on after a kill. Several GPUs: torchrun --nproc_per_
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -68,6 +69,7 @@ class Options:
     resume_from_checkpoint: str | None = option(
         None, "adapter to train on, checkpoint of this run, or auto for its newest one", heading="Start, saving, logs"
     )
+    dry_run: bool = option(False, "show the data, the steps and the memory needed, load no weights, write nothing")
     overwrite_output_dir: bool = option(False, "start anew where the output folder holds a run")
     eval_steps: int = option(200, "steps between evaluations (also at each epoch's end)", least=1)
     save_steps: int = option(200, "steps between checkpoints (also at each epoch's end)", least=1)
@@ -95,25 +97,23 @@ def main(options: Options) -> None:
     """The story of one step of a chain."""
     check_together(options)
     from utils import lineage, start, training  # here, because torch and its kin take seconds to import
-    from utils.files import locked
+    from utils.files import digest, locked
     from utils.modeling import place
 
     began = time.time()
     placement = place(options.load_8bit, options.load_4bit)
     origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
-    base = {"name": options.base_model, "fingerprint": lineage.fingerprint(options.base_model)}
-    parent = start.parent_facts(origin)
-    lineage.check_base(
-        parent and parent["lineage"], base["fingerprint"], options.resume_from_checkpoint or "", options.base_model
-    )
+    base, parent = start.base_and_parent(origin, options.base_model)
     tokenizer, train_data, val_data, data = prepare_data(options, origin)
-    run_facts = {"options": what_rules(options), "base": lineage.digest(base), "parent": parent, "data": data["files"]}
+    if options.dry_run:
+        return show(options, placement, origin, tokenizer, train_data)
+    run_facts = {"options": what_rules(options), "base": digest(base), "parent": parent, "data": data["files"]}
     start.check_unchanged(origin, run_facts)
     with locked(options.output_dir):
         if options.overwrite_output_dir and is_main_process():
             start.clear(options.output_dir)
         model = prepare_model(options, placement, origin, tokenizer)
-        trainer = prepare_trainer(options, model, train_data, val_data, run_facts)
+        trainer = prepare_trainer(options, placement, model, train_data, val_data, run_facts)
         training.train(trainer, origin.checkpoint)
         results = training.finish(trainer, tokenizer, options.load_best_model_at_end and val_data is not None)
         facts = {"base": base, "parent": parent, "data": data, "results": results}
@@ -171,7 +171,8 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
     tokenizer = load_tokenizer(folder)
     hashes = {str(file): sha256(file) for file in data_files(options.data_path)}
     encoder = dataset.Encoder(prompter, tokenizer, tokenizer_hash(folder), options.cutoff_len, options.train_on_inputs)
-    table = dataset.encode_all(encoder, hashes, options.data_path, lambda: load_records(options.data_path, options.seed))
+    read = functools.partial(load_records, options.data_path, options.seed)
+    table = dataset.encode_all(encoder, hashes, options.data_path, read, keep=not options.dry_run)
     numbers = dataset.usable(table, options.cutoff_len)
     train_numbers, val_numbers = dataset.split(numbers, options.val_set_size, options.seed)
     train = dataset.Encoded(table, train_numbers, options.cutoff_len)
@@ -212,30 +213,60 @@ def prepare_model(options: Options, placement: "Placement", origin: "Start", tok
     say(f"base model {options.base_model} on {placement}")
     transformers.set_seed(options.seed)
     base = load_base(options.base_model, tokenizer, placement, options.attn_implementation)
-    wanted = {
-        "lora_r": options.lora_r,
-        "lora_alpha": options.lora_alpha,
-        "lora_dropout": options.lora_dropout,
-        "lora_target_modules": options.lora_target_modules,
-        "use_rslora": options.use_rslora,
-        "use_dora": options.use_dora,
-        "modules_to_save": options.modules_to_save,
-    }
-    config = start.lora_config(base, wanted, origin.checkpoint or origin.parent)
+    config = start.lora_config(base, lora_options(options), origin.checkpoint or origin.parent)
     fit_embeddings(base, tokenizer, options.base_model, config.modules_to_save or [])
     if origin.parent and not origin.checkpoint:
         return adapters.load(base, origin.parent, config)
     return adapters.add(base, config)
 
 
+def lora_options(options: Options) -> dict[str, Any]:
+    """The options that describe the adapter."""
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "modules_to_save")
+    return {name: getattr(options, name) for name in names}
+
+
+def show(options: Options, placement: "Placement", origin: "Start", tokenizer: Any, train: "Encoded") -> None:
+    """What --dry_run prints instead of training."""
+    from utils import adapters, memory, report, start
+    from utils.modeling import precision
+
+    report.print_report(
+        train.full_lengths, options.cutoff_len, [train[index] for index in range(min(2, len(train)))], tokenizer
+    )
+    base = memory.skeleton(options.base_model)
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = adapters.add(base, start.lora_config(base, lora_options(options), origin.checkpoint or origin.parent))
+    trainable, total = model.get_nb_trainable_parameters()
+    half = precision(placement.device, options.bf16, options.fp16)
+    tokens = options.micro_batch_size * options.cutoff_len
+    say(f"\n{math.ceil(len(train) / options.batch_size)} optimizer steps an epoch, {count_steps(options, len(train))} in all")
+    say(f"{trainable:,} of {total:,} parameters would be trained")
+    for checkpointing in (False, True):
+        needed = memory.estimate(model, placement, half, tokens, checkpointing)
+        say(f"memory on {placement}, --gradient_checkpointing {checkpointing}: {needed}")
+    say("dry run: no weights were loaded and nothing was written")
+
+
+def count_steps(options: Options, records: int) -> int:
+    """Optimizer steps of the whole run."""
+    return options.max_steps if options.max_steps > 0 else math.ceil(records / options.batch_size) * options.num_epochs
+
+
 def prepare_trainer(
-    options: Options, model: "PeftModel", train: "Encoded", validation: "Encoded | None", run_facts: dict[str, Any]
+    options: Options,
+    placement: "Placement",
+    model: "PeftModel",
+    train: "Encoded",
+    validation: "Encoded | None",
+    run_facts: dict[str, Any],
 ) -> "StepTrainer":
     """The Trainer with everything it needs."""
     from utils.batching import Plan
     from utils.training import Job, StepTrainer
 
-    args = training_arguments(options, model, len(train))
+    args = training_arguments(options, placement, model, len(train))
     plan = Plan(
         batch_size=options.batch_size,
         micro_batch_tokens=options.micro_batch_size * options.cutoff_len,
@@ -249,14 +280,19 @@ def prepare_trainer(
     return StepTrainer(model, args, job, train, validation)
 
 
-def training_arguments(options: Options, model: "PeftModel", records: int) -> "TrainingArguments":
+def training_arguments(options: Options, placement: "Placement", model: "PeftModel", records: int) -> "TrainingArguments":
     """The options in the Trainer's own terms."""
     from transformers import TrainingArguments
 
+    from utils import memory
     from utils.modeling import precision
 
-    half = precision(model.device, options.bf16, options.fp16)
-    steps = math.ceil(records / options.batch_size) * options.num_epochs if options.max_steps < 1 else options.max_steps
+    half = precision(placement.device, options.bf16, options.fp16)
+    checkpointing = options.gradient_checkpointing
+    if checkpointing is None:
+        tokens = options.micro_batch_size * options.cutoff_len
+        checkpointing = memory.is_short(model, placement, half, tokens)
+    steps = count_steps(options, records)
     warmup = options.warmup_steps if options.warmup_steps is not None else min(100, steps // 10)
     say(f"{steps} optimizer steps of {options.batch_size} records, {warmup} of them warm-up; computing in {half or 'float32'}")
     args = TrainingArguments(
@@ -273,7 +309,7 @@ def training_arguments(options: Options, model: "PeftModel", records: int) -> "T
         optim="adamw_torch",
         bf16=half == "bfloat16",
         fp16=half == "float16",
-        gradient_checkpointing=bool(options.gradient_checkpointing),
+        gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         torch_compile=options.torch_compile,
         seed=options.seed,
@@ -285,7 +321,7 @@ def training_arguments(options: Options, model: "PeftModel", records: int) -> "T
         dataloader_num_workers=options.num_workers,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=placement.device.type == "cpu",
         disable_tqdm=True,
         report_to=["wandb"] if wants_wandb(options) else options.report_to or "none",
         run_name=options.wandb_run_name or None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,9 @@ def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
         if missing:
             layers = ", ".join(linear_layers(model))
             raise UserError(f"--{option}: the model has no layer {', '.join(missing)}; its linear layers are {layers}")
-    wrapped = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging unties them, and says so
+        wrapped = get_peft_model(model, config)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,7 +1,10 @@
 """Encoded records on disk, memory-mapped: encoded once, kept by what they were made of, split by a seed."""
 
+import atexit
 import dataclasses
 import itertools
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,13 +55,15 @@ class Encoder:
 class Encoded:
     """The encoded records `numbers` of a table; `dataset[i]` is {"input_ids", "labels", …}.
 
-    `lengths` and `supervised` (labels that are predicted), a number a record, are known without reading the records.
+    `lengths` (`full_lengths`: before the cut) and `supervised` (labels that are predicted), a number a record, are
+    known without reading the records.
     """
 
     def __init__(self, table: datasets.Dataset, numbers: Sequence[int] | np.ndarray, cutoff_len: int):
         self.table = table
         self.numbers = np.asarray(numbers, dtype=np.int64)
-        self.lengths = np.minimum(column(table, "full_length"), cutoff_len)[self.numbers].tolist()
+        self.full_lengths = column(table, "full_length")[self.numbers].tolist()
+        self.lengths = np.minimum(self.full_lengths, cutoff_len).tolist()
         self.supervised = column(table, "supervised")[self.numbers].tolist()
 
     def __len__(self) -> int:
@@ -74,16 +79,17 @@ def column(table: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def encode_all(
-    encoder: Encoder, hashes: dict[str, str], data_path: str, read: Callable[[], Iterable[dict[str, Any]]]
+    encoder: Encoder, hashes: dict[str, str], data_path: str, read: Callable[[], Iterable[dict[str, Any]]], keep: bool
 ) -> datasets.Dataset:
     """The table of all records, from the cache where the same data were encoded in the same way before.
 
     `hashes` are those of the files that `data_path` stands for: changed files, template, tokenizer or cutoff make
-    another table. `read` gives the records where they must be encoded.
+    another table. `read` gives the records where they must be encoded; the table is not kept unless `keep`.
     """
     made_of = [FORMAT, data_path, hashes, encoder.prompter.texts, encoder.tokenizer_hash]
     made_of += [encoder.cutoff_len, encoder.train_on_inputs]
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "dreamergpt" / f"{digest(made_of)}.arrow"
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / "dreamergpt" / f"{digest(made_of)}.arrow"
+    path = cached if keep or cached.is_file() else temporary_folder() / cached.name
     if path.is_file():
         say(f"encoded records found in {path}")
     else:
@@ -95,6 +101,13 @@ def encode_all(
                 bar.update(len(rows["input_ids"]))
             writer.finalize()
     return datasets.Dataset.from_file(str(path))
+
+
+def temporary_folder() -> Path:
+    """A new folder that goes when the program ends."""
+    folder = Path(tempfile.mkdtemp(prefix="dreamergpt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def usable(table: datasets.Dataset, cutoff_len: int) -> np.ndarray:

@@ -20,7 +20,7 @@ class RunLog(TrainerCallback):
 
     def __init__(self, output_dir: str):
         self.folder = Path(output_dir)
-        self.bar = progress(total=0)
+        self.bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write what the checkpoint that is resumed has logged, if any, and show how far the run is."""

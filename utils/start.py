@@ -75,19 +75,22 @@ def clear(output_dir: str) -> None:
         shutil.rmtree(old)
 
 
-def parent_facts(start: Start) -> dict[str, Any] | None:
-    """What the lineage keeps of the parent adapter: its name, its hash, and its own lineage.
+def base_and_parent(start: Start, base_model: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What the lineage keeps of the base (name, fingerprint) and of the parent adapter (name, hash, its own lineage).
 
     A run that goes on from its checkpoint without naming its parent again has the one that it began with.
+    Raises UserError where the parent was trained on another base.
     """
     from utils.adapters import find_weights
 
+    base: dict[str, Any] = {"name": base_model, "fingerprint": lineage.fingerprint(base_model)}
     if start.parent is None:
-        return read_json(start.checkpoint / checkpoints.MANIFEST)["run"]["parent"] if start.checkpoint else None
+        return base, read_json(start.checkpoint / checkpoints.MANIFEST)["run"]["parent"] if start.checkpoint else None
     own = lineage.read(start.parent)
     if own is None:
         say(f"{start.parent}: has no {lineage.FILE}, as published adapters have none; that it fits this base is taken on trust")
-    return {"name": str(start.parent), "sha256": sha256(find_weights(start.parent)), "lineage": own}
+    lineage.check_base(own, base["fingerprint"], str(start.parent), base_model)
+    return base, {"name": str(start.parent), "sha256": sha256(find_weights(start.parent)), "lineage": own}
 
 
 def lora_config(model: "nn.Module", wanted: dict[str, Any], parent: Path | None) -> "LoraConfig":

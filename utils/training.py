@@ -134,7 +134,7 @@ class StepTrainer(Trainer):
             total += model(**self._prepare_inputs(pad([data[number] for number in numbers], plan.pad_to)))
         metrics = {"eval_loss": self.accelerator.reduce(total, "sum").item() / sum(data.supervised)}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -144,7 +144,8 @@ class StepTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter, and read it back."""
         if self.args.should_save:
-            adapters.save(self.accelerator.unwrap_model(self.model), output_dir, self.job.base_model, state_dict)
+            folder = output_dir or self.args.output_dir
+            adapters.save(self.accelerator.unwrap_model(self.model), folder, self.job.base_model, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, seal it when it is whole, and only then delete older ones.

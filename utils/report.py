@@ -1,0 +1,42 @@
+"""What --dry_run prints: the data as training would see them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from utils.console import say
+from utils.encoding import IGNORED
+
+BINS, WIDTH = 12, 40
+SUPERVISED, END, PLAIN = "\033[32m", "\033[1;31m", "\033[0m"  # green, bold red
+
+
+def histogram(lengths: Sequence[int], cutoff_len: int) -> str:
+    """Records by length in tokens, as bars; a mark where the cutoff falls."""
+    edges = np.unique(np.linspace(min(lengths), max(lengths) + 1, BINS + 1).round().astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    lines = []
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        mark = " < --cutoff_len" if low <= cutoff_len < high else ""
+        lines.append(f"{low:>7} … {high:<7}{'#' * round(WIDTH * count / max(counts)):<{WIDTH}} {count}{mark}")
+    return "\n".join(lines)
+
+
+def example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """One encoded record as text: what is supervised in green, the end of sequence in red."""
+    pieces: list[tuple[str, list[int]]] = []
+    for token, label in zip(record["input_ids"], record["labels"], strict=True):
+        colour = PLAIN if label == IGNORED else END if token == tokenizer.eos_token_id else SUPERVISED
+        if not pieces or pieces[-1][0] != colour:
+            pieces.append((colour, []))
+        pieces[-1][1].append(token)
+    return "".join(f"{colour}{tokenizer.decode(tokens)}" for colour, tokens in pieces) + PLAIN
+
+
+def print_report(lengths: Sequence[int], cutoff_len: int, examples: Sequence[dict[str, Any]], tokenizer: Any) -> None:
+    """Print the histogram and the examples."""
+    say(f"records by length in tokens:\n{histogram(lengths, cutoff_len)}")
+    for number, record in enumerate(examples, 1):
+        say(f"\nexample {number} ({SUPERVISED}supervised{PLAIN}, {END}end of sequence{PLAIN}):\n{example(record, tokenizer)}")
