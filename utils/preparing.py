@@ -48,6 +48,7 @@ def shape(sets: str, keys: str) -> Shape:
     return Shape(tuple(sets.split(", ")), frozenset(keys.split()))
 
 
+# Particular ones first: an item that has several shapes is of the first. (A translated item may hold the English beside it.)
 SHAPES = {
     "firefly": shape("Firefly", "kind input target"),
     "firefly dialogue": shape("Firefly", "conversation_id category conversation"),
@@ -57,9 +58,9 @@ SHAPES = {
     "rounds": shape("COIG", "round_0"),
     "psyqa": shape("PsyQA", "question description answers"),
     "baize": shape("baize", "topic input"),
+    "belle dialogue": shape("BELLE", "id conversations"),
     "alpaca": shape("Alpaca-GPT4, BELLE, COIG, baize", "instruction input output"),
     "belle target": shape("BELLE", "input target"),
-    "belle dialogue": shape("BELLE", "id conversations"),
 }
 
 
@@ -139,9 +140,8 @@ def refuse_json(path: Path, name: str) -> None:
 
 
 def shape_of(item: dict) -> str | None:
-    """The most particular shape that an item has."""
-    fitting = [name for name, shape in SHAPES.items() if shape.keys <= item.keys()]
-    return max(fitting, key=lambda name: len(SHAPES[name].keys), default=None)
+    """The shape that an item has."""
+    return next((name for name, shape in SHAPES.items() if shape.keys <= item.keys()), None)
 
 
 def listed(keys: Iterable[str], most: int = 6) -> str:
@@ -164,9 +164,10 @@ def output_files(options: PrepareOptions, folder: str, names: Sequence[str], raw
     for output, source in itertools.product(outputs, raw):
         if output.exists() and output.samefile(source):
             raise UserError(f"{output}: is the raw file itself; give another --output_dir, or move the raw file")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: is not a folder; give another --output_dir")
-    new = [parent for parent in (target, *target.parents) if not parent.exists()]
+    new = list(itertools.takewhile(lambda path: not os.path.exists(path), (target, *target.parents)))
+    above = new[-1].parent if new else target
+    if not above.is_dir():
+        raise UserError(f"{above}: is not a folder; give another --output_dir")
     try:
         with locked(target):
             target.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """What a `--data_path` stands for: files, data sets of the Hugging Face hub, or several of these with weights."""
 
 import difflib
+import functools
 import os
 import re
 from pathlib import Path
@@ -67,6 +68,7 @@ def check_exists(path: Path) -> None:
     raise UserError(f"{path}: no such file; {f'did you mean {path.parent / near[0]}?' if near else 'check the path'}")
 
 
+@functools.cache
 def hub_files(name: str) -> list[Path]:
     """Fetch a data set of the hub (or find it in the local cache); its training files, or all where none is so called."""
     import huggingface_hub

@@ -2,7 +2,7 @@
 
     python data/alpaca_gpt4/prepare.py --raw downloads/alpaca_gpt4_data_zh.json
 
-What comes out keeps the raw file's name: alpaca_data_gpt4.json, alpaca_gpt4_data_zh.json.
+What comes out keeps the raw file's name: alpaca_data_gpt4.json or alpaca_gpt4_data.json, alpaca_gpt4_data_zh.json.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from utils.cli import option, run
 from utils.preparing import PrepareOptions, convert_each
 from utils.records import Dirty, as_record
 
-FILES = ("alpaca_data_gpt4", "alpaca_gpt4_data_zh")
+FILES = ("alpaca_data_gpt4", "alpaca_gpt4_data", "alpaca_gpt4_data_zh")
 LONG = 200  # characters; shorter answers may well be words or numbers without a full stop
 CLOSING = tuple("。！？…—.!?\"'”’」』）)】]》>}`|~*")
 

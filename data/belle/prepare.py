@@ -32,18 +32,17 @@ def main(options: PrepareOptions) -> None:
 
 
 def single_or_dialogue(item: dict) -> dict:
-    """One turn, or, where the instruction opens with a speaker, the dialogue in it. The answers' outer white space goes."""
-    instruction, output = item.get("instruction"), item.get("output")
-    if isinstance(output, str):
-        item = item | {"output": output.strip()}
-    if isinstance(instruction, str) and instruction.lstrip().startswith("Human:"):
-        return item | multi_turn(instruction, item.get("output"))
-    return item
+    """One turn, or, where the instruction opens with a speaker, the dialogue in it; the outer white space of texts goes."""
+    record = {key: text.strip() if isinstance(text, str) else text for key, text in item.items()}
+    instruction = record.get("instruction")
+    if isinstance(instruction, str) and instruction.startswith("Human:"):
+        return multi_turn(instruction, record.get("output"))
+    return record
 
 
 def multi_turn(instruction: str, output: object) -> dict:
     """The dialogue in one text that ends with a bare `Assistant:`, which `output` follows. Raises Dirty."""
-    pieces = SPEAKER.split(instruction.strip())
+    pieces = SPEAKER.split(instruction)
     turns = [(ROLES[speaker], text.strip()) for speaker, text in zip(pieces[1::2], pieces[2::2], strict=True)]
     if turns[-1] != ("assistant", ""):
         raise Dirty("a dialogue that does not end with Assistant:")
