@@ -33,11 +33,11 @@ def main(options: Options) -> None:
     check_together(options)
     from utils import vocabulary
     from utils.files import locked, replacing_folder
-    from utils.tokenizer import load_tokenizer
+    from utils.tokenizer import read_tokenizer
     from utils.weights import base_folder
 
     base = base_folder(options.base_model)
-    tokenizer = load_tokenizer(base)
+    tokenizer = read_tokenizer(base)
     before = len(tokenizer)
     with locked(options.output_dir):
         if options.sp_model:

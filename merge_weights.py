@@ -24,11 +24,11 @@ class Options:
     output_dir: str = option(help="folder for the merged model")
     lora_model: list[str] = option([], "folder with LoRA weights; several, in their order: a,b (none: convert only)")
     output_type: str = option("huggingface", "layout to write", choices=("huggingface", "pth"))
-    dtype: str = option("", "type to round to (as in the base)", choices=("", "float16", "bfloat16", "float32"))
+    dtype: str | None = option(None, "type to round to (the base's)", choices=("float16", "bfloat16", "float32"))
     max_shard_size: str = option("5GB", "largest file to write, such as 500MB")
     verify: bool = option(False, "compare with base and adapters on a few prompts (loads both models, one by one)")
     overwrite: bool = option(False, "replace the model in the output folder")
-    offload_dir: str = option("", "accepted for old scripts: nothing needs to be offloaded any more")
+    offload_dir: str | None = option(None, "accepted for old scripts: nothing needs to be offloaded any more")
 
 
 def main(options: Options) -> None:

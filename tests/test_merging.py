@@ -494,7 +494,7 @@ def test_what_a_killed_run_left_is_no_hindrance(base, adapter, tmp_path):
 def test_verify_compares_logits(base, adapter, tmp_path, capsys):
     out = merge(base, adapter, tmp_path / "out", "--verify")
     assert "verified on 4 prompts: scores differ by 0.00%" in capsys.readouterr().out
-    plan = merging.plan_merge(str(base), [str(adapter)], "", "huggingface", "5GB")
+    plan = merging.plan_merge(str(base), [str(adapter)], None, "huggingface", "5GB")
     compare_logits(plan, out)
     with pytest.raises(UserError, match="is not what base and adapters are together"):
         compare_logits(plan, base)
@@ -599,6 +599,20 @@ def test_broken_adapters(base, adapter, tmp_path):
     with pytest.raises(UserError, match="holds no LoRA weights"):
         merge(base, folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_every_tensor_of_an_adapter_counts_once(base, adapter, tmp_path):
+    """Two names for one tensor, as a file joined by hand may have them: which one was meant is not guessed."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    stored = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    save_file(stored | {name.replace("lora_A", "lora_A.default"): stored[name] * 2}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="are one tensor"):
+        merge(base, folder, tmp_path / "out")
+    renamed = {n.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): t for n, t in stored.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    merge(base, folder, tmp_path / "out")
 
 
 def test_the_output_folder(base, adapter, tmp_path, monkeypatch):

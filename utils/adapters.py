@@ -39,12 +39,14 @@ def open_tensors(folder: str | Path) -> tuple[Weights, dict[str, str]]:
     """
     file = find_weights(folder)
     weights = Weights(file.parent, [file])
-    names = {}
+    names: dict[str, str] = {}
     for name in weights.names:
         is_base = file.name == FULL_CHECKPOINT and "lora_" not in name and "modules_to_save" not in name
         if not is_base and ".original_module." not in name:
-            plain = re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
-            names[plain.replace("modules_to_save.", "")] = name
+            plain = re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name).replace("modules_to_save.", "")
+            if plain in names:
+                raise UserError(f"{file}: {names[plain]} and {name} are one tensor; delete the one that is not meant")
+            names[plain] = name
     if not any("lora_" in name for name in names):
         raise UserError(f"{file}: holds no LoRA weights ({len(weights.names)} tensors); the save failed, or it is another file")
     return weights, names

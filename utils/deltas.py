@@ -131,7 +131,16 @@ class Adapter:
                     )
                 shift = self.weights.tensor(parts["bias"]).float() * addition.scaling
                 found.setdefault(bias, []).append(Shift(shift))
+        used = len(self.replaced) + sum(map(len, self.modules.values()))
+        if used != len(self.names) or used != self._count(found):
+            raise RuntimeError(f"{self.folder}: {self._count(found)} of {len(self.names)} tensors would be used")
         return found
+
+    @staticmethod
+    def _count(found: dict[str, list[Change]]) -> int:
+        """How many of the adapter's tensors the changes use."""
+        changes = [change for changes in found.values() for change in changes]
+        return sum((3 if change.magnitude else 2) if isinstance(change, Add) else 1 for change in changes)
 
 
 class Finder:

@@ -155,7 +155,8 @@ def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> tu
                 f"{folder}: its tokenizer has {len(own)} tokens, the model at this stage {after} embedding rows; {STAGES}: "
                 "use the base, adapters and tokenizers of one chain, in its order"
             )
-        chosen, tokenizer = folder, own
+        if tokenizer is None or len(own) != len(tokenizer):  # else the base's own files, which training saved anew
+            chosen, tokenizer = folder, own
     if tokenizer is None:
         say(f"{base}: holds no tokenizer, nor does an adapter; the merged folder will have none")
     elif rows[-1] > rows[0]:
