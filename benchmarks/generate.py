@@ -116,7 +116,7 @@ def in_batches(engine: Any, prompts: Answers, beams: int, length: int) -> Answer
     settings, end = Settings(num_beams=beams, max_new_tokens=length), engine.model.config.eos_token_id
     answers: Answers = [[] for _ in prompts]
     with engine.merged(engine.answerers[0].name):
-        for batch in plan(prompts, settings, engine.model, 0):
+        for batch in plan(prompts, settings, engine.room, 0):
             chosen, limits = [prompts[place] for place in batch], [length] * len(batch)
             for step in decode(engine.model, chosen, limits, settings, lambda ids: ids[-1] == end, [0] * len(batch)):
                 for row, ids in step.finished.items():

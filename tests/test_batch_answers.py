@@ -5,12 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny
-from transformers import AutoModelForCausalLM
 
 import generate
 from utils import batch_answers
@@ -152,26 +150,21 @@ def test_the_same_run_again_has_nothing_to_do(place, capsys):
 
 
 @pytest.mark.parametrize(("sampling", "kills"), [((), (2, 13)), (("--do_sample", "--temperature", 1), (9,))])
-def test_a_killed_run_goes_on_and_ends_as_if_undisturbed(place, sampling, kills):
+def test_a_killed_run_goes_on_and_ends_as_if_undisturbed(place, script, sampling, kills):
     """Pitfall 16: killed at any moment, no answer that was there is computed in vain, and the file is the same."""
     many = write(place / "many.json", [f"Question {number}: {'why ' * (number % 7)}?" for number in range(24)])
     line = ("--lora_weights", place / "a", "--test_input_path", many, "--batch_size", 4, *sampling)
+    line = ("generate.py", *line, "--is_ui", "False", "--max_new_tokens", 60)
     result, journal = place / "a" / "test.json", place / "a" / ".test.json.journal"
-    run(*line, tokens=60)
+    assert script(*line).ok
     undisturbed = result.read_bytes()
     result.unlink()
-    resumed = 0
     for wanted in kills:
-        child = subprocess.Popen(command(*line, tokens=60), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while child.poll() is None and (not journal.exists() or journal.read_bytes().count(b'"output"') < wanted):
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        resumed += journal.exists()
-    assert resumed
-    done = subprocess.run(command(*line, tokens=60), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "answers are there already; going on" in done.stdout
+        running = script.start(*line)
+        running.wait_until(lambda wanted=wanted: journal.exists() and journal.read_bytes().count(b'"output"') >= wanted)
+        running.kill()
+        assert running.wait().status == -signal.SIGKILL
+    assert "answers are there already; going on" in script(*line).ok
     assert result.read_bytes() == undisturbed
 
 
@@ -241,15 +234,17 @@ def test_two_runs_do_not_write_one_file(place):
         run("--lora_weights", place / "a", "--test_input_path", place / "prompts.json")
 
 
-def test_batches_hold_prompts_of_like_length(models):
+def test_batches_hold_prompts_of_like_length():
     """Pitfall 11: two long prompts among many short ones do not make all of them long."""
-    model = AutoModelForCausalLM.from_pretrained(models / "base")
     prompts = [[0] * length for length in [699, 42, 335, *range(50, 104)]]
-    batches = batch_answers.plan(prompts, Settings(num_beams=4, max_new_tokens=48), model, 0)
+    settings, plenty = Settings(num_beams=4, max_new_tokens=48), 10**6
+    batches = batch_answers.plan(prompts, settings, plenty, 0)
     assert sorted(place for batch in batches for place in batch) == list(range(len(prompts)))
     for batch in batches:
         lengths = [len(prompts[place]) for place in batch]
         assert len(batch) * max(lengths) <= 1.5 * sum(lengths)
         assert len(batch) * 4 <= batch_answers.ROWS
     assert len(batches) <= 6
-    assert [len(batch) for batch in batch_answers.plan(prompts, Settings(), model, 20)] == [20, 20, 17]
+    assert [len(batch) for batch in batch_answers.plan(prompts, settings, plenty, 20)] == [20, 20, 17]
+    for batch in batch_answers.plan(prompts, settings, 4 * 800, 0):
+        assert len(batch) == 1 or 4 * len(batch) * (len(prompts[batch[0]]) + 48) <= 4 * 800

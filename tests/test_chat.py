@@ -15,11 +15,13 @@ import tiny
 from gradio_client import Client
 from playwright.sync_api import expect, sync_playwright
 
-from utils import chat
+from utils import chat, lineage
+from utils.chat_handlers import Handlers, steps_of
+from utils.chat_labels import EN
 from utils.console import UserError
 from utils.conversations import Conversation, from_file
 from utils.decoding import Settings
-from utils.generation import Engine, resolve, with_base
+from utils.generation import Answerer, Engine, resolve, with_base
 from utils.modeling import place
 from utils.serving import Service, TooLong
 
@@ -355,6 +357,15 @@ def test_the_page_speaks_english(visit, service):
         seen = visit(page.local_url)
         expect(seen.locator("#settings")).to_contain_text("Who answers")
         assert not re.search(r"[\u4e00-\u9fff]", seen.locator("#settings").inner_text())
+
+
+def test_the_status_line_tells_the_chain_of_an_adapter(service, tmp_path):
+    steps = [{"kind": "finetune", "options": {"output_dir": f"output/{name}"}} for name in ("run-1", "rerun-2")]
+    lineage.write(tmp_path, steps[1] | {"parent": {"lineage": steps[0]}})
+    assert steps_of(Answerer("rerun-2", tmp_path, "alpaca", steps[1])) == ["run-1", "rerun-2"]
+    handlers = Handlers(service, EN)
+    handlers.answerers["f2"] = Answerer("f2", tmp_path, "alpaca", steps[1])
+    assert "f2 (run-1 → rerun-2) · cpu, float32 · no answer yet" in handlers.status("f2")
 
 
 def test_nothing_is_fetched_from_elsewhere(browser, url):

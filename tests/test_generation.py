@@ -8,12 +8,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from utils import generation, switching
+from utils import generation, lineage, switching
 from utils.console import UserError
 from utils.decoding import GrowingLayer, Settings, decode, groups, narrow, noise
 from utils.generation import BASE, Ending, Engine, labels, resolve
 from utils.modeling import place
-from utils.prompter import Prompter
+from utils.prompter import TEMPLATES, Prompter
 from utils.tokenizer import load_tokenizer
 
 CPU = place(False, False)
@@ -199,14 +199,16 @@ def test_an_adapter_on_tied_embeddings_changes_the_half_it_was_trained_for(tmp_p
     assert engine.model.lm_head.weight is engine.model.model.embed_tokens.get_base_layer().weight
 
 
-def test_a_quantised_base_keeps_its_weights_and_has_the_adapters_beside_them(folder):
-    engine = Engine(str(folder / "llama"), resolve("", [str(folder / "a")], "")[1], place(True, False))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_base_keeps_its_weights_and_has_the_adapters_beside_them(folder, bits):
+    """Pitfall 7: nothing is merged into quantised weights."""
+    engine = Engine(str(folder / "llama"), resolve("", [str(folder / "a")], "")[1], place(bits == 8, bits == 4))
     prompts, settings = prompts_of(280, (12, 7)), Settings(num_beams=1, max_new_tokens=6)
     with engine.merged("a"):
         adapted = [step.running for step in engine.answer("a", prompts, settings)][-2]
     layer = engine.model.model.layers[0].self_attn.q_proj
     assert not layer.merged_adapters
-    assert layer.get_base_layer().weight.dtype == torch.int8
+    assert layer.get_base_layer().weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
     engine.use(BASE)
     one = engine.answerers[0].name
     plain = [step.running for step in decode(engine.model, prompts, [6, 6], settings, engine.ending(one), [0, 0])][-2]
@@ -221,6 +223,34 @@ def test_base_and_template_come_from_what_the_adapter_records(folder, tmp_path, 
     assert resolve(str(folder / "llama"), [], "chinese")[1][0].template == "chinese"
     with pytest.raises(UserError, match="--base_model"):
         resolve("", [], "")
+
+
+def test_what_contradicts_an_adapters_lineage_is_an_error(folder, tmp_path):
+    """Pitfall 7: base and template come from lineage.json, and another base or template is refused."""
+    adapter = tiny.adapter(folder / "llama", tmp_path / "run", 1)
+    other = tiny.llama(tmp_path / "other", seed=5)
+    template = tmp_path / "mine.json"
+    template.write_text((TEMPLATES / "chinese.json").read_text("utf-8"), "utf-8")
+    known = {
+        "kind": "finetune",
+        "options": {"prompt_template_name": str(template), "output_dir": str(adapter)},
+        "base": {"name": str(folder / "llama"), "fingerprint": lineage.fingerprint(str(folder / "llama"))},
+        "template": {"name": "mine", "texts": Prompter(str(template)).texts},
+    }
+    lineage.write(adapter, known)
+    base, (one,) = resolve("", [str(adapter)], "")
+    assert (base, one.template) == (str(folder / "llama"), str(template))
+    assert resolve("", [str(adapter)], "chinese")[1][0].template == "chinese"  # the same by another name
+    with pytest.raises(UserError, match="another base"):
+        resolve(str(other), [str(adapter)], "")
+    with pytest.raises(UserError, match=r"--prompt_template alpaca: .*mine"):
+        resolve("", [str(adapter)], "alpaca")
+    template.write_text((TEMPLATES / "vigogne.json").read_text("utf-8"), "utf-8")
+    with pytest.raises(UserError, match="changed after the training"):
+        resolve("", [str(adapter)], "")
+    tiny.adapter(other, tmp_path / "stranger", 1)
+    with pytest.raises(UserError, match="several bases"):
+        resolve("", [str(folder / "a"), str(tmp_path / "stranger")], "")
 
 
 def test_a_larger_vocabulary_has_to_be_merged_first(folder, tmp_path):

@@ -1,14 +1,12 @@
 """Batch runs: a file or folder of prompts in, `test.json` out, each answer on the disk when it is there."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from utils import lineage
 from utils.adapters import find_weights
@@ -23,7 +21,6 @@ from utils.records import write_records
 Plan = list[list[int]]  # batches of positions among the distinct prompts
 ROWS = 64  # more than these at once make a step longer without making it worth more
 PADDED = 1.5  # a batch's cache has at most this many columns for each one that holds a token
-MEMORY_SHARE = 0.5  # of what the weights leave: the rest is for activations, and for others
 
 
 def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
@@ -110,7 +107,7 @@ class Task:
             say(f"{doubles} of {len(self.records)} prompts are equal to an earlier one and answered with it")
         journal = self.open_journal(overwrite)
         if "plan" not in journal.values:
-            journal.put("plan", plan(self.prompts, self.settings, self.engine.model, batch_size))
+            journal.put("plan", plan(self.prompts, self.settings, self.engine.room, batch_size))
         known = sum(str(place) in journal.values for place in range(len(self.prompts)))
         if known:
             say(f"{journal.path}: {known} of {len(self.prompts)} answers are there already; going on")
@@ -219,13 +216,13 @@ def next_batch(journal: Journal, prompts: int) -> list[int] | None:
     return next((batch for batch in batches if any(str(place) not in journal.values for place in batch)), None)
 
 
-def plan(prompts: list[Ids], settings: Settings, model: PreTrainedModel, batch_size: int) -> Plan:
+def plan(prompts: list[Ids], settings: Settings, room: int, batch_size: int) -> Plan:
     """Batches of prompts of like length, the longest first, so that what does not fit shows at once.
 
-    With `batch_size` 0, a batch has as many rows (beams counted) as are worth it and as memory holds at full length.
+    With `batch_size` 0, a batch has as many rows (beams counted) as are worth it, and as memory, which has `room`
+    for so many tokens, holds at full length.
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    budget = memory(model) * MEMORY_SHARE / cache_bytes(model)
     batches: Plan = []
     for place in order:
         batch = [*batches[-1], place] if batches else [place]
@@ -234,9 +231,7 @@ def plan(prompts: list[Ids], settings: Settings, model: PreTrainedModel, batch_s
             fits = len(batch) <= batch_size
         else:
             rows = len(batch) * settings.num_beams
-            fits = (
-                rows <= ROWS and rows * (longest + settings.max_new_tokens) <= budget and len(batch) * longest <= PADDED * real
-            )
+            fits = rows <= ROWS and rows * (longest + settings.max_new_tokens) <= room and len(batch) * longest <= PADDED * real
         if fits and batches:
             batches[-1] = batch
         else:
@@ -249,20 +244,3 @@ def halved(batches: Plan, half: int, batch: list[int]) -> Plan:
     first = batches.index(batch)
     cut = [part[start : start + half] for part in batches[first:] for start in range(0, len(part), half)]
     return batches[:first] + cut
-
-
-def cache_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values for one token of one row."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
-
-
-def memory(model: PreTrainedModel) -> int:
-    """Bytes that the device has beside the weights, whatever others use now, so that a plan can be made twice."""
-    if model.device.type == "cuda":
-        total = torch.cuda.get_device_properties(model.device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(total - model.get_memory_footprint(), 0)

@@ -25,8 +25,6 @@ KNOBS = (
     "top_k",
     "repetition_penalty",
 )
-AT_ONCE = 24  # answers that grow side by side; the next ones wait in the queue
-ANSWERS: dict[str, Any] = {"concurrency_id": "answers", "concurrency_limit": AT_ONCE}
 COLUMNS = 4  # answerers that are compared unless others are chosen
 FONTS = ["system-ui", "-apple-system", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
 STYLE = """
@@ -73,7 +71,7 @@ def build(service: Service, defaults: Settings, labels: Labels) -> gr.Blocks:
                     page.draw_compare()
             with gr.Tab(labels.task, id="task"):
                 page.draw_task()
-        gr.api(page.handlers.api_answer, api_name="answer", **ANSWERS)
+        gr.api(page.handlers.api_answer, api_name="answer", **page.growing)
         gr.api(page.handlers.api_answerers, api_name="answerers")
     return blocks
 
@@ -86,6 +84,7 @@ class Page:
         self.defaults, self.bounds = defaults, service.bounds
         self.names = list(self.handlers.answerers)
         self.parts: dict[str, Any] = {}
+        self.growing: dict[str, Any] = {"concurrency_id": "answers", "concurrency_limit": service.at_once}
 
     def wire(self, event: Callable, function: Callable, outputs: list[str], **options: Any) -> Any:
         """Call `function` on `event`, with the components of its parameters' names, and the whole panel for `**knobs`."""
@@ -157,9 +156,9 @@ class Page:
         """What the buttons of the conversation do; whatever changes it stops the answer that is being written."""
         parts, do = self.parts, self.handlers
         shown = ["conversation", "chat", "question", "status"]
-        answering = [self.wire(both(send.click, parts["question"].submit), do.ask, shown, **ANSWERS)]
+        answering = [self.wire(both(send.click, parts["question"].submit), do.ask, shown, **self.growing)]
         for event, function in ((again.click, do.again), (parts["chat"].retry, do.retry), (parts["chat"].edit, do.edit)):
-            answering.append(self.wire(event, function, shown, cancels=list(answering), **ANSWERS))
+            answering.append(self.wire(event, function, shown, cancels=list(answering), **self.growing))
         stop.click(None, cancels=answering, api_visibility="private")
         for event in (clear.click, parts["chat"].clear):
             self.wire(event, do.clear, ["conversation", "chat"], cancels=answering)
@@ -186,7 +185,7 @@ class Page:
                 parts[column] = self.answer_box(label, column, visible=name in first, min_width=250)
         self.wire(parts["answerers"].change, self.handlers.choose, columns, queue=False)
         ask = both(send.click, parts["compared_question"].submit)
-        running = self.wire(ask, self.handlers.compare, [*columns, "status"], **ANSWERS)
+        running = self.wire(ask, self.handlers.compare, [*columns, "status"], **self.growing)
         stop.click(None, cancels=running, api_visibility="private")
         self.offer([[text] for text, given in examples() if not given][:6], ["compared_question"])
 
@@ -209,7 +208,7 @@ class Page:
                     stop = gr.Button(labels.stop, variant="stop", min_width=80, elem_id="stop_task")
             with gr.Column(min_width=300):
                 parts["output"] = self.answer_box(labels.output, "output")
-        running = self.wire(send.click, self.handlers.task, ["output", "status"], **ANSWERS)
+        running = self.wire(send.click, self.handlers.task, ["output", "status"], **self.growing)
         stop.click(None, cancels=running, api_visibility="private")
         self.offer([list(pair) for pair in examples() if pair[1]][:4], ["instruction", "input"])
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from utils.console import UserError, say
 from utils.decoding import Ids, Settings, Step, decode
 from utils.encoding import encode_prompt
 from utils.modeling import Placement, check_vocabulary, load_base
-from utils.prompter import Prompter
+from utils.prompter import PROMPTS, Prompter
 from utils.tokenizer import load_tokenizer
 
 BASE = "base"  # what the model without an adapter is called
+CACHE_SHARE = 0.5  # of the memory that the weights leave: the rest is for activations, and for others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +84,22 @@ def common_base(bases: dict[str, str]) -> str:
 
 
 def choose_template(given: str, known: dict[str, Any] | None, folder: str) -> str:
-    """The template to ask an adapter with. Raises UserError where the one given is not the one it was trained on."""
-    trained = (known or {}).get("options", {}).get("prompt_template_name")
-    if not trained:
+    """The template to ask an adapter with.
+
+    Raises UserError where the one given is not the one it was trained on, or that one has been changed since.
+    """
+    if not known or not known.get("template"):
         if not given:
             say(f"{folder}: records no template; alpaca is used, as by alpaca-lora")
         return given or "alpaca"
-    if given and Prompter(given).texts != Prompter(trained).texts:
-        raise UserError(
-            f"--prompt_template {given}: {folder} was trained with {trained}; leave --prompt_template out, or give {trained}"
-        )
-    return trained
+    trained = known["options"].get("prompt_template_name") or "alpaca"
+    texts = Prompter(given or trained).texts
+    if any(texts.get(key) != known["template"]["texts"].get(key) for key in (*PROMPTS, "response_split")):
+        if given:
+            way_out = f"leave --prompt_template out, or give {trained}"
+            raise UserError(f"--prompt_template {given}: {folder} was trained with {trained}; {way_out}")
+        raise UserError(f"{folder}: its template {trained} was changed after the training; put the old one back")
+    return given or trained
 
 
 def labels(folders: Sequence[str]) -> list[str]:
@@ -152,6 +159,11 @@ class Engine:
         self.prompters = {one.name: Prompter(one.template) for one in self.answerers}
         self.tokenizers = {one.name: load_tokenizer(tokenizer_home(one, base_model)) for one in self.answerers}
         self.model = load_base(base_model, self.tokenizers[self.answerers[0].name], placement)
+        if getattr(self.model, "_is_stateful", False):
+            kind = self.model.config.model_type
+            raise UserError(
+                f"{base_model}: {kind} keeps a state instead of a cache, which is not supported; choose another base"
+            )
         folders = {one.name: one.folder for one in self.answerers if one.folder}
         self.adapters = switching.attach(self.model, folders, base_model) if folders else None
         for name, tokenizer in self.tokenizers.items():
@@ -163,6 +175,22 @@ class Engine:
     def window(self) -> int | None:
         """The longest text, in tokens, that the model was made for; None where it has no such limit, as BLOOM."""
         return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def room(self) -> int:
+        """For how many tokens, over all rows of a computation, memory can hold keys and values.
+
+        Counted from all the memory there is, not from what is free now, so that a plan made of it can be made again.
+        """
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        if self.model.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.model.device).total_memory
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(max(total - self.model.get_memory_footprint(), 0) * CACHE_SHARE / token)
 
     def use(self, name: str) -> None:
         """Compute as the answerer `name` from here on."""

@@ -13,6 +13,7 @@ from utils.generation import Engine, is_out_of_memory
 MOST_CHARACTERS = 20_000  # of one question: more would keep the tokenizer busy, not the model
 MOST_TURNS = 200  # of one conversation
 PROMPT_TOKENS = 4096  # for models that name no window of their own
+AT_ONCE = 24  # answers that grow side by side, where memory suffices
 BOUNDS: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "top_p": (0, 1),
@@ -55,6 +56,7 @@ class Service:
     def __init__(self, engine: Engine, longest_answer: int):
         self.engine = engine
         self.bounds = BOUNDS | {"max_new_tokens": (1, longest_answer)}
+        self.at_once = max(1, min(AT_ONCE, engine.room // (engine.window or PROMPT_TOKENS)))
         self._thread = ThreadPoolExecutor(1, "answers")
 
     def settings(self, **values: Any) -> Settings:
