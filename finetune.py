@@ -103,10 +103,11 @@ def main(options: Options) -> None:
     began = time.time()
     placement = place(options.load_8bit, options.load_4bit)
     origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
+    if options.dry_run:
+        tokenizer, train_data, *_ = prepare_data(options, origin)
+        return show(options, placement, origin, tokenizer, train_data)
     base, parent = start.base_and_parent(origin, options.base_model)
     tokenizer, train_data, val_data, data = prepare_data(options, origin)
-    if options.dry_run:
-        return show(options, placement, origin, tokenizer, train_data)
     run_facts = {"options": what_rules(options), "base": digest(base), "parent": parent, "data": data["files"]}
     start.check_unchanged(origin, run_facts)
     with locked(options.output_dir):
@@ -207,9 +208,11 @@ def prepare_model(options: Options, placement: "Placement", origin: "Start", tok
     """The base with the adapter that is trained on it."""
     import transformers
 
-    from utils import adapters, start
+    from utils import adapters, memory, start
     from utils.modeling import fit_embeddings, load_base
 
+    if placement.device.type == "cpu":
+        memory.keep_freed()
     say(f"base model {options.base_model} on {placement}")
     transformers.set_seed(options.seed)
     base = load_base(options.base_model, tokenizer, placement, options.attn_implementation)

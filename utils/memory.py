@@ -1,6 +1,8 @@
 """How much memory training takes, by the sizes of the model's tensors; an estimate, good to a fifth or so."""
 
+import ctypes
 import dataclasses
+import sys
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from utils.modeling import Placement
 from utils.weights import base_folder
 
 BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.53}  # 4 bit: half a byte and the scales
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 ADAMW = 16  # bytes a trained parameter: weight, gradient and two moments in float32
 
 
@@ -73,6 +76,18 @@ def free_memory(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def keep_freed() -> bool:
+    """Have the C library keep what is freed instead of giving each large block back to the kernel; True if it does.
+
+    Training on a CPU allocates and frees the same large blocks at every layer; each time the kernel would clear them
+    page by page. Does nothing where the C library is not glibc (mallopt(3)).
+    """
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        return False
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(*setting) for setting in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)))
 
 
 def is_short(model: nn.Module, placement: Placement, half: str | None, tokens: int) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from utils.console import say
+from utils.dataset import lengths_that_keep
 from utils.encoding import IGNORED
 
 BINS, WIDTH = 12, 40
@@ -38,5 +39,7 @@ def example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
 def print_report(lengths: Sequence[int], cutoff_len: int, examples: Sequence[dict[str, Any]], tokenizer: Any) -> None:
     """Print the histogram and the examples."""
     say(f"records by length in tokens:\n{histogram(lengths, cutoff_len)}")
+    keeps95, keeps99 = lengths_that_keep(np.asarray(lengths))
+    say(f"--cutoff_len {keeps95} would keep 95 % whole, {keeps99} would keep 99 %")
     for number, record in enumerate(examples, 1):
         say(f"\nexample {number} ({SUPERVISED}supervised{PLAIN}, {END}end of sequence{PLAIN}):\n{example(record, tokenizer)}")

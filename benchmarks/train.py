@@ -1,0 +1,304 @@
+"""Speed and memory of training: the plain recipe, each of our measures alone, and all of them, on equal steps.
+
+    python benchmarks/train.py --base_model models/smollm2-135m
+
+The plain recipe is the transformers Trainer: micro-batches in random order, each padded to its longest record, logits
+for all tokens. All recipes train on the very same records in each optimizer step, without dropout; the losses of
+each step must be equal. Figures leave out the first step.
+"""
+
+import dataclasses
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.common import child, interleave, report
+from utils.cli import option, run
+
+RECIPES = ("plain", "plain grouped", "order", "logits", "memory", "all")
+SENTENCES = 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    base_model: str = option(help="the model to train")
+    steps: int = option(2, "optimizer steps that are measured", least=1)
+    batch_size: int = option(64, "records in a step", least=1)
+    micro_batch_size: int = option(8, "records of full length at once", least=1)
+    cutoff_len: int = option(512, "tokens of a record", least=2)
+    repeats: int = option(1, "runs of each recipe", least=1)
+    recipe: str = option("", "used by the benchmark itself: run this one", choices=("", *RECIPES))
+    data: str = option("", "used by the benchmark itself: the encoded records")
+
+
+def main(options: Options) -> None:
+    """Measure all recipes in turn, or be one of them."""
+    if options.recipe:
+        print(json.dumps(measure(options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "records.json"
+        data.write_text(json.dumps(encoded_records(options)), "utf-8")
+        common = [
+            f"--{name}={getattr(options, name)}"
+            for name in ("base_model", "steps", "batch_size", "micro_batch_size", "cutoff_len")
+        ]
+        recipes = {
+            name: lambda name=name: child(__file__, *common, "--data", data, "--recipe", name)  # type: ignore[misc]
+            for name in RECIPES
+        }
+        medians = interleave(recipes, options.repeats)
+    check_equal(medians, options.steps)
+    figures = {
+        name: {key: value for key, value in values.items() if not key.startswith("loss")} for name, values in medians.items()
+    }
+    plain, ours = figures["plain"], figures["all"]
+    ratios = {
+        f"speed of {name} / plain": values["tokens_per_second"] / plain["tokens_per_second"] for name, values in figures.items()
+    }
+    ratios["speed of all / plain grouped"] = ours["tokens_per_second"] / figures["plain grouped"]["tokens_per_second"]
+    ratios["memory of all / plain"] = ours["peak_mb"] / plain["peak_mb"]
+    ratios["share of the matrix-product speed, plain"] = plain["gflops"] / plain["gflops_possible"]
+    ratios["share of the matrix-product speed, all"] = ours["gflops"] / ours["gflops_possible"]
+    settings = {
+        name: value for name, value in dataclasses.asdict(options).items() if name not in ("recipe", "data", "base_model")
+    }
+    report(figures, ratios, ("torch", "transformers", "peft", "accelerate"), settings=settings)
+
+
+def encoded_records(options: Options) -> list[dict[str, list[int]]]:
+    """Chinese records whose lengths are spread as real ones are (log-normal), encoded, enough for all steps."""
+    from utils.encoding import encode
+    from utils.prompter import Prompter
+    from utils.records import read_records
+    from utils.tokenizer import load_tokenizer
+
+    root = Path(__file__).parent.parent
+    files = sorted((root / "test_data").glob("*.json")) + sorted((root / "data/demo").glob("f*.json"))
+    texts = [r["instruction"] + r["input"] + r["output"] for file in files for r in read_records(file, need_output=False)]
+    numbers = random.Random(42)
+
+    def text(median: float) -> str:
+        length, made = int(numbers.lognormvariate(0, 0.9) * median) + 2, ""
+        while len(made) < length:
+            made += numbers.choice(texts)
+        return made[:length]
+
+    count = (options.steps + 1) * options.batch_size
+    records = [{"instruction": text(20), "input": "", "output": text(75)} for _ in range(count)]
+    tokenizer = load_tokenizer(options.base_model)
+    encoded = encode(records, Prompter("alpaca_short"), tokenizer, options.cutoff_len, train_on_inputs=False)
+    return [{"input_ids": one.input_ids, "labels": one.labels} for one in encoded]
+
+
+def measure(options: Options) -> dict[str, float]:
+    """Train one recipe; seconds of the measured steps, tokens a second, floating-point speed, and each step's loss."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from utils import memory
+
+    records = json.loads(Path(options.data).read_text("utf-8"))
+    if options.recipe in ("memory", "all"):
+        memory.keep_freed()
+    set_seed(42)
+    base = AutoModelForCausalLM.from_pretrained(options.base_model)
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    runner = train_plain if options.recipe.startswith("plain") or options.recipe == "memory" else train_ours
+    times, losses, computed = runner(options, model, records)
+    seconds = times[-1] - times[0]
+    measured = records[options.batch_size :]
+    real = sum(len(record["input_ids"]) for record in measured)
+    return {
+        "step_seconds": seconds / options.steps,
+        "tokens_per_second": real / seconds,
+        "padded_per_real": computed["tokens"] / real,
+        "gflops": operations(model, computed) / seconds / 1e9,
+        "gflops_possible": matrix_speed(model, torch.get_num_threads()),
+        **{f"loss{index}": loss for index, loss in enumerate(losses)},
+    }
+
+
+def operations(model: Any, computed: dict[str, int]) -> float:
+    """Floating-point operations of matrix products: 2 a weight and token forward, 2 more for the gradient of the input.
+
+    No gradients of the base's weights; LoRA's weights three times 2; the output layer where logits were computed.
+    Attention scores: forward two products of length x length x hidden, backward four (as if not causal).
+    """
+    config = model.config
+    linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("base_layer") or is_plain_linear(n, m))
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.hidden_size
+    return computed["tokens"] * (4 * linear + 6 * lora) + computed["logits"] * 4 * head + computed["squares"] * attention
+
+
+def is_plain_linear(name: str, module: Any) -> bool:
+    """A linear layer of the base that has no adapter and is not the output layer."""
+    from torch import nn
+
+    return type(module) is nn.Linear and "lora_" not in name and "base_layer" not in name and "lm_head" not in name
+
+
+def matrix_speed(model: Any, threads: int) -> float:
+    """This machine's speed, in 1e9 operations a second, at the products of one micro-batch of the model's MLP."""
+    import torch
+
+    a = torch.randn(2048, model.config.hidden_size)
+    b = torch.randn(model.config.hidden_size, model.config.intermediate_size)
+    best = 0.0
+    for _ in range(30):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * a.shape[0] * b.shape[0] * b.shape[1] / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def train_plain(options: Options, model: Any, records: list[dict]) -> tuple[list[float], list[float], dict[str, int]]:
+    """The transformers Trainer as the field uses it; the records of a step in the order of the file.
+
+    "plain grouped" sorts within each step before cutting, which is the best that group_by_length could do with the
+    same steps.
+    """
+    from transformers import DataCollatorForSeq2Seq, Trainer
+
+    from utils.tokenizer import load_tokenizer
+
+    size = options.batch_size
+    if options.recipe == "plain grouped":
+        records = [
+            r for s in range(0, len(records), size) for r in sorted(records[s : s + size], key=lambda r: -len(r["input_ids"]))
+        ]
+    collate = DataCollatorForSeq2Seq(load_tokenizer(options.base_model), padding=True)
+    computed = {"tokens": 0, "logits": 0, "squares": 0}
+    seen = 0
+
+    def counting(features: list[dict]) -> Any:
+        nonlocal seen
+        batch = collate(features)
+        seen += len(features)
+        if seen > size:
+            rows, length = batch["input_ids"].shape
+            computed["tokens"] += rows * length
+            computed["logits"] += rows * length
+            computed["squares"] += rows * length * length
+        return batch
+
+    args = training_arguments(
+        options, train_sampling_strategy="sequential", gradient_accumulation_steps=size // options.micro_batch_size
+    )
+    clock = Clock()
+    Trainer(model, args, train_dataset=records, data_collator=counting, callbacks=[clock.callback()]).train()
+    return clock.times, clock.losses, computed
+
+
+def train_ours(options: Options, model: Any, records: list[dict]) -> tuple[list[float], list[float], dict[str, int]]:
+    """The Trainer of this project, or one of its measures alone."""
+    from utils import batching, loss, training
+
+    data, size = Records(records), options.batch_size
+    batching.Steps.order = lambda self: list(range(len(records)))  # type: ignore[method-assign]
+    if options.recipe == "logits":
+        micro = options.micro_batch_size
+        batching.deal = (
+            lambda indices, lengths, most: [  # type: ignore[assignment]
+                sorted(indices)[s : s + micro] for s in range(0, len(indices), micro)
+            ]
+        )
+    if options.recipe == "order":
+        loss.is_decoder_and_head = lambda *_: False  # type: ignore[assignment]
+    plan = batching.Plan(size, options.micro_batch_size * options.cutoff_len)
+    args = training_arguments(options)
+    trainer = training.StepTrainer(model, args, training.Job(plan, options.base_model, {}, 10**9, 1), data, None)  # type: ignore[arg-type]
+    clock = Clock()
+    trainer.add_callback(clock.callback())
+    training.train(trainer, None)
+    computed = {"tokens": 0, "logits": 0, "squares": 0}
+    for step in list(batching.Steps(data.lengths, data.supervised, plan))[1:]:
+        for batch in step:
+            length = max(data.lengths[number] for number in batch.records)
+            computed["tokens"] += length * len(batch.records)
+            computed["squares"] += length * length * len(batch.records)
+            full = length * len(batch.records)
+            computed["logits"] += full if options.recipe == "order" else sum(data.supervised[n] for n in batch.records)
+    return clock.times, clock.losses, computed
+
+
+def training_arguments(options: Options, **more: Any) -> Any:
+    """The Trainer's arguments that all recipes share."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=options.micro_batch_size,
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        **more,
+    )
+
+
+class Records(list):
+    """Encoded records with what the Trainer asks of a data set."""
+
+    def __init__(self, records: list[dict]):
+        super().__init__(records)
+        self.lengths = [len(record["input_ids"]) for record in records]
+        self.supervised = [sum(label != -100 for label in record["labels"][1:]) for record in records]
+        self.numbers = range(len(records))
+
+
+class Clock:
+    """Notes the time at the end of each step, and each step's loss."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.losses: list[float] = []
+
+    def callback(self) -> Any:
+        """The Trainer's callback."""
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Notes(TrainerCallback):
+            """Writes into the clock."""
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                """The time."""
+                clock.times.append(time.perf_counter())
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+                """The loss."""
+                if logs and "loss" in logs:
+                    clock.losses.append(logs["loss"])
+
+        return Notes()
+
+
+def check_equal(medians: dict[str, dict[str, float]], steps: int) -> None:
+    """End with an error where a recipe's loss differs from the plain one's by more than 1e-3 in any step."""
+    for name, values in medians.items():
+        for index in range(steps + 1):
+            difference = abs(values[f"loss{index}"] - medians["plain"][f"loss{index}"])
+            if difference > 1e-3:
+                sys.exit(f"{name}: the loss of step {index + 1} differs from the plain recipe's by {difference}")
+
+
+if __name__ == "__main__":
+    run(main, Options)
