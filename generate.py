@@ -10,10 +10,12 @@ The base model and the template are those that the adapter was trained with (its
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import option, run
 from utils.console import UserError
+from utils.prompter import find_template
 
 if TYPE_CHECKING:
     from utils.decoding import Settings
@@ -65,23 +67,31 @@ def main(options: Options) -> None:
         address = chat.Address(options.server_name, options.server_port, options.auth, options.share_gradio)
         chat.serve(load_engine(options), decoding(options), options.lang, address)
         return
-    from utils import batch_answers
-    from utils.prompts import read_prompts
+    from utils.prompts import check_output, output_paths, read_prompts
 
-    outputs = batch_answers.output_paths(options.lora_weights, options.output_path)
+    outputs = output_paths(options.lora_weights, options.output_path)
     records = read_prompts(options.test_input_path)
     for path in outputs:
-        batch_answers.check_output(path, records, options.overwrite)
+        check_output(path, records, options.overwrite)
+    from utils import batch_answers  # from here on it takes seconds
+
     batch_size = options.batch_size if isinstance(options.batch_size, int) else 0
     batch_answers.run(load_engine(options), outputs, records, decoding(options), batch_size, options.overwrite)
 
 
 def check_together(options: Options) -> None:
-    """Raises UserError where options that need or exclude each other do not agree."""
+    """Raises UserError where options exclude each other, or name what is not there."""
     if options.load_8bit and options.load_4bit:
         raise UserError("--load_8bit and --load_4bit: both given; choose one")
     if options.is_ui and (options.test_input_path or options.output_path):
         raise UserError("--test_input_path and --output_path are for the batch mode; add --is_ui False, or leave them out")
+    for folder in options.lora_weights:
+        if not Path(folder).is_dir():
+            raise UserError(f"--lora_weights {folder}: no such folder; name the folder of an adapter")
+    if options.base_model.startswith(("/", ".")) and not Path(options.base_model).is_dir():
+        raise UserError(f"--base_model {options.base_model}: no such folder; check the path of the model")
+    if options.prompt_template:
+        find_template(options.prompt_template)
 
 
 def load_engine(options: Options) -> "Engine":

@@ -15,43 +15,12 @@ from utils.decoding import Ids, Settings
 from utils.files import locked, read_json, sha256, write_json
 from utils.generation import Engine, is_out_of_memory
 from utils.journal import Journal
-from utils.prompts import RESULT, Record, answered, question
+from utils.prompts import Record, answered
 from utils.records import write_records
 
 Plan = list[list[int]]  # batches of positions among the distinct prompts
 ROWS = 64  # more than these at once make a step longer without making it worth more
 PADDED = 1.5  # a batch's cache has at most this many columns for each one that holds a token
-
-
-def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
-    """Where the answers of each adapter go: `test.json` beside its weights, or the one `output_path`.
-
-    Raises UserError where answers have no place of their own.
-    """
-    if output_path:
-        if len(lora_weights) > 1:
-            raise UserError(
-                f"--output_path: one file for {len(lora_weights)} adapters; leave it out (each gets its own test.json)"
-            )
-        if Path(output_path).is_dir():
-            raise UserError(f"--output_path {output_path}: is a folder; name a file in it, such as {output_path}/{RESULT}")
-        return [Path(output_path)]
-    if not lora_weights:
-        raise UserError("--output_path: missing; without --lora_weights there is no folder to put test.json into")
-    return [Path(folder) / RESULT for folder in lora_weights]
-
-
-def check_output(path: Path, records: list[Record], overwrite: bool) -> None:
-    """Raises UserError where `path` holds anything but answers to these very prompts, and is not to be overwritten."""
-    if not path.exists() or overwrite:
-        return
-    try:
-        earlier = read_json(path)
-        same = [question(record) for record in earlier] == [question(record) for record in records]
-    except (UserError, TypeError, AttributeError):
-        same = False
-    if not same:
-        raise UserError(f"{path}: holds answers to other prompts; give --overwrite, or another --output_path")
 
 
 def run(
@@ -114,7 +83,7 @@ class Task:
         began, tokens = time.monotonic(), 0
         try:
             with self.engine.merged(self.name), self.bar(known) as bar:
-                while batch := next_batch(journal, len(self.prompts)):
+                for batch in pending(journal):
                     for grown, finished in self.answer_batch(batch, journal):
                         tokens += grown
                         bar.update(finished)
@@ -207,13 +176,18 @@ class Task:
             say(f"{cut} answers reached their limit of tokens before their end (--max_new_tokens)")
 
 
-def next_batch(journal: Journal, prompts: int) -> list[int] | None:
-    """The first batch of the plan that is not answered whole.
+def pending(journal: Journal) -> Iterator[list[int]]:
+    """The batches of the journal's plan that are not answered whole, each as often as it takes.
 
-    It is computed whole again, so that its rows meet the same rounding as in a run that nothing stopped.
+    Such a batch is computed whole again, so that its rows meet the same rounding as in a run that nothing stopped.
     """
-    batches = journal.values["plan"]
-    return next((batch for batch in batches if any(str(place) not in journal.values for place in batch)), None)
+    place = 0
+    while place < len(journal.values["plan"]):
+        batch = journal.values["plan"][place]
+        if all(str(prompt) in journal.values for prompt in batch):
+            place += 1
+        else:
+            yield batch
 
 
 def plan(prompts: list[Ids], settings: Settings, room: int, batch_size: int) -> Plan:

@@ -123,11 +123,17 @@ class Ending:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str]):
         self.tokenizer, self.stops = tokenizer, stops
         self.tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token is a byte at least
+        self.lasts = {stop[-1] for stop in stops} | {"\ufffd"}  # or a part of a character, which may be one of these
+        self.known: dict[int, bool] = {}  # which tokens can be the last of a stop string
 
     def __call__(self, ids: Ids) -> bool:
         if ids[-1] == self.tokenizer.eos_token_id:
             return True
-        tail = self._decode(ids[-self.tail :]) if self.stops else ""
+        if ids[-1] not in self.known:
+            self.known[ids[-1]] = bool(self.lasts.intersection(self._decode(ids[-1:])))
+        if not self.known[ids[-1]]:
+            return False  # so that a tail is decoded for few tokens only
+        tail = self._decode(ids[-self.tail :])
         return any(stop in tail for stop in self.stops)
 
     def text(self, ids: Ids) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
+from utils.files import read_json
 from utils.formats import ENDINGS
 from utils.records import read_records
 
@@ -23,8 +24,6 @@ def read_prompts(paths: list[str]) -> list[Record]:
     records = []
     for file in files:
         found = list(read_records(file, need_output=False))
-        if not found:
-            raise UserError(f"{file}: holds no prompt that can be answered; a file is an array of texts or records")
         records += [({"category": file.stem} if several else {}) | record for record in found]
     return records
 
@@ -37,6 +36,37 @@ def prompt_files(path: Path) -> list[Path]:
     if not files:
         raise UserError(f"{path}: holds no file of prompts ({', '.join(ENDINGS)}); name a file, or such a folder")
     return files
+
+
+def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
+    """Where the answers of each adapter go: `test.json` beside its weights, or the one `output_path`.
+
+    Raises UserError where answers have no place of their own.
+    """
+    if output_path:
+        if len(lora_weights) > 1:
+            raise UserError(
+                f"--output_path: one file for {len(lora_weights)} adapters; leave it out (each gets its own test.json)"
+            )
+        if Path(output_path).is_dir():
+            raise UserError(f"--output_path {output_path}: is a folder; name a file in it, such as {output_path}/{RESULT}")
+        return [Path(output_path)]
+    if not lora_weights:
+        raise UserError("--output_path: missing; without --lora_weights there is no folder to put test.json into")
+    return [Path(folder) / RESULT for folder in lora_weights]
+
+
+def check_output(path: Path, records: list[Record], overwrite: bool) -> None:
+    """Raises UserError where `path` holds anything but answers to these very prompts, and is not to be overwritten."""
+    if not path.exists() or overwrite:
+        return
+    try:
+        earlier = read_json(path)
+        same = [question(record) for record in earlier] == [question(record) for record in records]
+    except (UserError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise UserError(f"{path}: holds answers to other prompts; give --overwrite, or another --output_path")
 
 
 def question(record: Record) -> Record:
