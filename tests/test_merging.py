@@ -643,6 +643,8 @@ def test_missing_shards(base, adapter, tmp_path):
         merge(source, adapter, tmp_path / "out")
     with pytest.raises(UserError, match="no such folder"):
         merge(tmp_path / "nowhere", adapter, tmp_path / "out")
+    with pytest.raises(UserError, match="is an adapter, not a base model"):
+        merge(adapter, base, tmp_path / "out")
 
 
 # ---- what is refused after

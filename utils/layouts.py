@@ -59,6 +59,8 @@ def open_model(folder: Path) -> tuple[dict[str, Any], Weights]:
     if is_meta(folder):
         weights = MetaWeights(folder)
         return weights.config, weights
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: is an adapter, not a base model; give it as --lora_model, or as --lora_weights")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: is no configuration of a model; copy it again")

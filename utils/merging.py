@@ -160,7 +160,12 @@ def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> tu
     if tokenizer is None:
         say(f"{base}: holds no tokenizer, nor does an adapter; the merged folder will have none")
     elif rows[-1] > rows[0]:
-        say(f"vocabulary: {rows[0]} tokens in the base, {rows[-1]} in the merged model ({STAGES})")
+        say(f"vocabulary: {rows[0]} tokens in the base, {rows[-1]} in the merged model")
+    if rows[:2] == [32000, 49954] and adapters[0].settings.get("r") == 64:  # the plain Chinese-Alpaca's rank is 8
+        say(
+            f"{adapters[0].folder}: looks like Chinese-Alpaca-Plus or -Pro, which belong on top of Chinese-LLaMA-Plus; if it "
+            "is, merge both: --lora_model chinese-llama-plus…,chinese-alpaca-plus…"
+        )
     return chosen, tokenizer
 
 
@@ -197,7 +202,7 @@ def untie(recipes: dict[str, Recipe], find: Finder, config: dict[str, Any], keep
 
 def describe_vocabulary(config: dict[str, Any], recipes: dict[str, Recipe], find: Finder, tokenizer: Any) -> None:
     """Set the configuration's vocabulary size, and its special ids: published bases often have wrong ones."""
-    if find.embedding:
+    if find.embedding and "vocab_size" in config:
         config["vocab_size"] = recipes[find.embedding].kind[0][0]
     if tokenizer is not None:
         set_special_ids(config, tokenizer, "config.json")
