@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from api_server import Server, asked
+from api_server import Server, asked, completion
 
 from utils.api import Service
 from utils.console import UserError
@@ -175,6 +175,11 @@ def test_so_many_requests_are_under_way_at_once(serve, tmp_path):
     assert len(ask(server, tmp_path, 6, Terms(concurrency=3))) == 6
 
 
+def test_half_a_character_in_an_answer_does_not_end_the_run(serve, tmp_path):
+    server = serve(lambda *_: {"body": completion({"content": "x"}).replace(b'"x"', b'"x\\ud83d"', 2)})
+    assert [reply.text for reply in ask(server, tmp_path, 2)] == ["x?", "x?"]
+
+
 def test_tokens_and_cost_are_totalled(serve, tmp_path, capsys):
     server = serve(lambda number, body: {"content": "x", "usage": None} if number == 0 else echo(number, body))
     ask(server, tmp_path, 3, Terms(price_in=2.5, price_out=10))
@@ -210,3 +215,9 @@ def test_the_key_is_sent_and_needed_only_elsewhere(serve, tmp_path, monkeypatch)
     for wrong in ("localhost:8000/v1", "ftp://localhost/v1", "http://", "http://[::1", "http://localhost:99999/v1"):
         with pytest.raises(UserError, match="--api_base"):
             Service("m", wrong)
+
+
+def test_a_server_on_this_machine_is_not_asked_through_a_proxy(serve, tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert len(ask(serve(echo), tmp_path)) == 3

@@ -207,6 +207,8 @@ RESULTS = ("scores.md", "scores.csv", "scores.json", "scores.png", "judgements.j
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(script, serve, systems, tmp_path):
+    """Pitfall 16."""
+
     def slowly(number, body):
         return {"content": fair(number, body), "sleep": 0.05}
 
@@ -269,6 +271,7 @@ def test_more_repeats_cost_only_the_new_ones(script, serve, systems, tmp_path):
 
 
 def test_a_model_answers_the_prompts(script, serve, tmp_path):
+    """Pitfall 9: Chinese stays Chinese in the file."""
     server = serve(lambda number, body: f"答：{asked(body)}")
     options = ["--answer_with", "m", "--api_base", server.url, "--output_dir", tmp_path / "m"]
     assert "--budget 7: used up" in script("judge.py", *options, "--budget", 7).error
@@ -276,6 +279,7 @@ def test_a_model_answers_the_prompts(script, serve, tmp_path):
     out = script("judge.py", *options, "--price_in", 1, "--price_out", 2).ok
     assert len(server.bodies) == 100
     assert "100 requests (0 failed), 10,000 tokens sent and 1,000 received, cost 0.0120" in out
+    assert "答：我国面积最大" in (tmp_path / "m/test.json").read_text("utf-8")
     records = json.loads((tmp_path / "m/test.json").read_text("utf-8"))
     prompts = read_prompts([str(ROOT / "test_data")])
     assert [r["instruction"] for r in records] == [r["instruction"] for r in prompts]
@@ -290,6 +294,7 @@ def test_a_model_answers_the_prompts(script, serve, tmp_path):
 
 
 def test_answers_of_another_run_are_not_overwritten(script, serve, tmp_path):
+    """Pitfall 16."""
     server = serve(fair)
     (tmp_path / "m").mkdir()
     (tmp_path / "m/test.json").write_text("[]", "utf-8")
@@ -340,6 +345,7 @@ def test_prompts_in_another_order_are_put_side_by_side(script, serve, systems, t
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(script, systems, tmp_path, monkeypatch, options, told):
+    """Pitfall 13."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     (tmp_path / "empty.json").write_text("[]", "utf-8")

@@ -72,6 +72,15 @@ ANSWERS = [
     ("System1：8．5 分\nSystem2：７ ／ １０", [8.5, 7.0]),
     ("System1: N/A\nSystem2: 7", [None, 7.0]),
     ("System1-8分\nSystem2-7分", [8.0, 7.0]),
+    ("System1\n8\n\nSystem2\n**7.5**\n", [8.0, 7.5]),
+    ("Score for System1: 8\nScore for System 2: 7 (out of 10)", [8.0, 7.0]),
+    ("对 System1 的评分：8 分；对 System2 的评分：7 分", [8.0, 7.0]),
+    ("System1: 8 (out of 100)\nSystem2: **得分**：**7** 分", [None, 7.0]),
+    ("System1：★★★★☆ 8/10\nSystem2：`7`/10", [8.0, 7.0]),
+    ("System1：8分（比System2高1分）\nSystem2：7分。System2 比 System1 低 1 分", [8.0, 7.0]),
+    ("System1、System2 都是 8 分", [None, None]),
+    ("我认为 System1 优于 System2，8 分。", [None, None]),
+    ("System1: 8\nSystem2: 7\n平均分: 7.5", [8.0, 7.0]),
     ("System_1: 8\nsystem-2: 7", [8.0, 7.0]),
 ]
 

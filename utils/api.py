@@ -87,6 +87,7 @@ async def complete(client: openai.AsyncOpenAI, model: str, messages: Messages, s
     if not isinstance(answer, str):
         raise Unusable("a response whose answer is no text")
     counts = {name: getattr(response.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+    answer = answer.encode("utf-8", "replace").decode()  # half a character, which JSON can name, could not be written
     return {"answer": answer, "finish": str(finish)} | {n: c if isinstance(c, int) else None for n, c in counts.items()}
 
 

@@ -81,7 +81,11 @@ class Endpoint:
         bar = progress(total=len(jobs), desc=name)
 
         async def counted(job: Coroutine) -> Any:
-            result = await job
+            try:
+                result = await job
+            except Exception as error:
+                self.stop = self.stop or error
+                raise
             bar.update()
             return result
 
@@ -91,11 +95,10 @@ class Endpoint:
         finally:
             bar.close()
             loop.remove_signal_handler(signal.SIGINT)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if self.refused and not self.answered and not errors:
-            errors = [UserError(f"{self.service.model}: refused every request; see {self.journal.path}")]
-        if self.stop or errors:
-            raise self.stop or errors[0]
+        if self.stop is None and self.refused and not self.answered:
+            self.stop = UserError(f"{self.service.model}: refused every request; see {self.journal.path}")
+        if self.stop is not None:
+            raise self.stop
         return results
 
     def _interrupted(self, task: asyncio.Task) -> None:

@@ -22,7 +22,7 @@ LINK = rf"(?P<link>(?:[\s:;,|*_#`\"'“”‘’(\[{{=>→—–]|-(?!\d)|(?<![\
 NUMBER = r"(?P<number>-?\d+(?:\.\d+)?)"
 SCALE = r"(?:\s*(?:分|points?|pts)?\s*(?:/|out\s+of)\s*(?P<scale>\d+(?:\.\d+)?)(?:\s*分)?)"
 POINTS = r"(?:\s*(?P<points>分(?![钟之数析别成类布享配开支段明歧辨])|points?\b|pts\b))"
-FULL = r"(?:\s*[(,]?\s*满分\s*(?:为|是|:)?\s*(?P<full>\d+))?"
+FULL = r"(?:\s*[(,]?\s*(?:满分\s*(?:为|是|:)?|out\s+of)\s*(?P<full>\d+)(?:\s*分)?\)?)?"
 RANGE = r"(?P<range>\s*(?:分\s*)?[-~–—至到]\s*\d)?"
 SCORE = rf"(?<![\d.]){NUMBER}(?:{SCALE}|{POINTS})?{FULL}{RANGE}"
 AFTER_BARE = re.compile(
@@ -103,7 +103,11 @@ def in_prose(text: str) -> list[Found]:
 def opens(text: str, start: int) -> bool:
     """True if a name at `start` begins a statement, rather than being compared with in one ("better than System2")."""
     before = text[:start].rstrip(" \t")
-    return not before or before[-1] in "\n;:。,、!?|*_#>=`\"'“‘([{.)]-—–0123456789" or before.endswith(("给", "分"))
+    return (
+        not before
+        or before[-1] in "\n;:。,、!?|*_#>=`\"'“‘([{.)]-—–0123456789"
+        or before.lower().endswith(("给", "对", "分", " for"))
+    )
 
 
 def number_of(match: re.Match) -> int:
@@ -127,11 +131,13 @@ def certain(match: re.Match) -> float | None:
         return UNCLEAR
     if match["scale"] or match["points"]:
         return value
-    labelled = re.search(f"{TOTAL}|{LABEL}", link + match.string[: match.start()][-8:], re.I)
-    after = AFTER_BARE.match(match.string, match.end())
-    if not after or ("\n" in link and not labelled):
+    rest = match.string[match.end() :]
+    after = AFTER_BARE.match(rest)
+    labelled = re.search(f"{TOTAL}|{LABEL}", match[0], re.I)
+    alone = re.match(r"[^\S\n]*\**[^\S\n]*(?:\n|$)", rest)
+    if not after or ("\n" in link and not labelled and not alone):
         return None
-    enumerated = value == 1 and "(" not in link and re.match(r"[.)]\s*\S", match.string[match.end() :])
+    enumerated = value == 1 and "(" not in link and re.match(r"[.)]\s*\S", rest)
     closes_nothing = after[0].strip() == ")" and "(" not in link
     return None if enumerated or closes_nothing else value
 
