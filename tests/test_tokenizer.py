@@ -198,6 +198,14 @@ def test_pairs_go_the_librarys_way(alpaca):
     assert alpaca("中国", "北京")["input_ids"] == alpaca("中国")["input_ids"] + alpaca("北京")["input_ids"]
 
 
+def test_chat_templates(alpaca):
+    chat, template = [{"role": "user", "content": "你好</s>"}], "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    ids = alpaca.apply_chat_template(chat, chat_template=template, return_dict=False)
+    assert ids == alpaca("<s>你好</s></s>", add_special_tokens=False)["input_ids"]
+    clean = alpaca.apply_chat_template(chat, chat_template=template, sanitize_control_tokens=True, return_dict=False)
+    assert clean.count(alpaca.eos_token_id) == 1 and alpaca.decode(clean, skip_special_tokens=True).strip() == "你好</s>"
+
+
 def test_saved_folders_name_no_class_of_ours(folders, alpaca, tmp_path):
     alpaca.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

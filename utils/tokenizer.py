@@ -311,7 +311,10 @@ class SentencePieceTokenizer(SentencePieceBackend):
         **options: Any,
     ) -> BatchEncoding:
         texts = [text] if isinstance(text, str) else list(text)
-        rarer = ("is_split_into_words", "return_overflowing_tokens", "return_special_tokens_mask", "return_length")
+        rarer = (
+            "is_split_into_words", "return_overflowing_tokens", "return_special_tokens_mask", "return_length",
+            "sanitize_control_tokens",
+        )  # fmt: skip
         if text_pair is not None or any(options.get(name) for name in rarer) or not all(isinstance(t, str) for t in texts):
             if return_offsets_mapping:
                 raise NotImplementedError("offsets are given for texts alone, without pairs and other extras")
