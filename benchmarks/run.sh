@@ -1,27 +1,38 @@
 #!/usr/bin/env bash
-# Run all benchmarks here (or those named: bash benchmarks/run.sh data), and write benchmarks/RESULTS.md. It takes long;
-# $MODEL_DIR/smollm2-135m is the model where one is needed (bash scripts/get-smollm2-135m.sh makes it).
+# Run all benchmarks here (or those named: bash benchmarks/run.sh data), and write benchmarks/RESULTS.md of them. It takes long.
+# $MODEL_DIR/smollm2-135m is the model where one is needed; where a SentencePiece tokenizer is, that of any model there.
 source "$(dirname "$0")/../scripts/env.sh"
-cd "$ROOT"
+export PYTHONPATH="$ROOT"
 
 if [ $# = 0 ]; then
-    for file in benchmarks/*.py; do
+    for file in "$ROOT"/benchmarks/*.py; do
         case "$(basename "$file" .py)" in common | results) ;; *) set -- "$@" "$(basename "$file" .py)" ;; esac
     done
 fi
 
 logs="$(mktemp -d)"
+measured=()
 trap 'rm -rf "$logs"' EXIT
 for name in "$@"; do
     command=(-m "benchmarks.$name")
-    if "$PYTHON" "${command[@]}" --help | grep -q -- '--base_model .*(required)'; then
-        base smollm2-135m get-smollm2-135m
-        is_there "$model" || missing "$model" "bash scripts/get-smollm2-135m.sh makes it"
-        command+=(--base_model "$model")
-    fi
+    help="$("$PYTHON" "${command[@]}" --help)"
+    case "$help" in
+        *--base_model*'(required)'*)
+            base smollm2-135m get-smollm2-135m
+            is_there "$model" || missing "$model" "bash scripts/get-smollm2-135m.sh makes it"
+            command+=(--base_model "$model")
+            ;;
+        *--tokenizer*'(required)'*)
+            tokenizer="$(compgen -G "$MODEL_DIR/*/tokenizer.model" | head -n 1 || true)"
+            [ -n "$tokenizer" ] || { echo "== $name: left out, no model in $MODEL_DIR has a tokenizer.model"; continue; }
+            command+=(--tokenizer "$(dirname "$tokenizer")")
+            ;;
+    esac
     echo "== python ${command[*]}"
     "$PYTHON" "${command[@]}" | tee "$logs/$name"
+    measured+=("$name")
 done
-"$PYTHON" benchmarks/results.py "$logs" "$@" > "$logs/.table"
-mv "$logs/.table" benchmarks/RESULTS.md
+[ ${#measured[@]} != 0 ] || { echo "run: error: nothing was measured" >&2; exit 2; }
+"$PYTHON" "$ROOT/benchmarks/results.py" "$logs" "${measured[@]}" > "$logs/.page"
+mv "$logs/.page" "$ROOT/benchmarks/RESULTS.md"
 echo "benchmarks/RESULTS.md is written"

@@ -132,6 +132,7 @@ def test_processes_and_gpus_come_from_the_environment():
     assert words[:6] == ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
     assert planned("run-4-alpaca-7b-1")[0][0][1].endswith("finetune.py")
     assert planned("run-4-alpaca-7b-1", TRAIN_OPTIONS="--seed 7")[0][1].seed == 7
+    assert planned("save-generate-4-alpaca-7b-1", OUTPUT_DIR="my O")[0][1].lora_weights == ["my O/run-4-alpaca-7b-1"]
 
 
 @pytest.mark.parametrize("chain", CHAINS)
