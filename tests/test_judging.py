@@ -332,6 +332,7 @@ def test_prompts_in_another_order_are_put_side_by_side(script, serve, systems, t
         (["--answers", "a={}/none.json", "--metrics", "--output_dir", "{}/out"], "none.json"),
         (["--answers", "a={}/one.json,a={}/two.json", "--metrics", "--output_dir", "{}/out"], "given twice"),
         (["--answers", "a={}/empty.json", "--metrics", "--output_dir", "{}/out"], "empty.json"),
+        (["--answers", f"a={ROOT}/test_data/01qa.json", "--metrics", "--output_dir", "{}/out"], "no output to any"),
         (["--answers", "a={}/cut.json", "--metrics", "--output_dir", "{}/out"], "cut.json"),
         (["--answers", "a={}/one.json", "--judge_model", "m", "--api_base", "http://a:1", "--output_dir", "{}/out"], "2 to 8"),
         (["--answers", "a={}/one.json", "--judge_model", "m", "--output_dir", "{}/out"], "OPENAI_API_KEY: not set"),

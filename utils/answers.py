@@ -27,7 +27,7 @@ def answer_files(answers: list[str]) -> dict[str, Path]:
 def side_by_side(files: dict[str, Path]) -> tuple[list[Record], dict[str, list[str]]]:
     """The prompts, in the order of the first file, and each system's answers in that order.
 
-    Raises UserError where a file cannot be read, an output is missing, or two files hold different prompts.
+    Raises UserError where a file cannot be read, holds no answers, or holds other prompts than the first.
     """
     prompts: list[Record] = []
     answers: dict[str, list[str]] = {}
@@ -42,6 +42,8 @@ def side_by_side(files: dict[str, Path]) -> tuple[list[Record], dict[str, list[s
         check_same(order, found, first, path)
         answers[name] = [found[key]["output"] for key in order]
         empty = sum(not answer.strip() for answer in answers[name])
+        if empty == len(found):
+            raise UserError(f"{path}: holds prompts, and no output to any; name the file with the answers ({RESULT})")
         if empty:
             say(f"{path}: {empty} of {len(found)} answers are empty")
     return prompts, answers

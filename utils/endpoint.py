@@ -145,7 +145,7 @@ class Endpoint:
 
     async def _admitted(self) -> None:
         """Wait until a request may be sent, and count it. Raises what stopped the run, or that its budget is used up."""
-        await self._pause(self.resume_at - time.monotonic())
+        await self._pause(0)
         if self.stop is None and self.terms.budget is not None and self.sent >= self.terms.budget:
             self.stop = UserError(
                 f"--budget {self.terms.budget}: used up, {self.sent} requests are sent; their answers are kept in "
@@ -220,7 +220,7 @@ class Endpoint:
             await self._pause(pause)
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep, but wake up where the run is stopped."""
+        """Sleep so long, and until the server takes requests again; wake up where the run is stopped."""
         until = time.monotonic() + seconds
         while self.stop is None and (left := max(until, self.resume_at) - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.2))
@@ -233,7 +233,7 @@ def asking(service: Service, terms: Terms, path: Path, header: dict[str, Any]) -
     At the end, however it comes, what was used is said. Raises UserError where `path` belongs to a run with another
     `header` or another way to ask.
     """
-    header |= {"model": service.model, "api_base": service.url}
+    header = header | {"model": service.model, "api_base": service.url}
     header |= {"temperature": service.temperature, "max_tokens": service.max_tokens}
     journal = Journal(path, header)
     if journal.values:
