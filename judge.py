@@ -19,9 +19,9 @@ from utils.cli import option, run
 from utils.console import UserError, say
 
 if TYPE_CHECKING:
-    from utils.answers import Record
     from utils.api import Service
     from utils.endpoint import Terms
+    from utils.prompts import Record
     from utils.tables import Table
 
 TEST_DATA = Path(__file__).parent / "test_data"
