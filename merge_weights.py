@@ -34,16 +34,16 @@ class Options:
 def main(options: Options) -> None:
     """Check that everything goes together, then compute, write, read back, describe, and only then name the folder."""
     began = time.time()
-    from utils import merging
+    from utils import merge_plan, merging
     from utils.files import locked, replacing_folder
 
     if options.offload_dir:
         say("--offload_dir: not needed any more, tensors are merged one by one; nothing is written there")
     with locked(options.output_dir):
-        plan = merging.plan_merge(
+        plan = merge_plan.plan_merge(
             options.base_model, options.lora_model, options.dtype, options.output_type, options.max_shard_size
         )
-        merging.check_output(plan, options.output_dir, options.overwrite)
+        merge_plan.check_output(plan, options.output_dir, options.overwrite)
         with replacing_folder(options.output_dir) as folder:
             merging.write_tensors(plan, folder)
             merging.check_changed(plan)

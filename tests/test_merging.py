@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from transformers import Qwen2ForCausalLM as Qwen2
 
 import merge_weights
-from utils import layouts, merging, shards, weights
+from utils import layouts, merge_plan, merging, shards, weights
 from utils.adapters import read_config
 from utils.cli import parse
 from utils.console import UserError
@@ -492,7 +492,7 @@ def test_what_a_killed_run_left_is_no_hindrance(base, adapter, tmp_path):
 def test_verify_compares_logits(base, adapter, tmp_path, capsys):
     out = merge(base, adapter, tmp_path / "out", "--verify")
     assert "verified on 4 prompts: scores differ by 0.00%" in capsys.readouterr().out
-    plan = merging.plan_merge(str(base), [str(adapter)], None, "huggingface", "5GB")
+    plan = merge_plan.plan_merge(str(base), [str(adapter)], None, "huggingface", "5GB")
     compare_logits(plan, out)
     with pytest.raises(UserError, match="is not what base and adapters are together"):
         compare_logits(plan, base)

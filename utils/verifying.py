@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from utils import layouts
 from utils.adapters import read_config
 from utils.console import UserError, say
-from utils.merging import Plan
+from utils.merge_plan import Plan
 from utils.recipes import Grow
 from utils.shards import size_of
 from utils.tokenizer import read_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from utils.console import UserError
+from utils.console import UserError, say
 from utils.files import read_json
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -75,7 +75,8 @@ class Weights:
         with self._lock:
             opened = self._open(file)
             tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
-            rows = tensor[index] if tensor.dim() else tensor
+        rows = tensor[index] if tensor.dim() else tensor
+        with self._lock:
             self._bytes_read += rows.nbytes
             if self._bytes_read > MAPPED_AT_MOST:
                 self._opened = {file: opened for file, opened in self._opened.items() if isinstance(opened, Unmapped)}
@@ -141,7 +142,8 @@ def load_pickled(file: Path) -> dict[str, torch.Tensor]:
     try:
         try:
             loaded, group = torch.load(file, map_location="cpu", weights_only=True, mmap=True), dict
-        except RuntimeError:  # the old, unzipped format cannot be mapped
+        except RuntimeError:  # torch's format from before 1.6 cannot be mapped
+            say(f"{file}: is in torch's old format, and so read into memory as a whole")
             loaded, group = torch.load(file, map_location="cpu", weights_only=True), Unmapped
     except pickle.UnpicklingError:
         raise UserError(f"{file}: refused, it asks for code to be run on loading; get the weights as .safetensors") from None

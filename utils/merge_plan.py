@@ -1,0 +1,250 @@
+"""Planning a merge: what goes together with what, how each tensor of the merged model comes about, and in which file."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import layouts, lineage, shards
+from utils.console import UserError, say
+from utils.deltas import Adapter, Finder
+from utils.recipes import Change, Grow, Recipe, Replace, same_changes
+from utils.shards import Part
+from utils.tokenizer import has_tokenizer, read_tokenizer
+from utils.vocabulary import pieces_of_new_tokens
+from utils.weights import Weights, base_folder
+
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STAGES = "32000 tokens belong to LLaMA, 49953 to Chinese-LLaMA, 49954 to Chinese-Alpaca"
+PADDING = 8  # vocabularies are padded to a multiple of this, or of a multiple of it; LLaMA's and its children's are not
+
+
+@dataclasses.dataclass
+class Plan:
+    """All that is known before the first byte is written.
+
+    `fingerprint` is the base's (see lineage.py), `config` the merged model's. `recipes` are the tensors of the merged
+    model by name, and `files` say which parts of them go where. `rows` are the embeddings' rows of the base, and after
+    each adapter. `tokenizer` belongs to the merged model, and `tokenizer_folder` holds it (None: there is none).
+    """
+
+    base: Path
+    fingerprint: dict[str, Any]
+    adapters: list[Adapter]
+    config: dict[str, Any]
+    recipes: dict[str, Recipe]
+    rows: list[int]
+    files: dict[str, dict[str, Part]]
+    tokenizer_folder: Path | None
+    tokenizer: Any
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors that will be written."""
+        return sum(shards.size_of(part.kind) for parts in self.files.values() for part in parts.values())
+
+
+def plan_merge(base_model: str, lora_models: list[str], dtype: str | None, output_type: str, max_shard_size: str) -> Plan:
+    """Read what there is to merge and check that it goes together; nothing is written.
+
+    Raises UserError for a quantised base, an adapter of another model or stage, a tokenizer of another stage.
+    """
+    most = shards.read_size(max_shard_size)
+    base = base_folder(base_model)
+    config, weights = layouts.open_model(base)
+    check_not_quantised(base, config, weights)
+    if layouts.is_meta(base):
+        say(f"{base}: Meta's layout; max_position_embeddings is taken to be {config['max_position_embeddings']}")
+    adapters, fingerprint = [Adapter(base_folder(name)) for name in lora_models], lineage.fingerprint(base_model)
+    for adapter in adapters[:1]:  # those after it were trained on what the first makes of the base
+        lineage.check_base(lineage.read(adapter.folder), fingerprint, str(adapter.folder), base_model)
+    find = Finder(weights.names, config.get("tie_word_embeddings", True), config.get("model_type", ""))
+    recipes, rows = plan_recipes(weights, find, adapters)
+    tokenizer_folder, tokenizer = choose_tokenizer(base, adapters, rows)
+    grow_missing_rows(recipes, find, base, tokenizer)
+    for recipe in recipes.values():
+        if dtype and recipe.kind[1].is_floating_point:
+            recipe.kind = recipe.kind[0], FLOATS[dtype]
+    untie(recipes, find, config, keep_head=output_type == "pth")
+    describe_vocabulary(config, recipes, find, tokenizer)
+    describe_dtype(config, recipes)
+    kinds = {name: recipes[name].kind for name in in_order(recipes, weights)}
+    files = layouts.plan_meta(kinds, config) if output_type == "pth" else shards.plan_shards(kinds, most)
+    return Plan(base, fingerprint, adapters, config, recipes, rows, files, tokenizer_folder, tokenizer)
+
+
+def check_not_quantised(base: Path, config: dict[str, Any], weights: Weights) -> None:
+    """Raises UserError where a base's weights are quantised: adapters are added to full ones."""
+    strange = [weights.dtype(name) for name in weights.names if len(weights.shape(name)) == 2]
+    strange = [dtype for dtype in strange if dtype.itemsize == 1 and dtype != torch.bool]
+    if config.get("quantization_config") or strange:
+        kind = (config.get("quantization_config") or {}).get("quant_method") or str(strange[0]).removeprefix("torch.")
+        raise UserError(f"{base}: its weights are quantised ({kind}); merge into the same model in float16 or bfloat16")
+
+
+def plan_recipes(weights: Weights, find: Finder, adapters: list[Adapter]) -> tuple[dict[str, Recipe], list[int]]:
+    """How each tensor comes about, and the embeddings' rows: the base's, and after each adapter.
+
+    An output layer that is tied to the embeddings starts as these. What an adapter changes in the embeddings also
+    changes it where peft would do so: when the embeddings were resized and saved, or with `ensure_weight_tying`.
+    """
+    recipes = {name: Recipe(weights, name, (weights.shape(name), weights.dtype(name))) for name in weights.names}
+    if find.tied_head and find.embedding:
+        recipes[find.tied_head] = Recipe(weights, find.embedding, recipes[find.embedding].kind)
+    embeddings = [name for name in find.embeddings if name in recipes]
+    rows = [max((recipes[name].kind[0][0] for name in embeddings), default=0)]
+    for adapter in adapters:
+        changes = adapter.changes({name: recipe.kind for name, recipe in recipes.items()}, find)
+        both = adapter.settings.get("ensure_weight_tying") or not adapter.is_trained_copy(find.embedding)
+        if find.tied_head in recipes and find.tied_head not in changes and both:
+            moved = changes.get(find.embedding, [])
+            shared: list[Change] = (
+                moved if adapter.settings.get("ensure_weight_tying") else [c for c in moved if isinstance(c, Replace)]
+            )
+            if shared:
+                changes[find.tied_head] = shared
+        for name, found in changes.items():
+            replacing = [change for change in found if isinstance(change, Replace)]
+            if replacing and recipes[name].changes:
+                say(f"{adapter.folder}: replaces {name}, which an adapter before it has changed")
+            if replacing:
+                recipes[name].kind = replacing[-1].weights.shape(replacing[-1].name), recipes[name].kind[1]
+            recipes[name].changes += found
+        rows.append(max((recipes[name].kind[0][0] for name in embeddings), default=0))
+    return recipes, rows
+
+
+def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> tuple[Path | None, Any]:
+    """The tokenizer of the last adapter that has one, else the base's; its folder, and it.
+
+    Raises UserError where the number of its tokens does not go with the embeddings' rows at its stage.
+    """
+    homes = [base, base.parent] if layouts.is_meta(base) else [base]
+    chosen = next((home for home in homes if has_tokenizer(home)), None)
+    tokenizer = read_tokenizer(chosen) if chosen else None
+    if tokenizer is not None and len(tokenizer) > rows[0]:
+        raise UserError(f"{base}: has {rows[0]} embedding rows for a tokenizer of {len(tokenizer)} tokens; {STAGES}")
+    for adapter, before, after in zip(adapters, rows, rows[1:], strict=False):
+        folder = adapter.folder
+        if not has_tokenizer(folder):
+            if after > before:
+                raise UserError(
+                    f"{folder}: extends the vocabulary from {before} to {after} tokens and has no tokenizer of its own; "
+                    "put its tokenizer.model, tokenizer_config.json and special_tokens_map.json there"
+                )
+            continue
+        own, extends = read_tokenizer(folder), after > before
+        forgot_a_token = extends and len(own) < after and after % PADDING
+        of_earlier_stage = not extends and tokenizer is not None and len(own) < len(tokenizer)
+        if len(own) > after or forgot_a_token or of_earlier_stage:
+            raise UserError(
+                f"{folder}: its tokenizer has {len(own)} tokens, the model at this stage {after} embedding rows; {STAGES}: "
+                "use the base, adapters and tokenizers of one chain, in its order"
+            )
+        if tokenizer is None or len(own) != len(tokenizer):  # else the base's own files, which training saved anew
+            chosen, tokenizer = folder, own
+    if tokenizer is None:
+        say(f"{base}: holds no tokenizer, nor does an adapter; the merged folder will have none")
+    elif rows[-1] > rows[0]:
+        say(f"vocabulary: {rows[0]} tokens in the base, {rows[-1]} in the merged model")
+    if rows[:2] == [32000, 49954] and adapters[0].settings.get("r") == 64:  # the plain Chinese-Alpaca's rank is 8
+        say(
+            f"{adapters[0].folder}: looks like Chinese-Alpaca-Plus or -Pro, which belong on top of Chinese-LLaMA-Plus; if it "
+            "is, merge both: --lora_model chinese-llama-plus…,chinese-alpaca-plus…"
+        )
+    return chosen, tokenizer
+
+
+def grow_missing_rows(recipes: dict[str, Recipe], find: Finder, base: Path, tokenizer: Any) -> None:
+    """Where an adapter holds one of the two embeddings with new tokens, give the other its rows as training did."""
+    names = [name for name in find.embeddings if name in recipes]
+    most = max((recipes[name].kind[0][0] for name in names), default=0)
+    for name in names:
+        recipe = recipes[name]
+        rows, width = recipe.kind[0]
+        if rows < most:
+            if tokenizer is None or any(isinstance(change, Replace) for change in recipe.changes):
+                raise UserError(
+                    f"{name}: has {rows} rows, the other embeddings {most}, and no adapter holds the rest; {STAGES}"
+                )
+            pieces = pieces_of_new_tokens(read_tokenizer(base), tokenizer)
+            recipe.kind = (most, width), recipe.kind[1]
+            recipe.changes.insert(0, Grow(recipe.base, recipe.source, most, pieces))
+            say(f"{name}: {most - rows} rows for new tokens are in no adapter; each is the mean of what it replaces")
+
+
+def untie(recipes: dict[str, Recipe], find: Finder, config: dict[str, Any], keep_head: bool) -> None:
+    """Have the output layer in the merged model where it must be, and `tie_word_embeddings` say whether it is tied."""
+    if find.tied_head in recipes:
+        if same_changes(recipes[find.embedding].changes, recipes[find.tied_head].changes):
+            if not keep_head:
+                del recipes[find.tied_head]
+        else:
+            say(f"{find.tied_head} differs from {find.embedding} from now on: tie_word_embeddings is false")
+            config["tie_word_embeddings"] = False
+    elif (
+        find.stored_head
+        and find.embedding
+        and not same_changes(recipes[find.stored_head].changes, recipes[find.embedding].changes)
+    ):
+        config["tie_word_embeddings"] = False
+
+
+def describe_vocabulary(config: dict[str, Any], recipes: dict[str, Recipe], find: Finder, tokenizer: Any) -> None:
+    """Set the configuration's vocabulary size, and its special ids: published bases often have wrong ones."""
+    if find.embedding and "vocab_size" in config:
+        config["vocab_size"] = recipes[find.embedding].kind[0][0]
+    if tokenizer is not None:
+        set_special_ids(config, tokenizer, "config.json")
+
+
+def set_special_ids(config: dict[str, Any], tokenizer: Any, name: str) -> None:
+    """Take the ids of `<s>`, `</s>` and padding from the tokenizer, and say what that changes."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found, right = config.get(key), getattr(tokenizer, key)
+        if right is not None and found != right and not (isinstance(found, list) and right in found):
+            if found is not None:
+                say(f"{name}: {key} {found} becomes {right}, as the tokenizer has it")
+            config[key] = right
+        elif right is None and isinstance(found, int) and not 0 <= found < len(tokenizer):
+            say(f"{name}: {key} {found} is no token of the tokenizer; removed")
+            config[key] = None
+
+
+def describe_dtype(config: dict[str, Any], recipes: dict[str, Recipe]) -> None:
+    """Set the configuration's type of weights to that of the largest tensor."""
+    largest = max(recipes.values(), key=lambda recipe: shards.size_of(recipe.kind))
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config[key] = str(largest.kind[1]).removeprefix("torch.")
+
+
+def in_order(recipes: dict[str, Recipe], weights: Weights) -> list[str]:
+    """Names in the order of the base's files, layer 2 before layer 10; what is new comes last."""
+
+    def place(name: str) -> tuple[str, list[Any]]:
+        file = weights.file_of(name).name if name in weights.names else "~"
+        return file, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    return sorted(recipes, key=place)
+
+
+def check_output(plan: Plan, output_dir: str, overwrite: bool) -> None:
+    """Raises UserError where the output would overwrite something unasked, or there is no room for it."""
+    output = Path(output_dir).absolute()
+    for folder in (plan.base, *(adapter.folder for adapter in plan.adapters)):
+        if output.resolve() == folder.resolve() or output.resolve() in folder.resolve().parents:
+            raise UserError(f"--output_dir {output_dir}: is or contains {folder}, which is merged; choose another folder")
+    if output.is_file():
+        raise UserError(f"--output_dir {output_dir}: is a file; choose a folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise UserError(f"--output_dir {output_dir}: is not empty; choose another folder, or give --overwrite")
+        if not any((output / name).is_file() for name in ("config.json", "params.json", "lineage.json")):
+            raise UserError(f"--output_dir {output_dir}: holds no model that could be overwritten; choose another folder")
+    free = shutil.disk_usage(next(parent for parent in output.parents if parent.is_dir())).free
+    if free < plan.size * 1.01:
+        needed = f"{plan.size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free"
+        raise UserError(f"--output_dir {output_dir}: {needed}; make room, or choose another disk")
