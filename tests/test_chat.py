@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import tiny
@@ -27,6 +31,7 @@ from utils.serving import Service, TooLong
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 FLAGS += ("--disable-component-update", "--disable-sync")
+ROOT = Path(__file__).parent.parent
 LOCAL = chat.Address("127.0.0.1", None, "", False)
 
 
@@ -511,6 +516,23 @@ def test_a_password_is_asked_for(service):
             Client(page.local_url, auth=("me", "wrong"), verbose=False)
         client = Client(page.local_url, auth=("me", "secret"), verbose=False)
         assert client.predict("你好", max_new_tokens=3, api_name="/answer")
+
+
+def test_the_script_shows_the_page_until_it_is_stopped(folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    line = ["--lora_weights", f"{folder / 'f1'},{folder / 'f2'}", "--server_port", port, "--auth", "me:secret"]
+    line = [sys.executable, str(ROOT / "generate.py"), *line, "--lang", "en", "--max_new_tokens", "7"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as running:
+        assert any(f"http://127.0.0.1:{port}" in printed for printed in running.stdout)
+        client = Client(f"http://127.0.0.1:{port}/", auth=("me", "secret"), verbose=False)
+        assert client.predict("Hello", max_new_tokens=7, api_name="/answer")
+        with pytest.raises(Exception, match="max_new_tokens"):
+            client.predict("Hello", max_new_tokens=8, api_name="/answer")
+        running.send_signal(signal.SIGINT)
+        running.stdout.read()
+    assert running.returncode in (0, -signal.SIGINT)
 
 
 def test_one_who_asks_much_does_not_keep_others_waiting(service):
