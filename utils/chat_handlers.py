@@ -221,22 +221,24 @@ class Handlers:
 
     def status(self, name: str, reply: Reply | None = None) -> str:
         """Base, answerer and its chain, device and type, and the speed of the last answer."""
-        labels, engine = self.labels, self.service.engine
+        labels = self.labels
         speed = labels.speed.format(tokens=reply.tokens, speed=reply.speed) if reply else labels.no_speed
         if reply and reply.dropped:
             speed += " · " + labels.dropped.format(count=reply.dropped)
         steps = steps_of(self.answerers[name])
         chain = f" ({' → '.join(steps)})" if len(steps) > 1 else ""
-        return labels.status.format(
-            base=engine.base_model.rstrip("/").split("/")[-1],
-            adapter=self.shown(name) + chain,
-            place=engine.placement,
-            speed=speed,
-        )
+        adapter, place = self.shown(name) + chain, self.service.engine.placement
+        return labels.status.format(base=self.base, adapter=adapter, place=place, speed=speed)
 
     def compared(self, replies: dict[str, Reply]) -> str:
-        """The speeds of several answers."""
-        return " · ".join(f"{self.shown(name)}: {reply.tokens} ({reply.speed:.1f}/s)" for name, reply in replies.items())
+        """Base, device and type, and the tokens and speed of several answers."""
+        answers = (f"{self.shown(name)} {reply.tokens} ({reply.speed:.1f}/s)" for name, reply in replies.items())
+        return " · ".join((f"**{self.base}**", str(self.service.engine.placement), *answers))
+
+    @property
+    def base(self) -> str:
+        """The base model's name, without its folder."""
+        return self.service.engine.base_model.rstrip("/").split("/")[-1]
 
     def shown(self, name: str) -> str:
         """An answerer's name on the page."""

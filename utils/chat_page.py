@@ -142,8 +142,8 @@ class Page:
         )
         with gr.Row(equal_height=True):
             parts["question"] = self.box("question")
-            send = gr.Button(self.labels.send, variant="primary", scale=1, min_width=60, elem_id="send")
-            stop = gr.Button(self.labels.stop, variant="stop", scale=1, min_width=60, elem_id="stop")
+            send = gr.Button(self.labels.send, variant="primary", scale=1, min_width=76, elem_id="send")
+            stop = gr.Button(self.labels.stop, variant="stop", scale=1, min_width=76, elem_id="stop")
         with gr.Row():
             again, clear, save, load = (
                 gr.Button(getattr(self.labels, name), size="sm", min_width=60, elem_id=name)
@@ -174,7 +174,7 @@ class Page:
         with gr.Row(equal_height=True):
             parts["compared_question"] = self.box("compared_question")
             send = gr.Button(self.labels.ask_all, variant="primary", scale=1, min_width=100, elem_id="ask_all")
-            stop = gr.Button(self.labels.stop, variant="stop", scale=1, min_width=60, elem_id="stop_all")
+            stop = gr.Button(self.labels.stop, variant="stop", scale=1, min_width=76, elem_id="stop_all")
         choices = [(self.handlers.shown(name), name) for name in names]
         first = [*names[: COLUMNS - 1], names[-1]] if len(names) > COLUMNS else names
         parts["answerers"] = gr.CheckboxGroup(choices, value=first, label=self.labels.answerers, elem_id="answerers")
@@ -251,10 +251,12 @@ def both(*triggers: Callable) -> Callable:
 
 
 def examples() -> list[tuple[str, str]]:
-    """Short prompts of the evaluation set, one of each category in turn, as instruction and input."""
-    files = [
-        [r for r in read_records(file, need_output=False) if "history" not in r] for file in sorted(TEST_DATA.glob("*.json"))
-    ]
+    """Short prompts of the evaluation set, one of each category in turn, as instruction and input.
+
+    Those that ask for a refusal stay out: they are no suggestions.
+    """
+    paths = [path for path in sorted(TEST_DATA.glob("*.json")) if "alignment" not in path.stem]
+    files = [[r for r in read_records(path, need_output=False) if "history" not in r] for path in paths]
     in_turn = [found[place] for place in range(max(map(len, files), default=0)) for found in files if place < len(found)]
     pairs = [(record["instruction"], record["input"]) for record in in_turn]
     return [(asked, given) for asked, given in pairs if len(asked) <= 40 and len(given) <= 120]

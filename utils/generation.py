@@ -88,13 +88,14 @@ def choose_template(given: str, known: dict[str, Any] | None, folder: str) -> st
 
     Raises UserError where the one given is not the one it was trained on, or that one has been changed since.
     """
-    if not known or not known.get("template"):
+    trained = known["options"].get("prompt_template_name") if known else None
+    if not known or not trained:
         if not given:
             say(f"{folder}: records no template; alpaca is used, as by alpaca-lora")
         return given or "alpaca"
-    trained = known["options"].get("prompt_template_name") or "alpaca"
     texts = Prompter(given or trained).texts
-    if any(texts.get(key) != known["template"]["texts"].get(key) for key in (*PROMPTS, "response_split")):
+    recorded = known["template"]["texts"] if known.get("template") else Prompter(trained).texts
+    if any(texts.get(key) != recorded.get(key) for key in (*PROMPTS, "response_split")):
         if given:
             way_out = f"leave --prompt_template out, or give {trained}"
             raise UserError(f"--prompt_template {given}: {folder} was trained with {trained}; {way_out}")
