@@ -177,6 +177,30 @@ def test_bloom(tmp_path, prefix, whole):
     assert config["vocab_size"] == len(load_tokenizer(base)) + 8, "a padded vocabulary keeps its padding"
 
 
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES = {
+    "mistral": {**SMALL, "num_key_value_heads": 2},
+    "gemma2": {**SMALL, "num_key_value_heads": 2, "head_dim": 16},
+    "gpt_neox": SMALL,  # its output layer has another name in files than in the model
+    "phi": SMALL,  # its output layer has a bias
+    "opt": {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_any_family_with_linear_layers(tmp_path, family, whole):
+    base = tmp_path / "base"
+    size = len(tiny.tokenizer(base))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=size, **FAMILIES[family]))
+    model.save_pretrained(base)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name.split(".")[-1] for name, module in model.named_modules() if module in ends] if whole else None
+    adapter = tiny.adapter(base, tmp_path / "adapter", target_modules="all-linear", modules_to_save=names, scale=0.05)
+    assert same_logits(loaded(merge(base, adapter, tmp_path / "out")), with_peft(base, adapter), atol=1e-4)
+
+
 def test_several_adapters_in_their_order(base, tmp_path, capsys):
     """Also where both replace the embeddings: the later one's stay, and that is said."""
     first = tiny.adapter(base, tmp_path / "first", seed=1, **EVERYTHING)

@@ -148,12 +148,13 @@ class Finder:
 
     Files of some families leave out the first part of every name (`h.0.…` for BLOOM's `transformer.h.0.…`). An output
     layer that is tied to the embeddings is in no file, but may be in an adapter; it is then a new tensor, `tied_head`.
-    `embedding` and `stored_head` are the base's names of its embeddings and output layer, "" where it has none.
+    GPT-NeoX's is called embed_out in files, and lm_head in the model. `embedding` and `stored_head` are the base's names
+    of its embeddings and its output layer, "" where it has none.
     """
 
     def __init__(self, names: list[str], tied: bool, family: str):
         self._names = set(names)
-        modules = {name: name.split(".")[-2] for name in names if "." in name}
+        modules = {name: name.split(".")[-2] for name in names if name.endswith(".weight")}
         self.embedding = next((name for name, module in modules.items() if module in EMBEDDINGS), "")
         self.stored_head = next((name for name, module in modules.items() if module in HEADS), "")
         self.tied_head = HEADS[family == "gpt_neox"] + ".weight" if tied and not self.stored_head else ""
@@ -165,10 +166,10 @@ class Finder:
     def __call__(self, name: str) -> str:
         """The base's name, or "" where it has no such tensor."""
         _, _, shorter = name.partition(".")
-        candidates = [name, shorter, *(longer for longer in self._names if longer.partition(".")[2] == name)]
-        if name and name == self.tied_head:
-            return name
-        return next((candidate for candidate in candidates if candidate in self._names), "")
+        longer = [stored for stored in self._names if stored.partition(".")[2] == name]
+        found = next((candidate for candidate in (name, shorter, *longer) if candidate in self._names), "")
+        is_head = name.endswith(".weight") and name.split(".")[-2] in HEADS
+        return found or (self.stored_head or self.tied_head if is_head else "")
 
 
 def of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
