@@ -161,18 +161,17 @@ def check_trainable(model: "PeftModel") -> None:
         raise RuntimeError(f"{trainable} parameters would be trained, the formula gives {expected}")
 
 
-def save(model: "PeftModel", folder: str | Path, base_model: str, state_dict: dict[str, Any] | None = None) -> None:
+def save(tensors: dict[str, torch.Tensor], config: "LoraConfig", folder: str | Path, base_model: str) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, then read them back.
 
-    The base is recorded as `base_model`; `state_dict` is given where the model itself is sharded.
-    Raises UserError where the file on disk is not what the model holds.
+    The base is recorded as `base_model`. Raises UserError where the file on disk is not what was to be saved.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state(model, state_dict).items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(folder / WEIGHTS[0]) as aside:
         save_file(tensors, aside, metadata={"format": "pt"})
-    settings: dict[str, Any] = model.peft_config["default"].to_dict()
+    settings: dict[str, Any] = config.to_dict()
     settings |= {"inference_mode": True, "base_model_name_or_path": base_model}
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     write_json(folder / "adapter_config.json", settings)
@@ -182,7 +181,10 @@ def save(model: "PeftModel", folder: str | Path, base_model: str, state_dict: di
 
 
 def state(model: "PeftModel", state_dict: dict[str, Any] | None = None, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """The adapter's tensors, by the names they are saved under; the frozen embeddings of the base are not among them."""
+    """The adapter's tensors, by the names they are saved under; the frozen embeddings of the base are not among them.
+
+    `state_dict` is the whole model's, and is given where the model itself is sharded.
+    """
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers=False)

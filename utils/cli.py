@@ -61,6 +61,9 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
         main(parse(options, argv))
     except UserError as error:
         fail(script, str(error))
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise

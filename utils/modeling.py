@@ -128,8 +128,17 @@ def quantisation(placement: Placement) -> BitsAndBytesConfig:
     if placement.quantise == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=placement.dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=placement.dtype,
+        bnb_4bit_quant_storage=placement.dtype if wants_fsdp() else None,  # FSDP shards tensors of one type
     )
+
+
+def wants_fsdp() -> bool:
+    """True where accelerate's configuration names FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_model: str) -> None:

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -28,6 +29,7 @@ from utils.batching import MicroBatch, Plan, Steps, deal, pad
 from utils.console import UserError, is_main_process, say
 from utils.dataset import Encoded
 from utils.loss import returning_loss
+from utils.modeling import wants_fsdp
 from utils.runlog import RunLog
 
 
@@ -77,6 +79,11 @@ class StepTrainer(Trainer):
 
     def __init__(self, model: PeftModel, args: TrainingArguments, job: Job, train: Encoded, validation: Encoded | None):
         super().__init__(model, args, train_dataset=train, eval_dataset=validation, callbacks=[RunLog(args.output_dir)])
+        if wants_fsdp() and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise UserError(
+                f"FSDP was asked for, but accelerate would run {self.accelerator.distributed_type.value} here; "
+                "FSDP needs CUDA GPUs: use another accelerate configuration on this machine"
+            )
         self.remove_callback(PrinterCallback)  # the bar and the log of RunLog stand in for it
         self.job = job
         self.stopped_by: int | None = None
@@ -144,8 +151,9 @@ class StepTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter, and read it back."""
         if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
             folder = output_dir or self.args.output_dir
-            adapters.save(self.accelerator.unwrap_model(self.model), folder, self.job.base_model, state_dict)
+            adapters.save(adapters.state(model, state_dict), model.peft_config["default"], folder, self.job.base_model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, seal it when it is whole, and only then delete older ones.
@@ -233,35 +241,29 @@ def train(trainer: StepTrainer, checkpoint: Path | None) -> None:
 
 
 def finish(trainer: StepTrainer, tokenizer: PreTrainedTokenizerBase, take_best: bool) -> dict[str, Any]:
-    """Choose the adapter to keep, write it with its tokenizer into the output folder; returns what came of the run."""
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    evaluations = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    step = take_best_adapter(trainer) if take_best else trainer.state.global_step
+    """Choose the adapter to keep, write it with its tokenizer into the output folder; returns what came of the run.
+
+    With `take_best` it is that of the checkpoint with the lowest validation loss.
+    Raises UserError where nothing was learned.
+    """
+    state, output_dir = trainer.state, Path(trainer.args.output_dir)
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    step = state.best_global_step if take_best else state.global_step
     if evaluations:
         why = "the lowest validation loss" if take_best else "the last one"
-        say(f"kept: the adapter of step {step} of {trainer.state.global_step}, {why} ({evaluations[step]:.4f})")
-    model = trainer.accelerator.unwrap_model(trainer.model)
+        say(f"kept: the adapter of step {step} of {state.global_step}, {why} ({evaluations[step]:.4f})")
+    tensors = adapters.read_tensors(output_dir / f"checkpoint-{step}")  # there is one at the end, and one of the best step
+    if not adapters.has_moved(tensors):
+        raise UserError(f"{output_dir}: no lora_B has moved from zero, so nothing was learned; raise --learning_rate")
     if is_main_process():
-        if not adapters.has_moved(adapters.state(model)):
-            raise UserError(
-                f"{trainer.args.output_dir}: no lora_B has moved from zero, so nothing was learned; raise --learning_rate"
-            )
-        adapters.save(model, trainer.args.output_dir, trainer.job.base_model)
-        tokenizer.save_pretrained(trainer.args.output_dir)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        config = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
+        adapters.save(tensors, config, output_dir, trainer.job.base_model)
+        tokenizer.save_pretrained(output_dir)
     return {
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "kept_step": step,
         "train_loss": sum(losses) / len(losses),
         "eval_loss": evaluations.get(step),
-        "trainable_parameters": trainable,
+        "trainable_parameters": sum(tensor.numel() for tensor in tensors.values()),
     }
-
-
-def take_best_adapter(trainer: StepTrainer) -> int:
-    """Put the adapter with the lowest validation loss back into the model; returns its step."""
-    step = trainer.state.best_global_step
-    folder = Path(trainer.args.output_dir) / f"checkpoint-{step}"
-    adapters.fill(trainer.accelerator.unwrap_model(trainer.model), adapters.read_tensors(folder), folder)
-    return step
