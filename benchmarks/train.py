@@ -8,16 +8,18 @@ each step must be equal. Figures leave out the first step.
 """
 
 import dataclasses
+import functools
 import json
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import child, interleave, report
+from benchmarks.common import Figures, child, interleave, report
 from utils.cli import option, run
 
 RECIPES = ("plain", "plain grouped", "order", "logits", "memory", "all")
@@ -50,9 +52,8 @@ def main(options: Options) -> None:
             f"--{name}={getattr(options, name)}"
             for name in ("base_model", "steps", "batch_size", "micro_batch_size", "cutoff_len")
         ]
-        recipes = {
-            name: lambda name=name: child(__file__, *common, "--data", data, "--recipe", name)  # type: ignore[misc]
-            for name in RECIPES
+        recipes: dict[str, Callable[[], Figures]] = {
+            name: functools.partial(child, __file__, *common, "--data", data, "--recipe", name) for name in RECIPES
         }
         medians = interleave(recipes, options.repeats)
     check_equal(medians, options.steps)

@@ -229,6 +229,12 @@ def test_two_processes_give_what_one_gives(bases, data, tmp_path):  # noqa: F811
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
 
 
+def test_fsdp_that_would_quietly_be_something_else_is_refused(script, bases, data, tmp_path):  # noqa: F811
+    argv = options(bases["llama"], data, tmp_path / "out")
+    error = script("finetune.py", *argv, ACCELERATE_USE_FSDP="true", FSDP_VERSION="1").error
+    assert "FSDP was asked for" in error
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_records(script, bases, data, tmp_path):  # noqa: F811
     """Row 10."""
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
