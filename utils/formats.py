@@ -3,15 +3,17 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import gzip
 import io
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +25,8 @@ ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 BOM = b"\xef\xbb\xbf"
 OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 CHUNK = 1 << 20  # characters
-BATCH = 1 << 18  # bytes
+BATCH = 32  # items, of which each may be as long as a book
+BATCH_OF_LINES = 1 << 16  # bytes
 GAP = re.compile(r"[ \t\r\n]*")
 
 
@@ -38,8 +41,17 @@ class Broken:
 BLANK = Broken("blank", None)
 
 
-def read_items(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield `(place, item)` for each item of a file; `place` is its line, or its row in a Parquet file, from 1.
+Item = tuple[int | str, Any]  # where it stands (see `place_of`), and what it is
+
+
+def read_items(path: str | Path) -> Iterator[Item]:
+    """The items of `read_batches`, one by one."""
+    for batch in read_batches(path):
+        yield from batch
+
+
+def read_batches(path: str | Path) -> Iterator[list[Item]]:
+    """Yield the items of a file, some hundred at a time, each with its line, or its row in a Parquet file, from 1.
 
     The format is recognised by the file's first bytes (JSON Lines in a file called .json, a gzipped file that is
     not called .gz), only CSV and TSV by their names. A line that cannot be read is yielded as `Broken`.
@@ -48,6 +60,18 @@ def read_items(path: str | Path) -> Iterator[tuple[int, Any]]:
     path = Path(path)
     with opened(path) as file:
         yield from reader(path, file)(path, file)
+
+
+def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items, `BATCH` at a time."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, BATCH)):
+        yield batch
+
+
+def batched(read: Callable[..., Iterator[Item]]) -> Callable[..., Iterator[list[Item]]]:
+    """Make a reader of items one of batches."""
+    return functools.wraps(read)(lambda path, file: in_batches(read(path, file)))
 
 
 def place_of(path: str | Path, number: int | str) -> str:
@@ -104,21 +128,19 @@ def reader(path: Path, file: IO[bytes]) -> Any:
     raise UserError(f"{path}: is neither JSON, JSON Lines, CSV (by its name) nor Parquet; check that it is the right file")
 
 
-def json_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path, file: IO[bytes]) -> Iterator[list[Item]]:
     """One JSON value a line; blank lines are passed over."""
     number = 1
-    while lines := file.readlines(BATCH):
+    while lines := file.readlines(BATCH_OF_LINES):
         try:
-            items = list(map(orjson.loads, lines))  # a batch at a time, which is as fast as reading alone
+            items = list(map(orjson.loads, lines))
         except orjson.JSONDecodeError:
             if number == 1 and lines[0].removeprefix(BOM).strip() == b"{":
                 raise UserError(
                     f"{path}: is one JSON object over several lines; write an array of records, or one record a line"
                 ) from None
             items = list(map(patient_loads, lines))
-        for place, item in enumerate(items, number):
-            if item is not BLANK:
-                yield place, item
+        yield [(place, item) for place, item in enumerate(items, number) if item is not BLANK]
         number += len(lines)
 
 
@@ -160,7 +182,8 @@ def text_of(file: IO[bytes]) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
 
 
-def json_array(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+@batched
+def json_array(path: Path, file: IO[bytes]) -> Iterator[Item]:
     """The elements of one JSON array, parsed as they are read; the array is never held whole."""
     window = Window(path, text_of(file))
     window.skip("[")
@@ -238,7 +261,8 @@ class Window:
         return UserError(f"{self.path}: {what} in line {self.line}; mend the file, or fetch it again")
 
 
-def csv_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+@batched
+def csv_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
     """The rows of a CSV file (TSV by its name) as objects, after the header; cells that hold JSON lists are parsed."""
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if ".tsv" in path.suffixes else ","
@@ -267,7 +291,8 @@ def csv_item(header: list[str], row: list[str]) -> Any:
     return without_surrogates(item)
 
 
-def parquet_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+@batched
+def parquet_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
     """The rows of a Parquet file as objects, some hundred at a time."""
     import pyarrow
     import pyarrow.parquet

@@ -17,11 +17,10 @@ import orjson
 from utils.cli import option
 from utils.console import UserError, progress, say
 from utils.files import locked
-from utils.formats import opened, patient_loads, read_items
+from utils.formats import Item, in_batches, opened, patient_loads, read_batches
 from utils.records import Mended, Tally, clean, write_records
 from utils.sources import check_exists
 
-Items = Iterable[tuple[int | str, Any]]
 Convert = Callable[[dict], dict | Mended]
 
 
@@ -92,12 +91,12 @@ def stem_of(path: Path) -> str:
     return name
 
 
-def raw_items(path: Path) -> Items:
-    """The numbered items of a raw file of any format, or of the members of a tar archive."""
-    return archive_items(path) if {".tar", ".tgz"} & set(path.suffixes) else read_items(path)
+def raw_batches(path: Path) -> Iterator[list[Item]]:
+    """The items of a raw file of any format, or of the members of a tar archive, some at a time."""
+    return in_batches(archive_items(path)) if {".tar", ".tgz"} & set(path.suffixes) else read_batches(path)
 
 
-def archive_items(path: Path) -> Iterator[tuple[str, Any]]:
+def archive_items(path: Path) -> Iterator[Item]:
     """The JSON files in a tar archive (gzipped or not), in the archive's order, read as a stream."""
     with opened(path) as file:
         try:
@@ -115,7 +114,8 @@ def recognise(path: Path, name: str) -> str:
 
     Raises UserError for a file of another set: what it has, what it lacks, and which set it looks like.
     """
-    first = [item for _, item in itertools.islice(raw_items(path), 100) if isinstance(item, dict)]
+    items = itertools.chain.from_iterable(raw_batches(path))
+    first = [item for _, item in itertools.islice(items, 100) if isinstance(item, dict)]
     if not first:
         raise UserError(f"{path}: this is not {name}: its first items are no JSON objects; check that it is the right file")
     found = [best for best in map(shape_of, first) if best]
@@ -175,17 +175,30 @@ def output_files(options: PrepareOptions, folder: str, names: Sequence[str], raw
                 for left in target.glob(f".{glob.escape(output.name)}.*.part"):
                     left.unlink()
             yield outputs
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(target)  # for the line that the user reads: a full disk gives no name
         for parent in new:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
 
 
-def cleaned(path: Path, convert: Convert, options: PrepareOptions, items: Items | None = None) -> Iterator[tuple[Any, dict]]:
-    """Yield the items of a raw file (or these `items` of it) with their records, as `records.clean` does; shows progress."""
-    bar = progress(raw_items(path) if items is None else items, desc=path.name, unit=" records", miniters=1000)
-    return clean(path, bar, convert, Tally(options.strict), is_new=Seen().add if options.dedupe else None)
+def cleaned(
+    path: Path, convert: Convert, options: PrepareOptions, items: Iterable[Item] | None = None
+) -> Iterator[list[tuple[Any, dict]]]:
+    """Yield the items of a raw file (or these `items` of it) with their records, a batch at a time, as `records.clean` does."""
+    batches = raw_batches(path) if items is None else in_batches(items)
+    is_new = Seen().add if options.dedupe else None
+    return clean(path, with_bar(batches, path.name), convert, Tally(options.strict), is_new=is_new)
+
+
+def with_bar(batches: Iterable[list[Item]], name: str) -> Iterator[list[Item]]:
+    """The batches, and meanwhile a bar that shows how many records were read, and how many a second."""
+    with progress(desc=name, unit=" records") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
 class Seen:
@@ -216,5 +229,6 @@ def convert_each(
     shapes = [recognise(file, name) for file in files]
     with output_files(options, folder, [f"{stem_of(file)}.json" for file in files], files) as outputs:
         for file, shape, output in zip(files, shapes, outputs, strict=True):
-            count = write_records(output, (record for _, record in cleaned(file, converters[shape], options)))
+            records = (record for batch in cleaned(file, converters[shape], options) for _, record in batch)
+            count = write_records(output, records)
             say(f"{output}: {count:,} records")

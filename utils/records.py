@@ -16,7 +16,7 @@ import orjson
 
 from utils.console import UserError, progress, say
 from utils.files import replacing
-from utils.formats import Broken, place_of, read_items
+from utils.formats import Broken, Item, place_of, read_batches
 from utils.sources import sources
 
 FIELDS = ("instruction", "input", "output")
@@ -76,27 +76,70 @@ def read_records(path: str | Path, need_output: bool = True, strict: bool = Fals
     an empty or missing output is allowed, as prompts have none. With `strict` a bad record is an error.
     Raises UserError where the file cannot be read, and, at its end, where it held no record that can be used.
     """
-    tally = Tally(strict)
-    items = ((line, {"instruction": item} if isinstance(item, str) else item) for line, item in read_items(path))
-    for _, record in clean(path, items, as_record, tally, need_output):
-        yield record
+    batches = (
+        [(line, {"instruction": item} if isinstance(item, str) else item) for line, item in b] for b in read_batches(path)
+    )
+    for batch in clean(path, batches, as_record, Tally(strict), need_output):
+        for _, record in batch:
+            yield record
 
 
 def clean(
     path: str | Path,
-    items: Iterable[tuple[int | str, Any]],
+    batches: Iterable[list[Item]],
     convert: Callable[[Any], dict | Mended],
     tally: Tally,
     need_output: bool = True,
     is_new: Callable[[dict], bool] | None = None,
-) -> Iterator[tuple[Any, dict]]:
-    """Yield each item of `path` with its record, made by `convert` (which may raise Dirty) and checked; count the rest.
+) -> Iterator[list[tuple[Any, dict]]]:
+    """Yield the good items of each batch with their records, made by `convert` (which may raise Dirty); count the rest.
 
-    `items` should be objects; they are numbered as `read_items` numbers them, or carry a text that says where in the
-    file they stand. Where `is_new` is given, records that it denies are dropped as duplicates. At the end what was
-    dropped and mended is said. Raises UserError where no record was left.
+    Items should be objects. Where `is_new` is given, records that it denies are dropped as duplicates. At the end
+    what was dropped and mended is said. Raises UserError where no record was left.
     """
-    for number, item in items:
+    for batch in batches:
+        records = all_good(batch, convert, need_output)
+        if records is None or is_new:
+            kept = list(one_by_one(path, batch, convert, tally, need_output, is_new))
+        else:
+            kept = [(item, record) for (_, item), record in zip(batch, records, strict=True)]
+        tally.kept += len(kept)
+        yield kept
+    tally.report(path)
+
+
+def all_good(batch: list[Item], convert: Callable[[Any], dict | Mended], need_output: bool) -> list[dict] | None:
+    """The records of a batch in which nothing is dirty and no record has more than the three fields; else None.
+
+    It says of a batch what `one_by_one` would, in a third of the time, as its loops are not Python's.
+    """
+    if {type(item) for _, item in batch} != {dict}:
+        return None
+    try:
+        raws = [convert(item) for _, item in batch]
+        fields: Any = [[raw[name] for raw in raws] for name in FIELDS]  # type: ignore[call-overload]
+    except (Dirty, KeyError, TypeError):  # TypeError: it was `Mended`
+        return None
+    instructions, inputs, outputs = fields
+    if {len(raw) for raw in raws} != {3} or {*map(type, instructions), *map(type, inputs), *map(type, outputs)} != {str}:
+        return None
+    needed = instructions + outputs if need_output else instructions
+    joined = "".join(instructions + inputs + outputs)
+    if not all(needed) or any(map(str.isspace, needed)) or "\r" in joined or "\ufeff" in joined:
+        return None
+    return [{"instruction": a, "input": b, "output": c} for a, b, c in zip(instructions, inputs, outputs, strict=True)]
+
+
+def one_by_one(
+    path: str | Path,
+    batch: list[Item],
+    convert: Callable[[Any], dict | Mended],
+    tally: Tally,
+    need_output: bool,
+    is_new: Callable[[dict], bool] | None,
+) -> Iterator[tuple[Any, dict]]:
+    """The good items of a batch with their records; the others are counted."""
+    for number, item in batch:
         cause = ""
         try:
             if type(item) is not dict:
@@ -115,9 +158,7 @@ def clean(
             continue
         if cause:
             tally.add("mended", cause, path, number, item)
-        tally.kept += 1
         yield item, record
-    tally.report(path)
 
 
 def shown(path: str | Path, number: int | str, item: Any, width: int = 80) -> str:
@@ -154,8 +195,6 @@ def checked(raw: dict, need_output: bool = True) -> dict:
     if need_output and (not output or output.isspace()):
         raise Dirty("output is empty")
     record: dict[str, Any] = {"instruction": instruction, "input": given, "output": output}
-    if len(raw) == 3 and "input" in raw and "output" in raw:
-        return record
     if raw.get("history"):
         record["history"] = checked_history(raw["history"])
     if raw.get("system"):
@@ -188,14 +227,10 @@ def checked_history(history: Any) -> list[list[str]]:
 
 def mend(record: dict) -> bool:
     """Make CRLF into LF and remove byte-order marks in all texts of a record, in place; True where there were any."""
-    texts: Iterable[str] = record.values()
-    if "history" in record:
-        texts = [text for text in texts if type(text) is str] + [text for pair in record["history"] for text in pair]
-    joined = "".join(texts)
-    if "\r" not in joined and "\ufeff" not in joined:
-        return False
-    record.update({key: mended(value) for key, value in record.items()})
-    return True
+    clean_record = {key: mended(value) for key, value in record.items()}
+    dirty = clean_record != record
+    record.update(clean_record)
+    return dirty
 
 
 def mended(text: Any) -> Any:
@@ -263,7 +298,7 @@ def write_records(path: str | Path, records: Iterable[dict]) -> int:
     """Write records as they come: one JSON array, UTF-8, indent 1, whole or not at all. Returns their number."""
     with writers([path]) as (writer,):
         for record in records:
-            writer.write(record)
+            writer.write([record])
     return writer.count
 
 
@@ -286,14 +321,13 @@ class RecordWriter:
         self._file = file
         self.count = 0
 
-    def write(self, record: dict) -> int:
-        """Add one record; returns its bytes."""
-        if "history" in record:
-            text = b",\n " + json.dumps(record, ensure_ascii=False, indent=1).replace("\n", "\n ").encode()
-        else:  # an object of texts: orjson's indent fits but for the last brace, and takes a tenth of the time
-            text = b",\n " + orjson.dumps(record, option=orjson.OPT_INDENT_2)[:-1] + b" }"
-        self.count += 1
-        return self._file.write(text)
+    def write(self, records: Sequence[dict]) -> list[int]:
+        """Add records; returns the bytes that each takes."""
+        texts = [encoded(record) for record in records]
+        if texts:
+            self._file.write(b",\n " + b" },\n ".join(texts) + b" }")
+        self.count += len(texts)
+        return [len(text) + 5 for text in texts]
 
     def copy(self, source: Any, size: int, count: int) -> None:
         """Add `count` records that another writer has written as the next `size` bytes of `source`."""
@@ -307,6 +341,13 @@ class RecordWriter:
         if self.count:
             self._file.seek(0)
             self._file.write(b"[")
+
+
+def encoded(record: dict) -> bytes:
+    """One record as it stands in an array of indent 1, without the space and brace at its end."""
+    if "history" in record:
+        return json.dumps(record, ensure_ascii=False, indent=1).replace("\n", "\n ").removesuffix(" }").encode()
+    return orjson.dumps(record, option=orjson.OPT_INDENT_2)[:-1]  # texts alone come out the same, in a tenth of the time
 
 
 def load_records(data_path: str, seed: int = 42, need_output: bool = True) -> list[dict]:

@@ -51,7 +51,7 @@ def multi_turn(instruction: str, output: object) -> dict:
 
 def older(item: dict) -> dict:
     """A record of the files that name their fields `input` and `target`."""
-    return single_or_dialogue({"instruction": item.get("input"), "output": item.get("target")})
+    return single_or_dialogue({"instruction": item.get("input"), "input": "", "output": item.get("target")})
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import option, run
 from utils.console import UserError, say
-from utils.formats import Broken, opened
-from utils.preparing import Items, PrepareOptions, cleaned, output_files, refuse_json
+from utils.formats import Broken, Item, opened
+from utils.preparing import PrepareOptions, cleaned, output_files, refuse_json
 from utils.records import Dirty, writers
 from utils.sources import check_exists
 
@@ -35,14 +34,14 @@ def main(options: Options) -> None:
     names = [f"couplet-{number}.json" for number in range(len(parts))] if len(parts) > 1 else []
     with output_files(options, "couplets", [*names, "couplet-all.json"], raw) as outputs, writers(outputs) as written:
         for number, (path, pairs) in enumerate(parts):
-            for _, record in cleaned(path, functools.partial(couplet, options), options, pairs):
+            for batch in cleaned(path, functools.partial(couplet, options), options, pairs):
                 for writer in {written[number], written[-1]}:
-                    writer.write(record)
+                    writer.write([record for _, record in batch])
     for output, writer in zip(outputs, written, strict=True):
         say(f"{output}: {writer.count:,} records")
 
 
-def find_parts(raw: str) -> tuple[list[tuple[Path, Items]], list[Path]]:
+def find_parts(raw: str) -> tuple[list[tuple[Path, Iterator[Item]]], list[Path]]:
     """The parts of the set, each a path to speak of and its pairs of lines; and all files that they are read from.
 
     Raises UserError where a file is missing.
@@ -66,7 +65,7 @@ def lines_of(path: Path) -> Iterator[str | None]:
                 yield None
 
 
-def text_pairs(first: Path, second: Path) -> Iterator[tuple[int, Any]]:
+def text_pairs(first: Path, second: Path) -> Iterator[Item]:
     """Line by line of two files, the first and the second lines of couplets. Raises UserError where one file is shorter."""
     for number, (one, two) in enumerate(itertools.zip_longest(lines_of(first), lines_of(second), fillvalue=""), 1):
         if one is None or two is None:
@@ -78,7 +77,7 @@ def text_pairs(first: Path, second: Path) -> Iterator[tuple[int, Any]]:
             yield number, {"first": one.split(), "second": two.split()}
 
 
-def tsv_pairs(path: Path) -> Iterator[tuple[int, Any]]:
+def tsv_pairs(path: Path) -> Iterator[Item]:
     """The pairs of a file that has a first and a second line of a couplet on each line, parted by a tab."""
     for number, line in enumerate(lines_of(path), 1):
         halves = line.split("\t") if line is not None else []
@@ -95,7 +94,7 @@ def couplet(options: Options, halves: dict) -> dict:
     first, second = "".join(halves["first"]), "".join(halves["second"])
     if options.instruction:
         return {"instruction": options.instruction, "input": first, "output": second}
-    return {"instruction": first, "output": second}
+    return {"instruction": first, "input": "", "output": second}
 
 
 if __name__ == "__main__":

@@ -5,29 +5,29 @@
 Out come firefly-train-0.json to firefly-train-4.json; each kind's records, in their order, are cut into runs of equal length.
 """
 
+import array
 import collections
 import contextlib
 import dataclasses
 import itertools
-import math
-import operator
-import struct
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import option, run
-from utils.console import progress, say
+from utils.console import say
 from utils.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
 from utils.records import Dirty, RecordWriter, dialogue, writers
 
+if TYPE_CHECKING:
+    import numpy as np
+
 FILES = ("firefly-train-1.1M",)
 Kinds = collections.Counter[str]
-ENTRY = struct.Struct("<II")  # number of the kind, bytes of the record
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ def single(item: dict) -> dict:
     """A record of `kind`, `input`, `target`. Raises Dirty where there is no kind to share out by."""
     if type(item.get("kind")) is not str:
         raise Dirty("kind is missing" if item.get("kind") is None else "kind is no text")
-    return {"instruction": item.get("input"), "output": item.get("target")}
+    return {"instruction": item.get("input"), "input": "", "output": item.get("target")}
 
 
 def turns(item: dict) -> dict:
@@ -65,12 +65,12 @@ def turns(item: dict) -> dict:
 
 @contextlib.contextmanager
 def spool(folder: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Two files without names in `folder`, for the records and for kind and size of each; they go when the block ends."""
+    """Two nameless files in `folder`: for the records, and for the number of the kind and the bytes of each (uint32)."""
     with tempfile.TemporaryFile(dir=folder, buffering=1 << 20) as text, tempfile.TemporaryFile(dir=folder) as index:
         yield text, index
 
 
-def write_spool(pairs: Iterator[tuple[dict, dict]], text: IO[bytes], index: IO[bytes]) -> Kinds:
+def write_spool(batches: Iterator[list[tuple[dict, dict]]], text: IO[bytes], index: IO[bytes]) -> Kinds:
     """Write the records one after the other, as they will stand in the parts. Returns how many there are of each kind.
 
     A kind's records can be dealt out only when their number is known; parsing 1.1 GB again would take longer than copying it.
@@ -78,49 +78,58 @@ def write_spool(pairs: Iterator[tuple[dict, dict]], text: IO[bytes], index: IO[b
     writer = RecordWriter(text)
     kinds: Kinds = collections.Counter()
     numbers: dict[str, int] = {}
-    for item, record in pairs:
-        kind = item["kind"] if "kind" in item else item["category"]
-        kinds[kind] += 1
-        index.write(ENTRY.pack(numbers.setdefault(kind, len(numbers)), writer.write(record)))
+    for batch in batches:
+        names = [item["kind"] if "kind" in item else item["category"] for item, _ in batch]
+        sizes = writer.write([record for _, record in batch])
+        kinds.update(names)
+        kind_numbers = [numbers.setdefault(name, len(numbers)) for name in names]
+        array.array("I", itertools.chain.from_iterable(zip(kind_numbers, sizes, strict=True))).tofile(index)
     return kinds
 
 
-def deal_out(kinds: Kinds, text: IO[bytes], index: IO[bytes], outputs: list[Path]) -> list[Kinds]:
-    """Copy the records to the parts. Returns how many of each kind were written to each, and checks that these add up."""
-    written: list[Kinds] = [collections.Counter() for _ in outputs]
-    entries = progress(parts_of(kinds, index, len(outputs)), desc="parts", unit=" records", total=kinds.total(), miniters=1000)
+def deal_out(kinds: Kinds, text: IO[bytes], index: IO[bytes], outputs: list[Path]) -> "np.ndarray":
+    """Copy the records to the parts. Returns how many were written, (parts, kinds), and checks that they add up."""
+    import numpy as np
+
+    totals = np.array(list(kinds.values()))
+    runs, seen = -(-totals // len(outputs)), np.zeros_like(totals)
+    written: np.ndarray = np.zeros((len(outputs), len(totals)), int)
     text.seek(0)
+    index.seek(0)
     with writers(outputs) as parts:
-        for part, run in itertools.groupby(entries, key=operator.itemgetter(0)):
-            count = length = 0
-            for _, kind, size in run:
-                count, length = count + 1, length + size
-                written[part][kind] += 1
-            parts[part].copy(text, length, count)
-        if sum(written, collections.Counter()) != kinds:
-            raise RuntimeError(f"dealt out {written}, but there were {kinds}")
+        while entries := index.read(1 << 16):
+            numbers, sizes = np.frombuffer(entries, np.uint32).reshape(-1, 2).T
+            places = parts_of(numbers, runs, seen)
+            np.add.at(written, (places, numbers), 1)
+            for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(places)) + 1):
+                parts[places[run[0]]].copy(text, int(sizes[run].sum()), len(run))
+        if (written.sum(0) != totals).any():
+            raise RuntimeError(f"dealt out {written}, but there were {totals}")
     return written
 
 
-def parts_of(kinds: Kinds, index: IO[bytes], parts: int) -> Iterator[tuple[int, str, int]]:
-    """Part, kind and bytes of each record: the n records of a kind become runs of ceil(n / parts)."""
-    names = list(kinds)
-    runs = [math.ceil(count / parts) for count in kinds.values()]
-    seen = [0] * len(kinds)
-    index.seek(0)
-    while entries := index.read(ENTRY.size * 4096):
-        for number, size in ENTRY.iter_unpack(entries):
-            yield seen[number] // runs[number], names[number], size
-            seen[number] += 1
+def parts_of(numbers: "np.ndarray", runs: "np.ndarray", seen: "np.ndarray") -> "np.ndarray":
+    """The part of each record, by the number of its kind: the first `runs[kind]` go to part 0, the next to 1 and so on.
+
+    numbers: (records,); runs and seen: (kinds,). `seen` counts those of each kind that came before, and is moved on.
+    """
+    import numpy as np
+
+    parts: np.ndarray = np.empty(len(numbers), int)
+    for kind in np.unique(numbers):
+        of_kind = np.flatnonzero(numbers == kind)
+        parts[of_kind] = (seen[kind] + np.arange(len(of_kind))) // runs[kind]
+        seen[kind] += len(of_kind)
+    return parts
 
 
-def print_totals(kinds: Kinds, written: list[Kinds], outputs: list[Path]) -> None:
+def print_totals(kinds: Kinds, written: "np.ndarray", outputs: list[Path]) -> None:
     """Say how many records of each kind there are, in all and in each part."""
     width = max(map(len, kinds))
-    for kind, count in kinds.most_common():
-        say(f"{kind:<{width}} {count:>10,} = {' + '.join(f'{part[kind]:,}' for part in written)}")
-    for output, part in zip(outputs, written, strict=True):
-        say(f"{output}: {part.total():,} records of {len(part)} kinds")
+    for (kind, count), row in sorted(zip(kinds.items(), written.T, strict=True), key=lambda pair: -pair[0][1]):
+        say(f"{kind:<{width}} {count:>10,} = {' + '.join(f'{part:,}' for part in row)}")
+    for output, row in zip(outputs, written, strict=True):
+        say(f"{output}: {row.sum():,} records of {(row > 0).sum()} kinds")
     say(f"{kinds.total():,} records of {len(kinds)} kinds; the parts' totals are verified to add up to these")
 
 

@@ -6,16 +6,16 @@ Out come psyqa-0.json to psyqa-5.json: even numbers hold all answers, odd ones e
 only, 2 and 3 the question and its description, 4 and 5 the description as input.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import run
 from utils.console import say
-from utils.formats import Broken, read_items
+from utils.formats import Broken, Item, read_items
 from utils.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
 from utils.records import Dirty, writers
 
@@ -27,15 +27,15 @@ def main(options: PrepareOptions) -> None:
     recognise(raw, "PsyQA")
     names = [f"psyqa-{variant}.json" for variant in range(6)]
     with output_files(options, "psyQA", names, [raw]) as outputs, writers(outputs) as variants:
-        for item, record in cleaned(raw, answered, options, answers(raw)):
+        for item, record in itertools.chain.from_iterable(cleaned(raw, answered, options, answers(raw))):
             for variant, variation in enumerate(variations(record)):
                 if variant % 2 == 0 or item["first"]:
-                    variants[variant].write(variation)
+                    variants[variant].write([variation])
     for output, writer in zip(outputs, variants, strict=True):
         say(f"{output}: {writer.count:,} records")
 
 
-def answers(raw: Path) -> Iterator[tuple[int, Any]]:
+def answers(raw: Path) -> Iterator[Item]:
     """One item an answer: its question, description and text, and whether it is the first."""
     for line, item in read_items(raw):
         texts = item.get("answers") if isinstance(item, dict) else None
