@@ -13,6 +13,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+# Between the benchmark and a program, since a process begins with the peak of the one that started it.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:])
+_, status, used = os.wait4(process.pid, 0)
+seconds, cpu = time.perf_counter() - start, used.ru_utime + used.ru_stime
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mb": used.ru_maxrss / 1024}))
+sys.exit(status != 0)
+"""
 Figures = dict[str, float]  # such as {"seconds": 1.5, "peak_mb": 700}
 
 
@@ -38,26 +48,18 @@ def timed(function: Callable[[], Any]) -> Figures:
 
 
 def child(*arguments: str | Path) -> Figures:
-    """Run a Python program in a process of its own: wall `seconds` and `peak_mb` (resident set, of 2**20 bytes).
+    """Run a Python program in a process of its own: `seconds` of the clock and of the processors, and `peak_mb`.
 
-    Where its last line of output is a JSON object, these figures are added. Its failure ends the benchmark.
+    The peak is of the resident set, in units of 2**20 bytes. Where the program's last line of output is a JSON object,
+    its figures are added. Its failure ends the benchmark.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    output = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        sys.exit(f"{' '.join(map(str, arguments))}: failed\n{output}")
-    lines = output.strip().splitlines()
+    command = [sys.executable, "-c", LAUNCHER, sys.executable, *map(str, arguments)]
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if ended.returncode:
+        sys.exit(f"{' '.join(map(str, arguments))}: failed\n{ended.stdout}")
+    *lines, last = ended.stdout.strip().splitlines()
     reported = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    return {"seconds": seconds, "peak_mb": usage.ru_maxrss / 1024, **reported}
+    return {**json.loads(last), **reported}
 
 
 def report(medians: dict[str, Figures], ratios: Figures, libraries: tuple[str, ...], **facts: Any) -> None:
