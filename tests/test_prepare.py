@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -735,11 +736,12 @@ def test_raw_file_is_never_overwritten(script, tmp_path, name):
     assert raw.read_bytes() == before
 
 
-def test_two_raw_files_of_one_name(prepare, tmp_path):
+@pytest.mark.parametrize(("name", "stem"), [("COIG", "translated_instructions"), ("firefly", "firefly-train-1.1M")])
+def test_two_raw_files_of_one_name(prepare, tmp_path, name, stem):
     (tmp_path / "raw").mkdir()
-    for ending in ("json", "jsonl"):
-        (tmp_path / "raw" / f"translated_instructions.{ending}").write_text(lines([TRANSLATED[0][0]]))
-    assert "two of its files would both become" in prepare("COIG").error
+    for ending in ("json", "jsonl.gz"):
+        (tmp_path / "raw" / f"{stem}.{ending}").write_text(lines([TRANSLATED[0][0]]))
+    assert f"holds {stem}.json and {stem}.jsonl.gz, which are the same file twice; name one of them" in prepare(name).error
     assert not (tmp_path / "out").exists()
 
 
@@ -776,7 +778,7 @@ def test_killed_at_any_moment_and_started_again(script, tmp_path, name):
         running = script.start(*arguments, tmp_path / "killed")
         time.sleep(draw.uniform(0, seconds))
         running.kill()
-        running.wait()
+        os.waitpid(running.pid, 0)
         if (tmp_path / "killed").exists():
             for file in (tmp_path / "killed").glob("*.json"):
                 assert file.read_bytes() == whole[file.name]

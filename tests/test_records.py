@@ -20,7 +20,17 @@ from hypothesis import strategies as st
 from utils import formats
 from utils.console import UserError
 from utils.formats import Broken, read_items
-from utils.records import data_files, load_records, read_records, write_records
+from utils.records import (
+    Mended,
+    Tally,
+    all_good,
+    as_record,
+    data_files,
+    load_records,
+    one_by_one,
+    read_records,
+    write_records,
+)
 
 ROOT = Path(__file__).parent.parent
 RECORDS = [
@@ -258,6 +268,43 @@ def test_crlf_and_byte_order_marks_within_texts_are_mended_and_counted(tmp_path,
     assert "1 mended, 2 kept: CRLF or byte-order mark within a text" in capsys.readouterr().out
     with pytest.raises(UserError, match="line 1: CRLF or byte-order mark"):
         list(read_records(path, strict=True))
+
+
+def test_text_of_byte_order_marks_alone_is_empty(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"instruction": "\ufeff", "output": "a"}, {"instruction": "a", "output": "\ufeff \ufeff"}]))
+    with pytest.raises(UserError, match="instruction is empty: 1, output is empty: 1"):
+        list(read_records(path))
+
+
+FIELD = st.sampled_from(["a", "长", "", " ", "\u3000", "a\r\nb", "\ufeff", "\ufeffa", None, 1, ["a"]])
+ITEM = st.one_of(
+    st.fixed_dictionaries(
+        {"instruction": FIELD, "input": FIELD, "output": FIELD},
+        optional={"category": FIELD, "system": FIELD, "history": st.just([["a", "b"]])},
+    ),
+    st.dictionaries(st.sampled_from(["instruction", "input", "output", "x"]), FIELD),
+    st.just(["instruction", "input", "output"]),
+    st.just(Broken("not JSON", None)),
+)
+GOOD = st.fixed_dictionaries({"instruction": st.just("a"), "input": FIELD, "output": st.sampled_from(["b", ""])})
+
+
+@settings(max_examples=300, deadline=None)
+@given(items=st.lists(ITEM, max_size=3) | st.lists(GOOD, max_size=3), need_output=st.booleans(), convert=st.booleans())
+def test_a_batch_taken_at_once_is_what_it_would_be_one_by_one(items, need_output, convert):
+    converter = as_record if convert else lambda item: Mended(item, "put right")
+    batch = list(enumerate(items, 1))
+    at_once = all_good(batch, converter, need_output)
+    tally = Tally()
+    slow = [record for _, record in one_by_one("file", batch, converter, tally, need_output, None)]
+    if at_once is not None:
+        assert at_once == slow
+        assert [list(record) for record in at_once] == [list(record) for record in slow]
+        assert len(slow) == len(items)
+        tally.kept = 1
+        tally.report("file")
+        assert not tally._found
 
 
 def test_byte_order_mark_amid_a_file_of_joined_parts(tmp_path):

@@ -66,7 +66,7 @@ SHAPES = {
 def find_raw(raw: str, stems: Sequence[str]) -> list[Path]:
     """The raw file, or those files of the raw folder that are called like one of `stems` (with any ending).
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, or more than one of a stem.
     """
     path = Path(raw)
     check_exists(path)
@@ -77,7 +77,11 @@ def find_raw(raw: str, stems: Sequence[str]) -> list[Path]:
         raise UserError(
             f"{raw}: this folder holds none of the files {', '.join(stems)}; name the folder or file you downloaded"
         )
-    left = [stem for stem in stems if stem not in map(stem_of, files)]
+    found = list(map(stem_of, files))
+    double = [file.name for file in files if found.count(stem_of(file)) > 1]
+    if double:
+        raise UserError(f"{raw}: holds {' and '.join(double)}, which are the same file twice; name one of them")
+    left = [stem for stem in stems if stem not in found]
     if left:
         say(f"{raw}: not there, and left out: {', '.join(left)}")
     return files
@@ -159,8 +163,6 @@ def output_files(options: PrepareOptions, folder: str, names: Sequence[str], raw
     """
     target = Path(options.output_dir or Path(os.environ.get("DATA_DIR") or "datasets", folder))
     outputs = [target / name for name in names]
-    if len(set(names)) < len(names):
-        raise UserError(f"{options.raw}: two of its files would both become one of {', '.join(names)}; prepare them one by one")
     for output, source in itertools.product(outputs, raw):
         if output.exists() and output.samefile(source):
             raise UserError(f"{output}: is the raw file itself; give another --output_dir, or move the raw file")

@@ -98,8 +98,8 @@ def clean(
     what was dropped and mended is said. Raises UserError where no record was left.
     """
     for batch in batches:
-        records = all_good(batch, convert, need_output)
-        if records is None or is_new:
+        records = None if is_new else all_good(batch, convert, need_output)
+        if records is None:
             kept = list(one_by_one(path, batch, convert, tally, need_output, is_new))
         else:
             kept = [(item, record) for (_, item), record in zip(batch, records, strict=True)]
@@ -148,11 +148,12 @@ def one_by_one(
             if isinstance(raw, Mended):
                 raw, cause = raw
             record = checked(raw, need_output)
+            if mend(record):
+                checked(record, need_output)
+                cause = cause or "CRLF or byte-order mark within a text, made LF or removed"
         except Dirty as dirt:
             tally.add("dropped", str(dirt), path, number, item)
             continue
-        if mend(record):
-            cause = cause or "CRLF or byte-order mark within a text, made LF or removed"
         if is_new and not is_new(record):
             tally.add("dropped", "the same as an earlier record", path, number, item)
             continue
