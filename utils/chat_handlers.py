@@ -74,12 +74,13 @@ class Handlers:
         yield conversation, conversation.messages(), "", gr.skip()
         pace = Pace()
         try:
-            for reply in self.service.reply(adapter, conversation.record(), self.settings(**knobs), template):
+            settings = self.settings(**knobs)
+            for reply in self.service.reply(adapter, conversation.record(), settings, template):
                 self.tell_dropped(reply)
                 if not pace.is_due(reply.done):
                     yield (gr.skip(),) * 4  # every token is a chance to stop
                     continue
-                messages = conversation.answered(reply.text or self.waiting(reply)).messages()
+                messages = conversation.answered(self.text(reply, settings)).messages()
                 yield conversation.answered(reply.text), messages, gr.skip(), self.status(adapter, reply)
         except UserError as error:
             gr.Warning(self.reason(error))
@@ -127,13 +128,14 @@ class Handlers:
             return
         record, pace = {"instruction": compared_question, "input": ""}, Pace()
         try:
-            for replies in self.service.replies(answerers, record, self.settings(**knobs), template):
+            settings = self.settings(**knobs)
+            for replies in self.service.replies(answerers, record, settings, template):
                 if not pace.is_due(all(reply.done for reply in replies.values())):
                     yield [gr.skip()] * (len(columns) + 1)
                     continue
                 for place, name in enumerate(self.answerers):
                     if name in replies:
-                        columns[place] = replies[name].text or self.waiting(replies[name])
+                        columns[place] = self.text(replies[name], settings)
                 yield [*columns, self.compared(replies)]
         except UserError as error:
             gr.Warning(self.reason(error))
@@ -148,11 +150,12 @@ class Handlers:
         yield "", gr.skip()
         record, pace = {"instruction": instruction, "input": input}, Pace()
         try:
-            for reply in self.service.reply(adapter, record, self.settings(**knobs), template):
+            settings = self.settings(**knobs)
+            for reply in self.service.reply(adapter, record, settings, template):
                 if not pace.is_due(reply.done):
                     yield gr.skip(), gr.skip()
                     continue
-                yield reply.text or self.waiting(reply), self.status(adapter, reply)
+                yield self.text(reply, settings), self.status(adapter, reply)
         except UserError as error:
             gr.Warning(self.reason(error))
 
@@ -244,9 +247,11 @@ class Handlers:
         """An answerer's name on the page."""
         return self.labels.base if name == BASE else name
 
-    def waiting(self, reply: Reply) -> str:
-        """What stands in the place of an answer that has no text yet."""
-        return "" if reply.done else self.labels.waiting.format(tokens=reply.tokens)
+    def text(self, reply: Reply, settings: Settings) -> str:
+        """An answer's text; while there is none yet, what stands in its place."""
+        if reply.text or reply.done:
+            return reply.text
+        return self.labels.waiting.format(tokens=reply.tokens) if settings.num_beams > 1 else "…"
 
     def tell_dropped(self, reply: Reply) -> None:
         """Say once, at an answer's first token, that old turns were left out."""

@@ -230,7 +230,7 @@ class Page:
         return gr.Textbox(
             label=label,
             lines=12,
-            max_lines=30,
+            max_lines=12,  # the rest scrolls, so that columns stay of one height
             interactive=False,
             buttons=["copy"],
             elem_id=name,
