@@ -159,6 +159,23 @@ def test_firefly_dialogues(prepare, tmp_path):
     assert "1 dropped, 2 kept: conversation is not a list of rounds" in said
 
 
+def test_what_files_hold_cannot_steer_the_terminal(prepare, tmp_path):
+    items = [{"kind": "\x1b[31mNLI", "input": "a", "target": "b"}]
+    (tmp_path / "raw").write_text(lines(items))
+    assert "\\x1b[31mNLI 1 = 1" in re.sub(" +", " ", prepare("firefly", "--parts", 1).ok)
+    (tmp_path / "raw").write_text(lines([{"\x1b[31m": 1}]))
+    assert "it has \\x1b[31m and lacks" in prepare("firefly").error
+    raw = tmp_path / "counterfactural_correction_multi_round_chat.tar"
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, data in ("\x1b[31m\udcff.json", b"{}"), ("b.json", json.dumps({"round_0": response("a", "b")}).encode()):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    raw.write_bytes(content.getvalue())
+    assert "member \\x1b[31m\\udcff.json" in prepare("COIG", raw=raw).ok
+
+
 def test_dedupe_drops_the_same_record_once_more(prepare, tmp_path):
     items = firefly_items(30)
     (tmp_path / "raw").write_text(lines(items[:20] + items))

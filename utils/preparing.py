@@ -18,7 +18,7 @@ from utils.cli import option
 from utils.console import UserError, progress, say
 from utils.files import locked
 from utils.formats import Item, in_batches, opened, patient_loads, read_batches
-from utils.records import Mended, Tally, clean, write_records
+from utils.records import Mended, Tally, clean, printable, write_records
 from utils.sources import check_exists
 
 Convert = Callable[[dict], dict | Mended]
@@ -108,7 +108,7 @@ def archive_items(path: Path) -> Iterator[Item]:
                 for member in archive:
                     content = archive.extractfile(member) if member.isfile() else None
                     if content is not None and not Path(member.name).name.startswith("."):  # macOS adds ._ files
-                        yield f"member {member.name}", patient_loads(content.read())
+                        yield f"member {printable(member.name)}", patient_loads(content.read())
         except tarfile.TarError as error:
             raise UserError(f"{path}: cut off, damaged, or no tar archive ({error}); fetch it again") from None
 
@@ -150,7 +150,7 @@ def shape_of(item: dict) -> str | None:
 
 def listed(keys: Iterable[str], most: int = 6) -> str:
     """Names of keys for an error, not more than a line holds."""
-    names = sorted(key[:30] for key in keys)
+    names = sorted(printable(key[:30]) for key in keys)
     return ", ".join(names[:most]) + (", …" if len(names) > most else "") if names else "no keys"
 
 

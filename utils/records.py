@@ -168,8 +168,12 @@ def shown(path: str | Path, number: int | str, item: Any, width: int = 80) -> st
         text = json.dumps(item.rest if isinstance(item, Broken) else item, ensure_ascii=False, default=str)
     except RecursionError:
         text = "(nested too deeply to be shown)"
-    begin = text[:width].encode("utf-8", "backslashreplace").decode()
-    return f"{place_of(path, number)}: {begin}{'…' if len(text) > width else ''}"
+    return f"{place_of(path, number)}: {printable(text[:width])}{'…' if len(text) > width else ''}"
+
+
+def printable(text: str) -> str:
+    """A text of a file's as it may be printed: control characters and lone surrogates are escaped."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def as_record(item: dict) -> dict:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils.cli import option, run
 from utils.console import say
 from utils.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
-from utils.records import Dirty, RecordWriter, dialogue, writers
+from utils.records import Dirty, RecordWriter, dialogue, printable, writers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,8 +125,9 @@ def parts_of(numbers: "np.ndarray", runs: "np.ndarray", seen: "np.ndarray") -> "
 
 def print_totals(kinds: Kinds, written: "np.ndarray", outputs: list[Path]) -> None:
     """Say how many records of each kind there are, in all and in each part."""
-    width = max(map(len, kinds))
-    for (kind, count), row in sorted(zip(kinds.items(), written.T, strict=True), key=lambda pair: -pair[0][1]):
+    names = [printable(kind) for kind in kinds]
+    width = max(map(len, names))
+    for kind, count, row in sorted(zip(names, kinds.values(), written.T, strict=True), key=lambda line: -line[1]):
         say(f"{kind:<{width}} {count:>10,} = {' + '.join(f'{part:,}' for part in row)}")
     for output, row in zip(outputs, written, strict=True):
         say(f"{output}: {row.sum():,} records of {(row > 0).sum()} kinds")
