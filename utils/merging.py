@@ -21,7 +21,7 @@ from utils.shards import Part
 from utils.tokenizer import FILES, save_tokenizer
 from utils.weights import Weights
 
-BLOCK = 2**18  # values computed at once: a block of them in float32 stays in a processor's own cache
+BLOCK = 2**19  # values computed at once: few enough for a processor's cache, enough for Python to cost nothing beside
 KEPT = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # what travels with a base beside its tensors
 
 

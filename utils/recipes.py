@@ -22,8 +22,7 @@ class Replace:
 
     def rows(self, index: slice | torch.Tensor, columns: slice) -> torch.Tensor:
         """The new values of these rows and columns, in float32."""
-        values = self.weights.rows(self.name, index)
-        return (values[:, columns] if values.dim() > 1 else values).float()
+        return as_float32(self.weights.rows(self.name, index), columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +115,13 @@ class Recipe:
         if first >= 0:
             values = self.changes[first].rows(index, columns)  # type: ignore[union-attr]
         else:
-            stored = self.base.rows(self.source, index)
-            values = (stored[:, columns] if stored.dim() > 1 else stored).float()
+            values = as_float32(self.base.rows(self.source, index), columns)
         for number, change in enumerate(self.changes[first + 1 : count], first + 1):
             if isinstance(change, Shift):
-                values = values + change.values[index]
+                values += change.values[index]
             elif isinstance(change, Add):
                 left, right, magnitude = change.matrices()
-                values = torch.addmm(values, left[index], right[:, columns])
+                values.addmm_(left[index], right[:, columns])
                 if magnitude is not None and change.outputs_are_columns:
                     values *= (magnitude / self._column_norms(number))[columns]
                 elif magnitude is not None:
@@ -137,7 +135,7 @@ class Recipe:
             squares = torch.zeros(right.shape[1], dtype=torch.float64)
             for start in range(0, len(left), 1024):
                 index = slice(start, start + 1024)
-                values = torch.addmm(self._after(number, index, slice(None)), left[index], right)
+                values = self._after(number, index, slice(None)).addmm_(left[index], right)
                 squares += values.double().square().sum(0)
             self._norms[number] = squares.sqrt().float()
         return self._norms[number]
@@ -155,6 +153,11 @@ class Recipe:
                 f"{self.source}: holds values that are not numbers (NaN); the base or the adapter is broken, copy it again"
             )
         return UserError(f"{self.source}: holds values too large for {dtype}; give --dtype bfloat16 or float32")
+
+
+def as_float32(stored: torch.Tensor, columns: slice) -> torch.Tensor:
+    """A copy in float32, which may be changed in place; `stored` may be a view of a file."""
+    return (stored[:, columns] if stored.dim() > 1 else stored).to(torch.float32, copy=True)
 
 
 def same_changes(one: list[Change], other: list[Change]) -> bool:
