@@ -505,12 +505,20 @@ def test_the_last_line_and_old_options(base, adapter, tmp_path, script):
     assert last.startswith("done: ") and " GB in " in last and " MB/s, peak memory " in last
 
 
-def test_what_a_killed_run_left_is_no_hindrance(base, adapter, tmp_path):
-    (tmp_path / ".out.part").mkdir()
-    (tmp_path / ".out.part" / "model.safetensors").write_text("half a file")
-    out = merge(base, adapter, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert same_logits(loaded(out), with_peft(base, adapter))
+def test_killed_and_started_again(tmp_path, script):
+    """Until it is whole, the folder does not have its name; the second run ends as an undisturbed one does."""
+    base = tiny.llama(tmp_path / "base", num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+    adapter = tiny.adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+    options = ("--base_model", base, "--lora_model", adapter, "--max_shard_size", "2MB")
+    whole = merge(base, adapter, tmp_path / "whole", "--max_shard_size", "2MB")
+    run = script.start("merge_weights.py", *options, "--output_dir", tmp_path / "out")
+    run.wait_until(lambda: len(list(tmp_path.glob(".out.part/*.safetensors"))) > 2)
+    run.kill()
+    assert run.wait().status == -9 and not (tmp_path / "out").exists() and (tmp_path / ".out.part").exists()
+    assert "done: " in script("merge_weights.py", *options, "--output_dir", tmp_path / "out").ok
+    assert not (tmp_path / ".out.part").exists()
+    for file in whole.iterdir():
+        assert file.name == "lineage.json" or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_verify_compares_logits(base, adapter, tmp_path, capsys):
