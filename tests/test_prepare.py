@@ -863,3 +863,11 @@ def test_converters_give_a_record_or_say_why_not(convert, item):
         assert str(dirt)
     else:
         assert isinstance(found, (dict, tuple))
+
+
+def test_benchmark_runs_and_finds_the_plain_recipes_files_equal():
+    command = [sys.executable, ROOT / "benchmarks" / "data.py", "--share", "0.001", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["equal"] is True
+    assert "ours / reading, time" in found["ratios"]
