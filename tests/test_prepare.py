@@ -764,6 +764,7 @@ def test_two_raw_files_of_one_name(prepare, tmp_path, name, stem):
 
 @pytest.mark.parametrize("name", SETS)
 def test_wrong_options(script, name):
+    """Pitfall 13."""
     prepare = f"data/{name}/prepare.py"
     assert "--raw: missing" in script(prepare).error
     assert "--ouput_dir: no such option; did you mean --output_dir?" in script(prepare, "--raw", "x", "--ouput_dir", "y").error

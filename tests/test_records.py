@@ -405,6 +405,7 @@ ANY_RECORD = st.fixed_dictionaries(
 @settings(max_examples=100, deadline=None)
 @given(records=st.lists(ANY_RECORD, max_size=4))
 def test_written_file_is_what_json_would_write(tmp_path_factory, records):
+    """Pitfall 9: UTF-8, nothing escaped."""
     path = tmp_path_factory.getbasetemp() / "written.json"
     assert write_records(path, iter(records)) == len(records)
     assert path.read_text("utf-8") == json.dumps(records, ensure_ascii=False, indent=1) + "\n"
@@ -433,6 +434,7 @@ def write(path, count, name="r"):
 
 
 def test_several_files_with_weights(tmp_path, capsys):
+    """Pitfall 20: what a weight draws follows from the seed."""
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     records_a, records_b = write(a, 10, "a"), write(b, 9, "b")
     assert load_records(f"{a},{b}") == records_a + records_b
