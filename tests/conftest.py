@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread a process (so that a warm parent can fork), caches of their own."""
 
 import os
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("WANDB_PROJECT", None)
 os.environ.pop("BASE_MODEL", None)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all its children, would ignore it
 
 import pytest
 import tiny
