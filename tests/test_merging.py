@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from transformers import Qwen2ForCausalLM as Qwen2
 
 import merge_weights
-from utils import layouts, merge_plan, merging, shards, weights
+from utils import layouts, merge_plan, shards, weights
 from utils.adapters import read_config
 from utils.cli import parse
 from utils.console import UserError
@@ -701,10 +701,13 @@ def test_a_file_that_was_not_written_as_computed(tmp_path):
     kinds = {"a": ((3, 4), torch.float16), "b": ((5,), torch.float32)}
     values = {"a": torch.randn(3, 4).half(), "b": torch.randn(5)}
     for file, write in ((tmp_path / "x.safetensors", shards.write_safetensors), (tmp_path / "x.pth", layouts.write_pth)):
-        sums = write(file, kinds, values.items())
-        merging.read_back(file, kinds, sums)
+        pieces = write(file, kinds, [shards.block_of(name, part) for name, value in values.items() for part in value.split(2)])
+        shards.read_back(file, kinds, pieces)
         data = file.read_bytes()
         place = data.index(values["b"].numpy().tobytes())
         file.write_bytes(data[:place] + b"\x01" + data[place + 1 :])
-        with pytest.raises(UserError, match="b was read back otherwise"):
-            merging.read_back(file, kinds, sums)
+        with pytest.raises(UserError, match="b is not read as it was written"):
+            shards.read_back(file, kinds, pieces)
+        file.write_bytes(data)
+        with pytest.raises(UserError, match="holds other tensors"):
+            shards.read_back(file, kinds | {"b": ((1, 5), torch.float32)}, pieces)

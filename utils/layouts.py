@@ -12,7 +12,6 @@ import math
 import pickle
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 
 from utils.console import UserError
 from utils.files import read_json
-from utils.shards import Kind, Part, as_bytes
+from utils.shards import Block, Kind, Part, Piece
 from utils.weights import Weights
 
 META_FILES = "consolidated.*.pth"
@@ -272,30 +271,29 @@ class ContentsPickler(pickle.Pickler):
         return "storage", STORAGES[dtype], obj.key, "cpu", math.prod(shape)
 
 
-def write_pth(file: Path, kinds: dict[str, Kind], blocks: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+def write_pth(file: Path, kinds: dict[str, Kind], blocks: Iterable[Block]) -> list[Piece]:
     """Write what torch.save would, without ever holding it; `blocks` are the values in the order of `kinds`, in any parts.
 
-    Returns each tensor's CRC-32. The format is a zip file without compression: `data.pkl` and an entry for each tensor,
-    which begins at a multiple of 64 bytes.
+    The format is a zip file without compression: `data.pkl` and an entry for each tensor, which begins at a multiple
+    of 64 bytes.
     """
     keys = {name: str(number) for number, name in enumerate(kinds)}
     contents = io.BytesIO()
     ContentsPickler(contents, protocol=2).dump({name: TensorOf(StorageOf(keys[name], kinds[name])) for name in kinds})
-    sums: dict[str, int] = {}
+    pieces: list[Piece] = []
     with open(file, "wb") as raw, zipfile.ZipFile(raw, "w") as archive:
         archive.writestr(zipfile.ZipInfo(f"{file.stem}/data.pkl"), contents.getvalue())
         archive.writestr(zipfile.ZipInfo(f"{file.stem}/byteorder"), "little")
-        for name, parts in itertools.groupby(blocks, lambda block: block[0]):
+        for name, parts in itertools.groupby(blocks, lambda block: block.name):
             entry = zipfile.ZipInfo(f"{file.stem}/data/{keys[name]}")
             begin = raw.tell() + 30 + len(entry.filename) + 20 + 4  # header, name, zip64 sizes, head of the padding
             padding = -begin % 64
             entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
             with archive.open(entry, "w", force_zip64=True) as opened:
-                for _, block in parts:
-                    data = as_bytes(block)
-                    opened.write(data)
-                    sums[name] = zlib.crc32(data, sums.get(name, 0))
+                for block in parts:
+                    pieces.append(Piece(name, raw.tell(), len(block.data), block.crc))
+                    opened.write(block.data)
         archive.writestr(zipfile.ZipInfo(f"{file.stem}/version"), "3\n")
-    if sums.keys() != kinds.keys():
-        raise RuntimeError(f"{file}: {len(sums)} tensors were written, {len(kinds)} were planned")
-    return sums
+    if {piece.name for piece in pieces} != kinds.keys():
+        raise RuntimeError(f"{file}: not all of the {len(kinds)} tensors that were planned were written")
+    return pieces

@@ -1,13 +1,13 @@
 """Merging: tensors are computed, written and read back block by block, and never is the whole model in memory."""
 
 import collections
-import concurrent.futures
+import math
 import os
 import resource
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,73 +17,67 @@ from utils import layouts, lineage, shards
 from utils.console import UserError, progress, say
 from utils.files import read_json, sha256, write_json
 from utils.merge_plan import Plan, set_special_ids
-from utils.shards import Part
+from utils.recipes import Recipe
+from utils.shards import Block, Part
 from utils.tokenizer import FILES, save_tokenizer
-from utils.weights import Weights
 
 BLOCK = 2**19  # values computed at once: few enough for a processor's cache, enough for Python to cost nothing beside
 KEPT = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # what travels with a base beside its tensors
 
 
 def write_tensors(plan: Plan, folder: Path) -> None:
-    """Compute, write and read back all tensors. Raises UserError where values are not finite, or differ when read back."""
-    threads = torch.get_num_threads()
-    workers = os.cpu_count() or 1
-    pool = concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    bar = progress(total=plan.size, unit="B", unit_scale=True, desc="merging")
-    with pool, bar:
+    """Compute, write and read back all tensors. Raises UserError where values are not finite, or differ when read back.
+
+    One thread writes, the others compute; a finished file is read back while the next one is written.
+    """
+    threads, workers = torch.get_num_threads(), os.cpu_count() or 1
+    computing = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with (
+        computing,
+        ThreadPoolExecutor(1) as reading,
+        progress(total=plan.size, unit="B", unit_scale=True, desc="merging") as bar,
+    ):
         checks = []
         try:
             for file, parts in plan.files.items():
                 kinds = {name: part.kind for name, part in parts.items()}
                 write = shards.write_safetensors if file.endswith(".safetensors") else layouts.write_pth
-                sums = write(folder / file, kinds, blocks(plan, parts, pool, workers, bar))
-                checks.append(pool.submit(read_back, folder / file, kinds, sums))
+                pieces = write(folder / file, kinds, blocks(plan, parts, computing, 2 * workers, bar))
+                checks.append(reading.submit(shards.read_back, folder / file, kinds, pieces))
             for check in checks:
                 check.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            computing.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
     if len(plan.files) > 1 and all(file.endswith(".safetensors") for file in plan.files):
         shards.write_index(folder, plan.files)
 
 
-def blocks(plan: Plan, parts: dict[str, Part], pool: Any, workers: int, bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The values of all tensors of a file in order, a few blocks computed ahead."""
-    waiting: collections.deque[tuple[str, Any]] = collections.deque()
-
-    def finished() -> tuple[str, torch.Tensor]:
-        name, future = waiting.popleft()
-        block = future.result()
-        bar.update(block.nbytes)
-        return name, block
-
+def blocks(plan: Plan, parts: dict[str, Part], pool: ThreadPoolExecutor, ahead: int, bar: Any) -> Iterator[Block]:
+    """The values of all tensors of a file in order; `ahead` blocks are computed before they are asked for."""
+    waiting: collections.deque[Future[Block]] = collections.deque()
     for name, part in parts.items():
         rows = part.kind[0][0] if part.kind[0] else 1
-        step = max(1, BLOCK * rows // max(1, shards.size_of(part.kind) // part.kind[1].itemsize))
+        step = max(1, BLOCK * rows // max(1, math.prod(part.kind[0])))
         for start in range(0, rows, step):
             index = slice(start, min(start + step, rows)) if part.rows is None else part.rows[start : start + step]
-            recipe = plan.recipes[part.source]
-            waiting.append((name, pool.submit(recipe.rows, index, part.columns or slice(None))))
-            if len(waiting) > 2 * workers:
-                yield finished()
+            waiting.append(pool.submit(compute, name, plan.recipes[part.source], index, part.columns or slice(None)))
+            if len(waiting) > ahead:
+                yield finished(waiting, bar)
     while waiting:
-        yield finished()
+        yield finished(waiting, bar)
 
 
-def read_back(file: Path, kinds: dict[str, shards.Kind], sums: dict[str, int]) -> None:
-    """Compare a written file with what was computed. Raises UserError where it differs."""
-    written = Weights(file.parent, [file])
-    for name, (shape, dtype) in kinds.items():
-        found = 0
-        if name in written.names and (written.shape(name), written.dtype(name)) == (shape, dtype):
-            step = max(1, 2**22 * (shape[0] if shape else 1) // max(1, shards.size_of((shape, dtype))))
-            for start in range(0, shape[0] if shape else 1, step):
-                found = zlib.crc32(shards.as_bytes(written.rows(name, slice(start, start + step))), found)
-        if found != sums[name]:
-            raise UserError(
-                f"{file.name}: {name} was read back otherwise than it was written; check the disk, then merge again"
-            )
+def compute(name: str, recipe: Recipe, index: slice | torch.Tensor, columns: slice) -> Block:
+    """One block of the tensor `name` of a file."""
+    return shards.block_of(name, recipe.rows(index, columns))
+
+
+def finished(waiting: "collections.deque[Future[Block]]", bar: Any) -> Block:
+    """The next block, when it is there."""
+    block = waiting.popleft().result()
+    bar.update(len(block.data))
+    return block
 
 
 def check_changed(plan: Plan) -> None:

@@ -1,8 +1,10 @@
-"""Writing a model's tensors to safetensors files as they are computed, block by block, in shards of a given size."""
+"""Writing a model's tensors to files as they are computed, block by block, in shards of a given size."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -12,7 +14,7 @@ import torch
 
 from utils.console import UserError
 from utils.files import write_json
-from utils.weights import DTYPES, SAFETENSORS
+from utils.weights import DTYPES, SAFETENSORS, Weights
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # a tensor's shape and type
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -71,29 +73,63 @@ def write_index(folder: Path, shards: dict[str, dict[str, Part]]) -> None:
     write_json(folder / f"{SAFETENSORS}.index.json", {"metadata": {"total_size": total}, "weight_map": homes})
 
 
-def write_safetensors(file: Path, kinds: dict[str, Kind], blocks: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Consecutive values of the tensor `name`, their bytes and these bytes' CRC-32."""
+
+    name: str
+    data: memoryview
+    crc: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where in a file a block was written: to be read back."""
+
+    name: str
+    offset: int
+    length: int
+    crc: int
+
+
+def block_of(name: str, values: torch.Tensor) -> Block:
+    """The values as they lie in a file, without a copy where they are contiguous."""
+    data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return Block(name, data, zlib.crc32(data))
+
+
+def write_safetensors(file: Path, kinds: dict[str, Kind], blocks: Iterable[Block]) -> list[Piece]:
     """Write a safetensors file; `blocks` are the tensors' values in the order of `kinds`, each tensor in any parts.
 
-    Returns each tensor's CRC-32. The format: https://github.com/huggingface/safetensors, "Format".
+    The format: https://github.com/huggingface/safetensors, "Format".
     """
-    entries, offset = {"__metadata__": {"format": "pt"}}, 0
+    entries, size = {"__metadata__": {"format": "pt"}}, 0
     for name, kind in kinds.items():
-        entries[name] = {"dtype": NAMES[kind[1]], "shape": list(kind[0]), "data_offsets": [offset, offset + size_of(kind)]}  # type: ignore[dict-item]
-        offset += size_of(kind)
+        entries[name] = {"dtype": NAMES[kind[1]], "shape": list(kind[0]), "data_offsets": [size, size + size_of(kind)]}  # type: ignore[dict-item]
+        size += size_of(kind)
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    sums = dict.fromkeys(kinds, 0)
-    with open(file, "wb") as opened:
+    pieces = []
+    with open(file, "wb", buffering=0) as opened:
         opened.write(struct.pack("<Q", len(header)) + header)
-        for name, block in blocks:
-            data = as_bytes(block)
-            opened.write(data)
-            sums[name] = zlib.crc32(data, sums[name])
-        if opened.tell() != 8 + len(header) + offset:
-            raise RuntimeError(f"{file}: {opened.tell()} bytes were written, {8 + len(header) + offset} were planned")
-    return sums
+        for block in blocks:
+            pieces.append(Piece(block.name, opened.tell(), len(block.data), block.crc))
+            if opened.write(block.data) != len(block.data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        if opened.tell() != 8 + len(header) + size:
+            raise RuntimeError(f"{file}: {opened.tell()} bytes were written, {8 + len(header) + size} were planned")
+    return pieces
 
 
-def as_bytes(block: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous."""
-    return memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+def read_back(file: Path, kinds: dict[str, Kind], pieces: list[Piece]) -> None:
+    """Have a file on the disk, read it, and compare it with what was computed. Raises UserError where it differs."""
+    with open(file, "rb", buffering=0) as opened:
+        os.fsync(opened.fileno())
+        buffer = memoryview(bytearray(max((piece.length for piece in pieces), default=0)))
+        for piece in pieces:
+            opened.seek(piece.offset)
+            if opened.readinto(buffer[: piece.length]) != piece.length or zlib.crc32(buffer[: piece.length]) != piece.crc:
+                raise UserError(f"{file.name}: {piece.name} is not read as it was written; check the disk, and merge again")
+    found = Weights(file.parent, [file])
+    if {name: (found.shape(name), found.dtype(name)) for name in found.names} != kinds:
+        raise UserError(f"{file.name}: holds other tensors than were written; check the disk, and merge again")
