@@ -6,6 +6,8 @@ The prompts and the length of the answers are the same for all, and so must the 
 scores between which the recipes chose differently are shown, and have to lie within 1e-3 of each other. For greedy
 decoding these are the first differing tokens' log-probabilities; a beam search chooses between whole beams by their
 sum of log-probabilities over their length.
+
+On a machine that others use too, give OMP_NUM_THREADS=1 and read the CPU seconds: they do not count the waiting.
 """
 
 import dataclasses
@@ -57,7 +59,8 @@ def main(options: Options) -> None:
         medians |= measured
         names = list(measured)
         for name in names[1:]:
-            ratios[f"{name} against {names[0]}"] = measured[names[0]]["seconds"] / measured[name]["seconds"]
+            for key in ("seconds", "cpu_seconds"):
+                ratios[f"{name} against {names[0]}, {key}"] = measured[names[0]][key] / measured[name][key]
             ratios[f"identical answers, {name}"] = compare(engine, prompts, answers[names[0]], answers[name], beams, name)
     lengths = sorted(map(len, prompts))
     facts = {"prompts": len(prompts), "prompt tokens": [lengths[0], lengths[len(lengths) // 2], lengths[-1]]}
@@ -73,10 +76,10 @@ def measure(engine: Any, prompts: Answers, beams: int, options: Options) -> tupl
 
     def timed(name: str, recipe: Callable) -> Callable[[], Figures]:
         def call() -> Figures:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             answers[name] = recipe(engine, prompts, beams, options.max_new_tokens)
-            seconds = time.perf_counter() - start
-            return {"seconds": seconds, "tokens_per_second": sum(map(len, answers[name])) / seconds}
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+            return {"seconds": seconds, "cpu_seconds": cpu, "tokens_per_second": sum(map(len, answers[name])) / seconds}
 
         return call
 
