@@ -11,11 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("WANDB_PROJECT", None)
 os.environ.pop("BASE_MODEL", None)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all its children, would ignore it
-
 import pytest
 import tiny
 from scripting import Script
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all its children, would ignore it
 
 
 @pytest.fixture
