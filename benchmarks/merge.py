@@ -20,7 +20,8 @@ from benchmarks.common import Figures, child, interleave, report, timed
 from utils.cli import option, run
 
 BUILD = """
-import sys, torch
+import json, sys, torch, sentencepiece
+from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 folder, layers = sys.argv[1], int(sys.argv[2])
@@ -38,15 +39,21 @@ with torch.no_grad():
         if "lora_B" in name or "modules_to_save" in name:
             parameter.add_(torch.randn_like(parameter) * 0.01)
 lora.save_pretrained(folder + "-lora")
+with open(folder + "/tokenizer.model", "wb") as file:
+    sentencepiece.SentencePieceTrainer.train(input="README.md", model_writer=file, vocab_size=4000, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2)
+settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+Path(folder, "tokenizer_config.json").write_text(json.dumps(settings))
 """
 PLAIN = """
 import sys, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 base, lora, output = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16, low_cpu_mem_usage=True)
 model = PeftModel.from_pretrained(model, lora).merge_and_unload()
 model.save_pretrained(output, max_shard_size="500MB")
+AutoTokenizer.from_pretrained(base).save_pretrained(output)
 """
 
 
