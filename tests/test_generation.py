@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from utils import generation, lineage, switching
 from utils.console import UserError
-from utils.decoding import GrowingLayer, Settings, decode, groups, narrow, noise
+from utils.decoding import GrowingLayer, Settings, common_opening, decode, groups, narrow, noise
 from utils.generation import BASE, Ending, Engine, labels, resolve
 from utils.modeling import place
 from utils.prompter import TEMPLATES, Prompter
@@ -43,6 +43,7 @@ def answers(model, prompts, settings, ended=lambda ids: ids[-1] == 2, seeds=None
     return [finished[row] for row in range(len(prompts))]
 
 
+@pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 @pytest.mark.parametrize(
     "options",
@@ -53,10 +54,15 @@ def answers(model, prompts, settings, ended=lambda ids: ids[-1] == 2, seeds=None
         {"num_beams": 1, "repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
     ],
 )
-def test_a_batch_of_mixed_lengths_gives_what_transformers_gives_one_by_one(folder, family, options):
-    """Pitfall 11; also that padding reaches neither positions, nor ALiBi, nor the repetition penalty."""
+def test_a_batch_of_mixed_lengths_gives_what_transformers_gives_one_by_one(folder, family, options, opened):
+    """Pitfall 11, with and without an opening that is computed once for all.
+
+    Also that padding reaches neither positions, nor ALiBi, nor the repetition penalty.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder / family)
-    prompts = prompts_of(280)
+    plain = prompts_of(280)
+    opening = plain[0][:20]
+    prompts = [opening + prompt for prompt in plain] if opened else plain
     single = model.generate(torch.tensor(prompts[:1]), max_new_tokens=30, do_sample=False, eos_token_id=None, num_beams=1)
     end = single[0, -8].item()  # a token that is really written ends the answer
     ours = answers(model, prompts, Settings(max_new_tokens=24, **options), lambda ids: ids[-1] == end)
@@ -123,6 +129,20 @@ def test_sampling_follows_temperature_top_k_and_top_p():
 def test_prompts_are_read_in_groups_of_like_length():
     prompts = [[0] * length for length in (700, 335, 104, 100, 99, 42, 40)]
     assert [[len(prompt) for prompt in group] for group in groups(prompts)] == [[700], [335], [104, 100, 99], [42, 40]]
+
+
+def test_what_all_prompts_begin_with_is_read_once(folder):
+    prompts = [list(range(20)) + [tail] * tail for tail in (30, 29, 3)]
+    assert common_opening(prompts) == list(range(20))
+    assert common_opening([prompts[0], prompts[0][:15]]) == list(range(14))  # a token of each is left to go on from
+    assert common_opening([[1, 2, 3], [1, 2, 4]]) == common_opening([prompts[0]]) == []
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    read = []
+    model.register_forward_hook(
+        lambda module, inputs, kwargs, output: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    list(decode(model, prompts, [1, 1, 1], Settings(num_beams=1), lambda ids: False, [0] * 3))
+    assert read == [20, 2 * 30, 3]
 
 
 def test_the_cache_grows_in_place_and_keeps_its_content():

@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 from utils.console import UserError
 
 Ids = list[int]
+WORTHWHILE = 8  # tokens that prompts have in common, for these to be computed once
 ROOM = 64  # columns that a full cache grows by
 PREFILL_TOKENS = 1024  # read at once: enough to keep the device busy, few enough to bound the activations
 
@@ -142,17 +143,29 @@ class Batch:
         self.takes_positions = "position_ids" in known
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.start = max(len(prompt) for prompt in prompts)  # the column where answers begin
-        parts = [self._read(group) for group in groups(prompts)]
+        opening = common_opening(prompts)
+        first = self._read([opening])[0] if opening else None
+        parts = [self._read(group, opening, first) for group in groups(prompts)]
         self.logits = torch.cat([logits for _, _, logits in parts])
         self.mask = torch.cat([torch.nn.functional.pad(mask, (self.start - mask.shape[1], 0)) for _, mask, _ in parts])
         self.cache = join([cache for cache, _, _ in parts], self.start)
 
-    def _read(self, prompts: list[Ids]) -> tuple[Cache, torch.Tensor, torch.Tensor]:
-        """Run the model over a few prompts: their cache, mask and last logits."""
-        width, device = max(len(prompt) for prompt in prompts), self.model.device
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    def _read(
+        self, prompts: list[Ids], opening: Ids | None = None, first: Cache | None = None
+    ) -> tuple[Cache, torch.Tensor, torch.Tensor]:
+        """Run the model over a few prompts: their cache, mask and last logits.
+
+        Where all of them begin with `opening`, it is in the cache `first` already, one row for all.
+        """
+        read, device = len(opening or []), self.model.device
+        width = max(len(prompt) for prompt in prompts) - read
+        padding = [width + read - len(prompt) for prompt in prompts]
+        rest = [[0] * pad + prompt[read:] for pad, prompt in zip(padding, prompts, strict=True)]
+        real = [[1] * read + [0] * pad + [1] * (width - pad) for pad in padding]
+        ids, mask = torch.tensor(rest, device=device), torch.tensor(real, device=device)
         cache = Cache(layer_class_to_replicate=GrowingLayer)
+        for index, layer in enumerate(first.layers if first else []):
+            cache.update(layer.keys.expand(len(prompts), -1, -1, -1), layer.values.expand(len(prompts), -1, -1, -1), index)
         return cache, mask, self._forward(ids, mask, cache)
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -194,6 +207,18 @@ class Batch:
                 answers[to] = answers[of]
 
 
+def common_opening(prompts: list[Ids]) -> Ids:
+    """What all prompts begin with, such as a template's preamble, but for at least one token of each.
+
+    None of it where there is little to win: the opening is computed once instead of once a prompt.
+    """
+    if len(prompts) < 2:
+        return []
+    low, high = min(prompts), max(prompts)
+    shared = next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+    return low[: min(shared, min(map(len, prompts)) - 1)] if shared >= WORTHWHILE else []
+
+
 def groups(prompts: list[Ids]) -> Iterator[list[Ids]]:
     """Split prompts, keeping their order, into runs of like length that are read at once."""
     group: list[Ids] = []
@@ -221,7 +246,7 @@ def join(caches: list[Cache], width: int) -> Cache:
             buffer = first.new_zeros((rows, first.shape[1], width + ROOM, first.shape[3]))
             row = 0
             for layer in layers:
-                part = getattr(layer, name)
+                part = getattr(layer, name)[:, :, : layer.length]
                 buffer[row : row + part.shape[0], :, width - part.shape[2] : width] = part
                 setattr(layer, name, None)  # so that no more than one layer is held twice
                 row += part.shape[0]
