@@ -92,7 +92,9 @@ def check_changed(plan: Plan) -> None:
 
 
 def write_rest(plan: Plan, folder: Path) -> None:
-    """Write what makes a folder of tensors a model: its configuration, tokenizer, and what else travelled with the base."""
+    """Write what makes a folder of tensors a model: its tokenizer, configuration, and what else travelled with the base."""
+    if plan.tokenizer_folder:  # before config.json, with which transformers would first import seconds of model code
+        save_tokenizer(plan.tokenizer, plan.tokenizer_folder, folder)
     if any(file.endswith(".pth") for file in plan.files):
         write_json(folder / "params.json", layouts.params_of(plan.config))
     else:
@@ -105,8 +107,6 @@ def write_rest(plan: Plan, folder: Path) -> None:
         settings = read_json(generation)
         set_special_ids(settings, plan.tokenizer, generation.name)
         write_json(generation, settings)
-    if plan.tokenizer_folder:
-        save_tokenizer(plan.tokenizer, plan.tokenizer_folder, folder)
 
 
 def write_lineage(plan: Plan, folder: Path, options: Any, began: float) -> None:
