@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MptConfig
 
 from utils import generation, lineage, switching
 from utils.console import UserError
@@ -17,6 +17,7 @@ from utils.prompter import TEMPLATES, Prompter
 from utils.tokenizer import load_tokenizer
 
 CPU = place(False, False)
+SMALL = {"vocab_size": 280, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,25 @@ def test_a_batch_of_mixed_lengths_gives_what_transformers_gives_one_by_one(folde
         )
         plain = plain[0, len(prompt) :].tolist()
         assert answer == (plain[: plain.index(end) + 1] if end in plain else plain)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(sliding_window=8, num_key_value_heads=2, intermediate_size=96, **SMALL),
+        MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=280, initializer_range=0.3),
+    ],
+)
+def test_windows_and_biases_that_go_by_columns_meet_no_gap(config):
+    """A common opening is not shared where attention counts columns: padding would stand between it and the rest."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    opening = prompts_of(280, (12,))[0]
+    prompts = [opening + prompt for prompt in prompts_of(280, (40, 39, 21, 20, 7, 3))]
+    ours = answers(model, prompts, Settings(num_beams=1, max_new_tokens=20), lambda ids: False)
+    for prompt, answer in zip(prompts, ours, strict=True):
+        plain = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert answer == plain[0, len(prompt) :].tolist()
 
 
 def test_rows_that_have_their_answer_leave_the_batch(folder, monkeypatch):

@@ -143,7 +143,9 @@ class Batch:
         self.takes_positions = "position_ids" in known
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.start = max(len(prompt) for prompt in prompts)  # the column where answers begin
-        opening = common_opening(prompts)
+        # where attention goes by columns, not by positions, there must be no padding after the opening
+        by_positions = self.takes_positions and not getattr(model.config.get_text_config(), "sliding_window", None)
+        opening = common_opening(prompts) if by_positions else []
         first = self._read([opening])[0] if opening else None
         parts = [self._read(group, opening, first) for group in groups(prompts)]
         self.logits = torch.cat([logits for _, _, logits in parts])
