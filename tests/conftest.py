@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("WANDB_PROJECT", None)
 os.environ.pop("BASE_MODEL", None)
+os.environ.pop("DATA_DIR", None)
 
 import pytest
 import tiny
