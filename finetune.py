@@ -165,7 +165,8 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
     from utils.files import sha256
     from utils.prompter import Prompter
     from utils.records import data_files, load_records
-    from utils.tokenizer import load_tokenizer, tokenizer_hash
+    from utils.tokenizer import load_tokenizer
+    from utils.tokenizer_files import tokenizer_hash
 
     prompter = Prompter(options.prompt_template_name)
     folder = tokenizer_folder(options, origin)
@@ -198,7 +199,7 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
 
 def tokenizer_folder(options: Options, origin: "Start") -> str:
     """The folder of the tokenizer: the one given, else that beside the adapter to train on, else the base's."""
-    from utils.tokenizer import has_tokenizer
+    from utils.tokenizer_files import has_tokenizer
 
     beside = origin.checkpoint or origin.parent
     return options.tokenizer or (str(beside) if beside and has_tokenizer(beside) else options.base_model)

@@ -45,9 +45,7 @@ def main(options: Options) -> None:
         )
         merge_plan.check_output(plan, options.output_dir, options.overwrite)
         with replacing_folder(options.output_dir) as folder:
-            merging.write_tensors(plan, folder)
-            merging.check_changed(plan)
-            merging.write_rest(plan, folder)
+            merging.write_model(plan, folder)
             if options.verify:
                 from utils.verifying import compare_logits
 

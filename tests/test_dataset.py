@@ -12,7 +12,8 @@ from utils.console import UserError
 from utils.modeling import Placement
 from utils.prompter import Prompter
 from utils.records import load_records
-from utils.tokenizer import load_tokenizer, tokenizer_hash
+from utils.tokenizer import load_tokenizer
+from utils.tokenizer_files import tokenizer_hash
 
 F1 = ROOT / "data/demo/f1.json"
 

@@ -14,7 +14,8 @@ from sentencepieces import TEXTS, chinese_alpaca, llama
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.console import UserError
-from utils.tokenizer import copy_tokenizer, load_tokenizer, read_tokenizer, save_tokenizer
+from utils.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer
+from utils.tokenizer_files import copy_tokenizer, count_tokens
 
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -136,6 +137,13 @@ def test_added_tokens_wherever_they_are_written(folders, tmp_path, source):
     tokenizer = load_tokenizer(folder)
     assert tokenizer("hi<|im_end|>", add_special_tokens=False)["input_ids"][-1] == size + 1
     assert size + 1 not in tokenizer("hi<|im_end|>", split_special_tokens=True)["input_ids"]
+
+
+def test_counting_tokens_needs_no_tokenizer(folders, tmp_path):
+    for number, config in enumerate(({}, {"pad_token": "[PAD]"}, {"additional_special_tokens": ["<x>", "<s>"]})):
+        folder = llama(tmp_path / str(number), **config)
+        assert count_tokens(folder) == len(read_tokenizer(folder))
+    assert count_tokens(folders["alpaca"]) == len(read_tokenizer(folders["alpaca"]))
 
 
 def test_control_tokens_in_a_users_text_stay_text(alpaca):

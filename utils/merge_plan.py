@@ -13,8 +13,7 @@ from utils.console import UserError, say
 from utils.deltas import Adapter, Finder
 from utils.recipes import Change, Grow, Recipe, Replace, same_changes
 from utils.shards import Part
-from utils.tokenizer import has_tokenizer, read_tokenizer
-from utils.vocabulary import pieces_of_new_tokens
+from utils.tokenizer_files import MODEL, count_tokens, has_tokenizer, is_sentencepiece
 from utils.weights import Weights, base_folder
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,7 +27,7 @@ class Plan:
 
     `fingerprint` is the base's (see lineage.py), `config` the merged model's. `recipes` are the tensors of the merged
     model by name, and `files` say which parts of them go where. `rows` are the embeddings' rows of the base, and after
-    each adapter. `tokenizer` belongs to the merged model, and `tokenizer_folder` holds it (None: there is none).
+    each adapter. `tokenizer` is the folder of the merged model's tokenizer (None: there is none).
     """
 
     base: Path
@@ -38,8 +37,7 @@ class Plan:
     recipes: dict[str, Recipe]
     rows: list[int]
     files: dict[str, dict[str, Part]]
-    tokenizer_folder: Path | None
-    tokenizer: Any
+    tokenizer: Path | None
 
     @property
     def size(self) -> int:
@@ -63,17 +61,18 @@ def plan_merge(base_model: str, lora_models: list[str], dtype: str | None, outpu
         lineage.check_base(lineage.read(adapter.folder), fingerprint, str(adapter.folder), base_model)
     find = Finder(weights.names, config.get("tie_word_embeddings", True), config.get("model_type", ""))
     recipes, rows = plan_recipes(weights, find, adapters)
-    tokenizer_folder, tokenizer = choose_tokenizer(base, adapters, rows)
+    tokenizer = choose_tokenizer(base, adapters, rows)
     grow_missing_rows(recipes, find, base, tokenizer)
     for recipe in recipes.values():
         if dtype and recipe.kind[1].is_floating_point:
             recipe.kind = recipe.kind[0], FLOATS[dtype]
     untie(recipes, find, config, keep_head=output_type == "pth")
-    describe_vocabulary(config, recipes, find, tokenizer)
+    if find.embedding and "vocab_size" in config:
+        config["vocab_size"] = recipes[find.embedding].kind[0][0]
     describe_dtype(config, recipes)
     kinds = {name: recipes[name].kind for name in in_order(recipes, weights)}
     files = layouts.plan_meta(kinds, config) if output_type == "pth" else shards.plan_shards(kinds, most)
-    return Plan(base, fingerprint, adapters, config, recipes, rows, files, tokenizer_folder, tokenizer)
+    return Plan(base, fingerprint, adapters, config, recipes, rows, files, tokenizer)
 
 
 def check_not_quantised(base: Path, config: dict[str, Any], weights: Weights) -> None:
@@ -117,16 +116,17 @@ def plan_recipes(weights: Weights, find: Finder, adapters: list[Adapter]) -> tup
     return recipes, rows
 
 
-def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> tuple[Path | None, Any]:
-    """The tokenizer of the last adapter that has one, else the base's; its folder, and it.
+def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> Path | None:
+    """The folder of the tokenizer that belongs to the merged model, None where there is none.
 
-    Raises UserError where the number of its tokens does not go with the embeddings' rows at its stage.
+    It is that of the last adapter which brings other tokens, else the base's. Raises UserError where the number of its
+    tokens does not go with the embeddings' rows at its stage.
     """
     homes = [base, base.parent] if layouts.is_meta(base) else [base]
     chosen = next((home for home in homes if has_tokenizer(home)), None)
-    tokenizer = read_tokenizer(chosen) if chosen else None
-    if tokenizer is not None and len(tokenizer) > rows[0]:
-        raise UserError(f"{base}: has {rows[0]} embedding rows for a tokenizer of {len(tokenizer)} tokens; {STAGES}")
+    count = count_all(chosen) if chosen else None
+    if count and count > rows[0]:
+        raise UserError(f"{base}: has {rows[0]} embedding rows for a tokenizer of {count} tokens; {STAGES}")
     for adapter, before, after in zip(adapters, rows, rows[1:], strict=False):
         folder = adapter.folder
         if not has_tokenizer(folder):
@@ -136,17 +136,17 @@ def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> tu
                     "put its tokenizer.model, tokenizer_config.json and special_tokens_map.json there"
                 )
             continue
-        own, extends = read_tokenizer(folder), after > before
-        forgot_a_token = extends and len(own) < after and after % PADDING
-        of_earlier_stage = not extends and tokenizer is not None and len(own) < len(tokenizer)
-        if len(own) > after or forgot_a_token or of_earlier_stage:
+        own, extends = count_all(folder), after > before
+        forgot_a_token = extends and own < after and after % PADDING
+        of_earlier_stage = not extends and count and own < count
+        if own > after or forgot_a_token or of_earlier_stage:
             raise UserError(
-                f"{folder}: its tokenizer has {len(own)} tokens, the model at this stage {after} embedding rows; {STAGES}: "
+                f"{folder}: its tokenizer has {own} tokens, the model at this stage {after} embedding rows; {STAGES}: "
                 "use the base, adapters and tokenizers of one chain, in its order"
             )
-        if tokenizer is None or len(own) != len(tokenizer):  # else the base's own files, which training saved anew
-            chosen, tokenizer = folder, own
-    if tokenizer is None:
+        if own != count:  # where it is the same, the base's files are the original, and these were saved anew by training
+            chosen, count = folder, own
+    if chosen is None:
         say(f"{base}: holds no tokenizer, nor does an adapter; the merged folder will have none")
     elif rows[-1] > rows[0]:
         say(f"vocabulary: {rows[0]} tokens in the base, {rows[-1]} in the merged model")
@@ -155,10 +155,19 @@ def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> tu
             f"{adapters[0].folder}: looks like Chinese-Alpaca-Plus or -Pro, which belong on top of Chinese-LLaMA-Plus; if it "
             "is, merge both: --lora_model chinese-llama-plus…,chinese-alpaca-plus…"
         )
-    return chosen, tokenizer
+    return chosen
 
 
-def grow_missing_rows(recipes: dict[str, Recipe], find: Finder, base: Path, tokenizer: Any) -> None:
+def count_all(folder: Path) -> int:
+    """The number of tokens of the tokenizer in a folder."""
+    if is_sentencepiece(folder / MODEL):
+        return count_tokens(folder)
+    from utils.tokenizer import read_tokenizer
+
+    return len(read_tokenizer(folder))
+
+
+def grow_missing_rows(recipes: dict[str, Recipe], find: Finder, base: Path, tokenizer: Path | None) -> None:
     """Where an adapter holds one of the two embeddings with new tokens, give the other its rows as training did."""
     names = [name for name in find.embeddings if name in recipes]
     most = max((recipes[name].kind[0][0] for name in names), default=0)
@@ -170,7 +179,10 @@ def grow_missing_rows(recipes: dict[str, Recipe], find: Finder, base: Path, toke
                 raise UserError(
                     f"{name}: has {rows} rows, the other embeddings {most}, and no adapter holds the rest; {STAGES}"
                 )
-            pieces = pieces_of_new_tokens(read_tokenizer(base), tokenizer)
+            from utils.tokenizer import read_tokenizer
+            from utils.vocabulary import pieces_of_new_tokens
+
+            pieces = pieces_of_new_tokens(read_tokenizer(base), read_tokenizer(tokenizer))
             recipe.kind = (most, width), recipe.kind[1]
             recipe.changes.insert(0, Grow(recipe.base, recipe.source, most, pieces))
             say(f"{name}: {most - rows} rows for new tokens are in no adapter; each is the mean of what it replaces")
@@ -191,27 +203,6 @@ def untie(recipes: dict[str, Recipe], find: Finder, config: dict[str, Any], keep
         and not same_changes(recipes[find.stored_head].changes, recipes[find.embedding].changes)
     ):
         config["tie_word_embeddings"] = False
-
-
-def describe_vocabulary(config: dict[str, Any], recipes: dict[str, Recipe], find: Finder, tokenizer: Any) -> None:
-    """Set the configuration's vocabulary size, and its special ids: published bases often have wrong ones."""
-    if find.embedding and "vocab_size" in config:
-        config["vocab_size"] = recipes[find.embedding].kind[0][0]
-    if tokenizer is not None:
-        set_special_ids(config, tokenizer, "config.json")
-
-
-def set_special_ids(config: dict[str, Any], tokenizer: Any, name: str) -> None:
-    """Take the ids of `<s>`, `</s>` and padding from the tokenizer, and say what that changes."""
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        found, right = config.get(key), getattr(tokenizer, key)
-        if right is not None and found != right and not (isinstance(found, list) and right in found):
-            if found is not None:
-                say(f"{name}: {key} {found} becomes {right}, as the tokenizer has it")
-            config[key] = right
-        elif right is None and isinstance(found, int) and not 0 <= found < len(tokenizer):
-            say(f"{name}: {key} {found} is no token of the tokenizer; removed")
-            config[key] = None
 
 
 def describe_dtype(config: dict[str, Any], recipes: dict[str, Recipe]) -> None:

@@ -16,13 +16,22 @@ import torch
 from utils import layouts, lineage, shards
 from utils.console import UserError, progress, say
 from utils.files import read_json, sha256, write_json
-from utils.merge_plan import Plan, set_special_ids
+from utils.merge_plan import Plan
 from utils.recipes import Recipe
 from utils.shards import Block, Part
-from utils.tokenizer import FILES, save_tokenizer
+from utils.tokenizer_files import FILES
 
 BLOCK = 2**19  # values computed at once: few enough for a processor's cache, enough for Python to cost nothing beside
 KEPT = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # what travels with a base beside its tensors
+
+
+def write_model(plan: Plan, folder: Path) -> None:
+    """Write a whole model folder. Raises UserError where a check of its tensors fails."""
+    with ThreadPoolExecutor(1) as beside:
+        rest = beside.submit(write_rest, plan, folder)  # imports transformers, which takes as long as a gigabyte of tensors
+        write_tensors(plan, folder)
+        rest.result()
+    check_changed(plan)
 
 
 def write_tensors(plan: Plan, folder: Path) -> None:
@@ -93,20 +102,38 @@ def check_changed(plan: Plan) -> None:
 
 def write_rest(plan: Plan, folder: Path) -> None:
     """Write what makes a folder of tensors a model: its tokenizer, configuration, and what else travelled with the base."""
-    if plan.tokenizer_folder:  # before config.json, with which transformers would first import seconds of model code
-        save_tokenizer(plan.tokenizer, plan.tokenizer_folder, folder)
+    config, tokenizer = plan.config, None
+    if plan.tokenizer:
+        from utils.tokenizer import read_tokenizer, save_tokenizer
+
+        tokenizer = read_tokenizer(plan.tokenizer)
+        save_tokenizer(tokenizer, plan.tokenizer, folder)  # before config.json, which has transformers import much more
+        set_special_ids(config, tokenizer, "config.json")
     if any(file.endswith(".pth") for file in plan.files):
-        write_json(folder / "params.json", layouts.params_of(plan.config))
+        write_json(folder / "params.json", layouts.params_of(config))
     else:
-        write_json(folder / "config.json", plan.config)
+        write_json(folder / "config.json", config)
     for pattern in KEPT:
         for file in filter(Path.is_file, plan.base.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
     generation = folder / "generation_config.json"
-    if generation.is_file() and plan.tokenizer is not None:
+    if generation.is_file() and tokenizer is not None:
         settings = read_json(generation)
-        set_special_ids(settings, plan.tokenizer, generation.name)
+        set_special_ids(settings, tokenizer, generation.name)
         write_json(generation, settings)
+
+
+def set_special_ids(config: dict[str, Any], tokenizer: Any, name: str) -> None:
+    """Take the ids of `<s>`, `</s>` and padding from the tokenizer, and say what that changes."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found, right = config.get(key), getattr(tokenizer, key)
+        if right is not None and found != right and not (isinstance(found, list) and right in found):
+            if found is not None:
+                say(f"{name}: {key} {found} becomes {right}, as the tokenizer has it")
+            config[key] = right
+        elif right is None and isinstance(found, int) and not 0 <= found < len(tokenizer):
+            say(f"{name}: {key} {found} is no token of the tokenizer; removed")
+            config[key] = None
 
 
 def write_lineage(plan: Plan, folder: Path, options: Any, began: float) -> None:
@@ -122,9 +149,9 @@ def write_lineage(plan: Plan, folder: Path, options: Any, began: float) -> None:
     facts = {
         "base": {"name": options.base_model, "fingerprint": plan.fingerprint},
         "adapters": adapters,
-        "tokenizer": plan.tokenizer_folder
+        "tokenizer": plan.tokenizer
         and {
-            "name": str(plan.tokenizer_folder),
+            "name": str(plan.tokenizer),
             "sha256": {name: sha256(folder / name) for name in FILES if (folder / name).is_file()},
         },
         "results": {"bytes": plan.size, "tensors": len(plan.recipes), "changed": sum(r.changed for r in plan.recipes.values())},

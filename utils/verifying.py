@@ -31,8 +31,8 @@ def compare_logits(plan: Plan, folder: Path) -> None:
     Says by how much they differ (root mean square, relative to the scores' own spread). Raises UserError where that is
     more than rounding the weights explains.
     """
-    if plan.tokenizer is not None:
-        prompts = [torch.tensor([ids]) for ids in plan.tokenizer(list(PROMPTS))["input_ids"]]
+    if plan.tokenizer:
+        prompts = [torch.tensor([ids]) for ids in read_tokenizer(plan.tokenizer)(list(PROMPTS))["input_ids"]]
     else:
         generator = torch.Generator().manual_seed(0)
         prompts = [torch.randint(plan.config["vocab_size"], (1, 32), generator=generator) for _ in PROMPTS]
@@ -59,7 +59,7 @@ def with_adapters(plan: Plan) -> PreTrainedModel | PeftModel:
             model = model.merge_and_unload()
         if rows > model.get_input_embeddings().weight.shape[0]:
             if any(isinstance(change, Grow) for recipe in plan.recipes.values() for change in recipe.changes):
-                grow_embeddings(model, read_tokenizer(plan.base), plan.tokenizer)
+                grow_embeddings(model, read_tokenizer(plan.base), read_tokenizer(plan.tokenizer or plan.base))
             else:
                 model.resize_token_embeddings(rows, mean_resizing=False)
         model = PeftModel.from_pretrained(model, str(adapter.folder), config=read_config(adapter.folder))

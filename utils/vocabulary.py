@@ -13,7 +13,8 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from utils.console import UserError, say
 from utils.files import read_json
-from utils.tokenizer import MODEL, SPACE, SentencePieceTokenizer, copy_tokenizer
+from utils.tokenizer import SPACE, SentencePieceTokenizer
+from utils.tokenizer_files import MODEL, copy_tokenizer
 
 if TYPE_CHECKING:  # it takes seconds to import, and merging does without
     from transformers import PreTrainedModel
