@@ -1,5 +1,6 @@
 """The papers tell the truth: both READMEs alike, their tables computed, their commands run or parsed, their links there."""
 
+import ast
 import importlib
 import json
 import re
@@ -69,6 +70,20 @@ def test_every_option_has_its_chinese(capsys):
 def test_links_and_pictures_lead_somewhere(paper):
     for target in re.findall(r"\]\(([^)#]+)\)", paper.read_text("utf-8")):
         assert target.startswith("http") or (paper.parent / target).exists(), target
+
+
+def test_every_package_that_is_imported_is_required():
+    """What comes along with another package today may not do so tomorrow."""
+    programs = [file for folder in (".", "utils", "scripts", "data/*", "benchmarks") for file in ROOT.glob(f"{folder}/*.py")]
+    trees = [ast.parse(file.read_text("utf-8")) for file in programs]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    own = {file.stem for file in programs} | {folder.name for folder in ROOT.iterdir()}
+    imported = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - own
+    needed = {re.split("[>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert {"google": "protobuf"}.keys() & imported  # the one whose package has another name
+    assert imported - {"google"} <= needed and "protobuf" in needed
 
 
 def test_every_dependency_is_explained():
