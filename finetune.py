@@ -9,7 +9,6 @@ The same command again goes on after a kill. Several GPUs: torchrun --nproc_per_
 """
 
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import option, run
 from utils.console import UserError, is_main_process, say
+from utils.files import check_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,7 +56,7 @@ class Options:
     train_on_inputs: bool = option(True, "False: learn the answers only, not the questions")
     add_eos_token: bool = option(False, "accepted for old scripts: the end of sequence is always learned")
     group_by_length: bool = option(False, "steps of records of similar length (less padding, an odd loss curve)")
-    seed: int = option(42, "rules the split, the order, dropout and the adapter's first values", least=0)
+    seed: int = option(42, "rules the split, the order, dropout and the adapter's first values", least=0, most=2**32 - 1)
 
     lora_r: int | None = option(None, "rank (8, or that of the adapter trained on)", least=1, heading="Adapter")
     lora_alpha: int | None = option(None, "scale (16, or that of the adapter trained on)", least=1)
@@ -132,6 +132,7 @@ def check_together(options: Options) -> None:
             f"--batch_size {options.batch_size}: is no multiple of --micro_batch_size {options.micro_batch_size} x {processes} "
             f"processes = {at_once}; give {max(1, options.batch_size // at_once) * at_once}, or another micro-batch size"
         )
+    check_folder(options.output_dir)
     if options.bf16 and options.fp16:
         raise UserError("--bf16 and --fp16: both given; choose one")
     if wants_wandb(options) and importlib.util.find_spec("wandb") is None:
@@ -164,7 +165,7 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
     from utils import dataset
     from utils.files import sha256
     from utils.prompter import Prompter
-    from utils.records import data_files, load_records
+    from utils.sources import data_files
     from utils.tokenizer import load_tokenizer
     from utils.tokenizer_files import tokenizer_hash
 
@@ -173,9 +174,8 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
     tokenizer = load_tokenizer(folder)
     hashes = {str(file): sha256(file) for file in data_files(options.data_path)}
     encoder = dataset.Encoder(prompter, tokenizer, tokenizer_hash(folder), options.cutoff_len, options.train_on_inputs)
-    read = functools.partial(load_records, options.data_path, options.seed)
-    table = dataset.encode_all(encoder, hashes, options.data_path, read, keep=not options.dry_run)
-    numbers = dataset.usable(table, options.cutoff_len)
+    table, asked = dataset.encode_all(encoder, options.data_path, hashes, options.seed, keep=not options.dry_run)
+    numbers = dataset.usable(table, asked, options.cutoff_len)
     train_numbers, val_numbers = dataset.split(numbers, options.val_set_size, options.seed)
     train = dataset.Encoded(table, train_numbers, options.cutoff_len)
     validation = dataset.Encoded(table, val_numbers, options.cutoff_len) if len(val_numbers) else None
@@ -183,8 +183,8 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
         "path": options.data_path,
         "files": hashes,
         "template": {"name": prompter.name, "texts": prompter.texts},
-        "records": len(table),
-        "dropped": len(table) - len(numbers),
+        "records": len(asked),
+        "dropped": len(asked) - len(numbers),
         "train": len(train_numbers),
         "validation": len(val_numbers),
         "tokens": sum(train.lengths),

@@ -1,6 +1,9 @@
 """Encoded data: cached by what it was made of, counted, split; and what --dry_run shows of it."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,42 +12,107 @@ from test_training import options
 
 from utils import dataset, memory
 from utils.console import UserError
+from utils.files import sha256
 from utils.modeling import Placement
 from utils.prompter import Prompter
-from utils.records import load_records
+from utils.sources import data_files
 from utils.tokenizer import load_tokenizer
 from utils.tokenizer_files import tokenizer_hash
 
 F1 = ROOT / "data/demo/f1.json"
 
 
-def table_of(tiny_llama, file, cutoff_len=256, template="alpaca_short", train_on_inputs=False, keep=True, calls=None):
+def encode_all(tiny_llama, data_path, cutoff_len=256, template="alpaca_short", train_on_inputs=False, keep=True, seed=42):
     tokenizer = load_tokenizer(tiny_llama)
     encoder = dataset.Encoder(Prompter(template), tokenizer, tokenizer_hash(tiny_llama), cutoff_len, train_on_inputs)
-
-    def read():
-        calls.append(1)
-        return load_records(str(file))
-
-    calls = [] if calls is None else calls
-    from utils.files import sha256
-
-    return dataset.encode_all(encoder, {str(file): sha256(file)}, str(file), read, keep)
+    hashes = {str(file): sha256(file) for file in data_files(str(data_path))}
+    return dataset.encode_all(encoder, str(data_path), hashes, seed, keep)
 
 
-def test_encoded_records_are_found_again_but_a_stale_cache_is_never_used(tiny_llama, tmp_path):
-    calls = []
+def write(path, count, name=""):
+    records = [{"instruction": f"{name}{number}", "input": "", "output": "x"} for number in range(count)]
+    path.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    return records
+
+
+def test_encoded_records_are_found_again_but_a_stale_cache_is_never_used(tiny_llama, tmp_path, capsys):
+    def table(**changes):
+        found = encode_all(tiny_llama, file, **changes)[0]
+        return found[:], "are found in" in capsys.readouterr().out
+
     file = tmp_path / "records.json"
-    file.write_bytes(F1.read_bytes())
-    first = table_of(tiny_llama, file, calls=calls)
-    assert table_of(tiny_llama, file, calls=calls)[:] == first[:] and len(calls) == 1
+    file.write_text(F1.read_text("utf-8").replace("梦想家", f"梦想家{time.time_ns()}"), "utf-8")
+    first, was_found = table()
+    assert not was_found
+    assert table() == (first, True)
     for changes in ({"cutoff_len": 30}, {"template": "alpaca"}, {"train_on_inputs": True}):
-        assert table_of(tiny_llama, file, calls=calls, **changes)[:] != first[:]
-    assert len(calls) == 4
+        other, was_found = table(**changes)
+        assert other != first and not was_found
     records = json.loads(file.read_text("utf-8"))
     records[0]["output"] += "！"
     file.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
-    assert table_of(tiny_llama, file, calls=calls)[0] != first[0] and len(calls) == 5
+    other, was_found = table()
+    assert other != first and not was_found
+
+
+def test_several_files_with_weights(tiny_llama, tmp_path, capsys):
+    """Pitfall 20: what a weight draws follows from the seed."""
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    write(a, 10, "a"), write(b, 9, "b")
+
+    def numbers(data_path, **changes):
+        return encode_all(tiny_llama, data_path, **changes)[1].tolist()
+
+    assert numbers(f"{a},{b}") == list(range(19))
+    assert numbers(f"{a}:2") == [*range(10)] * 2
+    mixed = numbers(f"{a}:1.5, {b}:0.5", seed=1)
+    assert mixed[:10] == list(range(10))
+    half, half_b = mixed[10:15], mixed[15:]
+    assert half == sorted(set(half)) and half[-1] < 10
+    assert len(half_b) == 4 and half_b == sorted(set(half_b)) and half_b[0] >= 10
+    said = capsys.readouterr().out
+    assert f"{a}: weight 1.5 makes 15 of 10 records" in said
+    assert f"{b}: weight 0.5 makes 4 of 9 records" in said
+    assert numbers(f"{a}:1.5,{b}:0.5", seed=1) == mixed
+    assert numbers(f"{a}:1.5,{b}:0.5", seed=2) != mixed
+    with pytest.raises(UserError, match="the weights leave no record"):
+        numbers(f"{a}:0.01")
+
+
+def test_a_record_that_weighs_more_is_never_in_both_sets():
+    train, validation = dataset.split(np.tile(np.arange(50), 3), 10, 42)
+    assert len(validation) == 10 and len(train) == 3 * 40
+    assert not set(train) & set(validation)
+
+
+def test_many_records_are_encoded_by_several_processes_as_by_one(tiny_llama, tmp_path, monkeypatch):
+    records = write(tmp_path / "many.json", dataset.FEW * dataset.CHUNK + 500, str(time.time_ns()))
+    table, _ = encode_all(tiny_llama, tmp_path / "many.json", keep=False)
+    monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda _: {0})
+    alone, _ = encode_all(tiny_llama, tmp_path / "many.json", keep=False)
+    assert len(table) == len(records) and table[:] == alone[:]
+
+
+def test_memory_stays_flat_however_many_records(tiny_llama, tmp_path):
+    """The peak of a process that encodes 40 times as many records grows by less than a tenth of what these take."""
+    program = (
+        "import sys\nsys.path[:0] = sys.argv[1:3]\n"
+        "import pathlib, re, test_dataset\n"
+        "for file in sys.argv[4:]:\n"
+        "    table, _ = test_dataset.encode_all(pathlib.Path(sys.argv[3]), file, keep=False)\n"
+        "    peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
+        "    print(int(peak) >> 10)\n"
+    )
+    text = "问" * 200
+    for name, count in (("few", 5_000), ("many", 60_000)):
+        with (tmp_path / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
+            for number in range(count):
+                lines.write(json.dumps({"instruction": f"{number}{text}", "output": text}, ensure_ascii=False) + "\n")
+    arguments = [ROOT, ROOT / "tests", tiny_llama, tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=True)
+    few, many = (int(line) for line in done.stdout.splitlines() if line.isdigit())
+    print(done.stdout)
+    assert many - few < 60
 
 
 def test_a_prompt_that_fills_the_cutoff_is_counted_and_dropped(tiny_llama, tmp_path, capsys):
@@ -52,13 +120,12 @@ def test_a_prompt_that_fills_the_cutoff_is_counted_and_dropped(tiny_llama, tmp_p
     records = [{"instruction": "长" * 200, "input": "", "output": "好"}, *json.loads(F1.read_text("utf-8"))]
     file = tmp_path / "long.json"
     file.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
-    table = table_of(tiny_llama, file, cutoff_len=150)
-    numbers = dataset.usable(table, 150)
+    numbers = dataset.usable(*encode_all(tiny_llama, file, cutoff_len=150), 150)
     out = capsys.readouterr().out
     assert 0 not in numbers and len(numbers) == 30
     assert "cuts 1 of 31 records (1 of them dropped" in out and "would keep 95 % whole" in out
     with pytest.raises(UserError, match="leaves no answer in any of 31 records"):
-        dataset.usable(table_of(tiny_llama, file, cutoff_len=5), 5)
+        dataset.usable(*encode_all(tiny_llama, file, cutoff_len=5), 5)
 
 
 def test_the_lengths_that_keep_95_and_99_percent():

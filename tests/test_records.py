@@ -25,12 +25,11 @@ from utils.records import (
     Tally,
     all_good,
     as_record,
-    data_files,
-    load_records,
     one_by_one,
     read_records,
     write_records,
 )
+from utils.sources import data_files, sources
 
 ROOT = Path(__file__).parent.parent
 RECORDS = [
@@ -157,7 +156,7 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path, content, message):
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        load_records(str(path))
+        list(read_records(path))
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -167,10 +166,10 @@ def test_csv_without_the_right_columns(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("question,answer\na,b\n")
     with pytest.raises(UserError, match="no column of its first line is called instruction"):
-        load_records(str(path))
+        list(read_records(path))
     path.write_text('instruction,output\na,b\nc\n"unclosed,d\n')
     with pytest.raises(UserError, match="is not CSV"):
-        load_records(str(path))
+        list(read_records(path))
 
 
 def test_csv_rows_that_do_not_fit_and_cells_that_hold_history(tmp_path, capsys):
@@ -371,7 +370,7 @@ def test_two_different_system_texts_drop_the_record(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([DIALOGUES["sharegpt"] | {"system": "另一个"}]))
     with pytest.raises(UserError, match="two system texts: 1"):
-        load_records(str(path))
+        list(read_records(path))
 
 
 def test_prompts_need_no_output(tmp_path):
@@ -433,33 +432,13 @@ def write(path, count, name="r"):
     return records
 
 
-def test_several_files_with_weights(tmp_path, capsys):
-    """Pitfall 20: what a weight draws follows from the seed."""
-    a, b = tmp_path / "a.json", tmp_path / "b.json"
-    records_a, records_b = write(a, 10, "a"), write(b, 9, "b")
-    assert load_records(f"{a},{b}") == records_a + records_b
-    assert load_records(f"{a}:2") == records_a * 2
-    mixed = load_records(f"{a}:1.5, {b}:0.5", seed=1)
-    assert mixed[:10] == records_a
-    half, half_b = mixed[10:15], mixed[15:]
-    assert [record for record in records_a if record in half] == half
-    assert len(half_b) == 4
-    assert [record for record in records_b if record in half_b] == half_b
-    said = capsys.readouterr().out
-    assert f"{a}: weight 1.5 makes 15 of 10 records" in said
-    assert f"{b}: weight 0.5 makes 4 of 9 records" in said
-    assert load_records(f"{a}:1.5,{b}:0.5", seed=1) == mixed
-    assert load_records(f"{a}:1.5,{b}:0.5", seed=2) != mixed
-    assert data_files(f"{a}:1.5,{b}:0.5") == [a, b]
-
-
 def test_file_names_with_commas_and_colons(tmp_path):
     path = tmp_path / "a,b:0.5.json"
-    records = write(path, 2)
-    assert load_records(str(path)) == records
+    write(path, 2)
+    assert data_files(str(path)) == [path]
     colon = tmp_path / "c:2"
     write(colon, 1)
-    assert len(load_records(f"{colon},{colon}:3")) == 4
+    assert [(source.files, source.weight) for source in sources(f"{colon},{colon}:3")] == [([colon], 1), ([colon], 3)]
 
 
 @pytest.mark.parametrize(
@@ -472,7 +451,6 @@ def test_file_names_with_commas_and_colons(tmp_path):
         ("{good}:nan", "nan is not a weight"),
         ("{good}:1e9", "1e9 is not a weight"),
         ("{good}:half", "half is not a weight"),
-        ("{good}:0.01", "the weights leave no record"),
         ("{folder}", "is a folder; name files in it (good.json)"),
         ("{folder}/god.json", "no such file; did you mean {folder}/good.json?"),
         ("{folder}/sub/good.json", "no such file; check the path"),
@@ -497,7 +475,8 @@ def test_data_path_that_leads_nowhere(tmp_path, monkeypatch, data_path, message)
     if "pipe" in data_path:
         os.mkfifo(folder / "pipe")
     with pytest.raises(UserError) as error:
-        load_records(data_path.format(good=good, folder=folder))
+        for file in data_files(data_path.format(good=good, folder=folder)):
+            list(read_records(file))
     assert message.format(folder=folder) in str(error.value)
 
 
@@ -506,7 +485,7 @@ def test_name_under_an_existing_folder_is_a_path_and_no_hub_name(tmp_path, monke
     (tmp_path / "datasets" / "firefly_train").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no such file; did you mean datasets/firefly_train\?"):
-        load_records("datasets/firefly_trian")
+        data_files("datasets/firefly_trian")
 
 
 SHA = "1" * 40
@@ -551,9 +530,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 def test_hub_name_is_fetched_and_then_found_without_network(tmp_path):
     program = (
-        "import json, sys\nfrom utils.records import data_files, load_records\n"
+        "import json, sys\nfrom utils.records import read_records\nfrom utils.sources import data_files\n"
         "from utils.console import UserError\n"
-        "try: print(json.dumps([load_records(sys.argv[1]), list(map(str, data_files(sys.argv[1])))]))\n"
+        "try: files = data_files(sys.argv[1]); "
+        "print(json.dumps([[r for file in files for r in read_records(file)], list(map(str, files))]))\n"
         "except UserError as error: print(json.dumps(str(error)))"
     )
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.files import write_json
 from utils.judging import judge_prompt, last_turn
-from utils.records import load_records
+from utils.records import read_records
 
 SAID = "System1 8分；解释：好。System2 6.5分；解释：短。"
 CHAT = (
@@ -36,7 +36,7 @@ def taught(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     answer = tokenizer(SAID, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    records = load_records(str(folder.parent / "prompts.json"), need_output=False)
+    records = list(read_records(folder.parent / "prompts.json", need_output=False))
     questions = [last_turn(record) for record in records] + [judge_prompt(record, [SAID, SAID]) for record in records]
     for step in range(300):
         opening = tokenizer(f"user: {questions[step % len(questions)]}\n<s>assistant: ")["input_ids"]

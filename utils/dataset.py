@@ -1,16 +1,24 @@
 """Encoded records on disk, memory-mapped: encoded once, kept by what they were made of, split by a seed."""
 
 import atexit
+import collections
+import ctypes
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import random
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +27,19 @@ from utils.console import UserError, progress, say
 from utils.encoding import IGNORED, encode
 from utils.files import digest, replacing
 from utils.prompter import Prompter
+from utils.records import read_records
+from utils.sources import sources
 
 CHUNK = 1000  # records encoded in one call to the tokenizer
-FORMAT = 1  # of the files below; a new number leaves the old files unread
+FEW = 4  # fewer chunks than this are not worth starting processes for
+PR_SET_PDEATHSIG = 1  # prctl(2)
+FORMAT = 2  # of the files below; a new number leaves the old files unread
 NUMBER, LIST = datasets.Value("int32"), datasets.Sequence(datasets.Value("int32"))
 COLUMNS = datasets.Features(
     {"input_ids": LIST, "labels": LIST, "full_length": NUMBER, "answer_tokens": NUMBER, "supervised": NUMBER}
 )
+
+worker_encoder: "Encoder"  # in a process that start_worker began
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +52,12 @@ class Encoder:
     cutoff_len: int
     train_on_inputs: bool
 
-    def rows(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, list]]:
-        """Encode records in chunks; each chunk as columns."""
-        records = iter(records)
-        while chunk := list(itertools.islice(records, CHUNK)):
-            rows: dict[str, list] = {name: [] for name in COLUMNS}
-            for one in encode(chunk, self.prompter, self.tokenizer, self.cutoff_len, self.train_on_inputs):
-                rows["input_ids"].append(one.input_ids)
-                rows["labels"].append(one.labels)
-                rows["full_length"].append(one.full_length)
-                rows["answer_tokens"].append(one.answer_tokens)
-                rows["supervised"].append(sum(label != IGNORED for label in one.labels[1:]))
-            yield rows
+    def __call__(self, records: list[dict[str, Any]]) -> pa.Table:
+        """Encode records in one call to the tokenizer; a row each."""
+        encoded = encode(records, self.prompter, self.tokenizer, self.cutoff_len, self.train_on_inputs)
+        columns: dict[str, list] = {name: [getattr(one, name) for one in encoded] for name in COLUMNS if name != "supervised"}
+        columns["supervised"] = [sum(label != IGNORED for label in one.labels[1:]) for one in encoded]
+        return pa.table(columns, schema=COLUMNS.arrow_schema)
 
 
 class Encoded:
@@ -79,28 +87,97 @@ def column(table: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def encode_all(
-    encoder: Encoder, hashes: dict[str, str], data_path: str, read: Callable[[], Iterable[dict[str, Any]]], keep: bool
-) -> datasets.Dataset:
-    """The table of all records, from the cache where the same data were encoded in the same way before.
+    encoder: Encoder, data_path: str, hashes: dict[str, str], seed: int, keep: bool
+) -> tuple[datasets.Dataset, np.ndarray]:
+    """The table of all records in the files of `data_path`, and the numbers of those that its weights ask for.
 
-    `hashes` are those of the files that `data_path` stands for: changed files, template, tokenizer or cutoff make
-    another table. `read` gives the records where they must be encoded; the table is not kept unless `keep`.
+    A weight of 0.5 takes half of the records, drawn with `seed`, in their order; 2 takes each twice; 1.5 each once, and
+    half of them again. `hashes` are those of the files; `keep`: see encode_file.
+    Raises UserError where a file cannot be read, or the weights leave no record.
     """
-    made_of = [FORMAT, data_path, hashes, encoder.prompter.texts, encoder.tokenizer_hash]
+    tables: list[datasets.Dataset] = []
+    numbers: list[np.ndarray] = []
+    count = 0
+    for position, source in enumerate(sources(data_path)):
+        found = [encode_file(encoder, file, hashes[str(file)], keep) for file in source.files]
+        size = sum(map(len, found))
+        picked = weighted(size, source.weight, random.Random(f"{seed} {position}"))
+        if source.weight != 1:
+            say(f"{source.name}: weight {source.weight:g} makes {len(picked):,} of {size:,} records")
+        tables += found
+        numbers.append(picked + count)
+        count += size
+    if not any(map(len, numbers)):
+        raise UserError(f"{data_path}: the weights leave no record; give larger ones")
+    return datasets.concatenate_datasets(tables), np.concatenate(numbers)
+
+
+def weighted(count: int, weight: float, random: random.Random) -> np.ndarray:
+    """The numbers below `count`, `weight` times (rounded to a whole number of records); the part below one is drawn."""
+    whole, wanted = int(weight), round(weight * count)
+    drawn = sorted(random.sample(range(count), wanted - whole * count))
+    return np.concatenate([np.tile(np.arange(count), whole), np.array(drawn, dtype=np.int64)])
+
+
+def encode_file(encoder: Encoder, file: Path, content: str, keep: bool) -> datasets.Dataset:
+    """The table of a file's records, from the cache where the same `content` (a hash) was encoded in the same way before.
+
+    Another template, tokenizer or cutoff makes another table. It is not kept for later unless `keep`.
+    """
+    made_of = [FORMAT, file.suffixes, content, encoder.prompter.texts, encoder.tokenizer_hash]
     made_of += [encoder.cutoff_len, encoder.train_on_inputs]
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "dreamergpt" / f"{digest(made_of)}.arrow"
     path = cached if keep or cached.is_file() else temporary_folder() / cached.name
     if path.is_file():
-        say(f"encoded records found in {path}")
+        say(f"{file}: its encoded records are found in {path}")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        bar = progress(desc="encoding", unit=" records")
+        bar = progress(desc=f"encoding {file.name}", unit=" records")
         with replacing(path) as aside, ArrowWriter(path=str(aside), features=COLUMNS) as writer, bar:
-            for rows in encoder.rows(read()):
-                writer.write_batch(rows)
-                bar.update(len(rows["input_ids"]))
+            for rows in encode_chunks(encoder, chunks(read_records(file))):
+                writer.write_table(rows)
+                bar.update(len(rows))
             writer.finalize()
     return datasets.Dataset.from_file(str(path))
+
+
+def chunks(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The records in lists of CHUNK."""
+    while chunk := list(itertools.islice(records, CHUNK)):
+        yield chunk
+
+
+def encode_chunks(encoder: Encoder, chunks: Iterator[list[dict[str, Any]]]) -> Iterator[pa.Table]:
+    """The table of each chunk, in order: many chunks by one process a core, and only a few of them ahead of their use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    first = list(itertools.islice(chunks, FEW))
+    if len(first) < FEW or cores == 1:
+        yield from map(encoder, itertools.chain(first, chunks))
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
+    fork = multiprocessing.get_context("fork")
+    waiting: collections.deque[Future[pa.Table]] = collections.deque()
+    with ProcessPoolExecutor(cores, fork, initializer=start_worker, initargs=(encoder,)) as pool:
+        for chunk in itertools.chain(first, chunks):
+            waiting.append(pool.submit(encode_chunk, chunk))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def start_worker(encoder: Encoder) -> None:
+    """Make this process one that encodes, and that ends with the program which started it, however that ends."""
+    global worker_encoder
+    worker_encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def encode_chunk(records: list[dict[str, Any]]) -> pa.Table:
+    """Encode records with the encoder of this process."""
+    return worker_encoder(records)
 
 
 def temporary_folder() -> Path:
@@ -110,14 +187,14 @@ def temporary_folder() -> Path:
     return folder
 
 
-def usable(table: datasets.Dataset, cutoff_len: int) -> np.ndarray:
-    """The numbers of the records with something of an answer left to learn; says what was cut and dropped.
+def usable(table: datasets.Dataset, numbers: np.ndarray, cutoff_len: int) -> np.ndarray:
+    """Those of the records `numbers` with something of an answer left to learn; says what was cut and dropped.
 
     Raises UserError where none is left.
     """
-    lengths, answers = column(table, "full_length"), column(table, "answer_tokens")
+    lengths, answers = column(table, "full_length")[numbers], column(table, "answer_tokens")[numbers]
     keeps95, keeps99 = lengths_that_keep(lengths)
-    cut, kept = int((lengths > cutoff_len).sum()), np.flatnonzero(answers > 0)
+    cut, kept = int((lengths > cutoff_len).sum()), numbers[answers > 0]
     if cut:
         say(
             f"--cutoff_len {cutoff_len} cuts {cut} of {len(lengths)} records ({len(lengths) - len(kept)} of them dropped: "
@@ -136,13 +213,16 @@ def lengths_that_keep(lengths: np.ndarray) -> tuple[int, int]:
 def split(numbers: np.ndarray, val_set_size: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw the validation set, a count or a fraction of the records, and return (train, validation).
 
+    A record that `numbers` holds more than once is drawn once, and is then not trained on at all.
     Raises UserError where nothing would be left to train on.
     """
-    count = round(val_set_size * len(numbers)) if isinstance(val_set_size, float) else val_set_size
-    if count >= len(numbers):
+    records = np.unique(numbers)
+    count = round(val_set_size * len(records)) if isinstance(val_set_size, float) else val_set_size
+    if count >= len(records):
         raise UserError(
-            f"--val_set_size {val_set_size}: takes {count} of the {len(numbers)} records and leaves none to train on; "
+            f"--val_set_size {val_set_size}: takes {count} of the {len(records)} records and leaves none to train on; "
             "give fewer, or a fraction such as 0.1"
         )
-    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).numpy()
-    return numbers[np.sort(order[count:])], numbers[np.sort(order[:count])]
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).numpy()
+    validation = records[np.sort(order[:count])]
+    return numbers[~np.isin(numbers, validation)], validation

@@ -1,5 +1,6 @@
 """Records as input ids and labels: one encoding of the whole text, a mask by character offsets, an end of sequence."""
 
+import bisect
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -58,18 +59,22 @@ def encode(
     opening = opening_ids(tokenizer)
     results, position = [], 0
     for dialogue in dialogues:
-        ids, answers = list(opening), [False] * len(opening)
+        ids, labels, answer_tokens = list(opening), [IGNORED] * len(opening), 0
         for turn in dialogue:
-            boundary = len(turn.prompt)
-            ids += encoded["input_ids"][position] + [tokenizer.eos_token_id]
-            # a token without width (a byte of a character, say) belongs where it starts
-            answers += [max(end, start + 1) > boundary for start, end in encoded["offset_mapping"][position]] + [True]
+            new, offsets = encoded["input_ids"][position] + [tokenizer.eos_token_id], encoded["offset_mapping"][position]
+            prompt = prompt_tokens(offsets, len(turn.prompt))
+            answer_tokens += max(0, min(len(new), cutoff_len - len(ids)) - prompt)
+            ids += new
+            labels += [IGNORED] * prompt + new[prompt:]
             position += 1
-        full_length = len(ids)
-        ids, answers = ids[:cutoff_len], answers[:cutoff_len]
-        labels = [token if train_on_inputs or answer else IGNORED for token, answer in zip(ids, answers, strict=True)]
-        results.append(Encoded(ids, labels, full_length, sum(answers)))
+        full_length, ids = len(ids), ids[:cutoff_len]
+        results.append(Encoded(ids, ids if train_on_inputs else labels[:cutoff_len], full_length, answer_tokens))
     return results
+
+
+def prompt_tokens(offsets: list[tuple[int, int]], boundary: int) -> int:
+    """How many tokens end at or before the character `boundary`; one without width (a byte, say) ends after its start."""
+    return bisect.bisect_right(offsets, boundary, key=lambda offset: max(offset[1], offset[0] + 1))
 
 
 def plain(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool = False) -> Any:

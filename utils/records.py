@@ -7,17 +7,15 @@ and `reference` where the file has them.
 
 import contextlib
 import json
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
-from utils.console import UserError, progress, say
+from utils.console import UserError, say
 from utils.files import replacing
 from utils.formats import Broken, Item, place_of, read_batches
-from utils.sources import sources
 
 FIELDS = ("instruction", "input", "output")
 KEPT = ("category", "reference")
@@ -353,37 +351,3 @@ def encoded(record: dict) -> bytes:
     if "history" in record:
         return json.dumps(record, ensure_ascii=False, indent=1).replace("\n", "\n ").removesuffix(" }").encode()
     return orjson.dumps(record, option=orjson.OPT_INDENT_2)[:-1]  # texts alone come out the same, in a tenth of the time
-
-
-def load_records(data_path: str, seed: int = 42, need_output: bool = True) -> list[dict]:
-    """All records that `data_path` stands for, file after file; says what was dropped, and what a weight leaves.
-
-    `data_path` is a file, the name of a data set on the Hugging Face hub (`owner/name`), or several of these parted
-    by commas, each with a weight where `:0.5` follows: half of its records, drawn with `seed`, kept in their order
-    (2: each twice; 1.5: each once, and half of them again).
-    Raises UserError where a part cannot be read, or leaves no record.
-    """
-    records = []
-    for position, source in enumerate(sources(data_path)):
-        found = []
-        for file in source.files:
-            found += progress(read_records(file, need_output), unit=" records", desc=file.name, leave=False)
-        picked = weighted(found, source.weight, random.Random(f"{seed} {position}"))
-        if source.weight != 1:
-            say(f"{source.name}: weight {source.weight:g} makes {len(picked):,} of {len(found):,} records")
-        records += picked
-    if not records:
-        raise UserError(f"{data_path}: the weights leave no record; give larger ones")
-    return records
-
-
-def weighted(records: list[dict], weight: float, random: random.Random) -> list[dict]:
-    """`weight` times the records (rounded to a whole number), in order; the part below one whole is drawn."""
-    whole, wanted = int(weight), round(weight * len(records))
-    drawn = sorted(random.sample(range(len(records)), wanted - whole * len(records)))
-    return records * whole + [records[index] for index in drawn]
-
-
-def data_files(data_path: str) -> list[Path]:
-    """The local files that `data_path` stands for (a hub name: its downloaded files). Raises UserError as load_records."""
-    return [file for source in sources(data_path) for file in source.files]

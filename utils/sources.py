@@ -28,6 +28,11 @@ def sources(data_path: str) -> list[Source]:
     return [source_of(part, data_path) for part in parts]
 
 
+def data_files(data_path: str) -> list[Path]:
+    """The files that a data path stands for (a hub name: its downloaded files). Raises UserError where one is not there."""
+    return [file for source in sources(data_path) for file in source.files]
+
+
 def source_of(part: str, data_path: str) -> Source:
     name, colon, number = part.rpartition(":")
     if not part or os.path.exists(part) or not colon:

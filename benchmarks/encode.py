@@ -1,0 +1,140 @@
+"""Encoding 100,000 records: one by one with `map` as alpaca-lora does, and this toolkit, each in a process of its own.
+
+    python benchmarks/encode.py --base_model models/smollm2-135m
+
+All ids must be equal. Labels may differ in the token that straddles prompt and answer, which alpaca-lora, encoding the
+prompt a second time, does not see; how many records that concerns is shown. The memory of ours is measured for fewer
+records, too.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.common import ROOT, Figures, child, interleave, report
+from utils.cli import option, run
+
+CUTOFF = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    base_model: str = option(help="the model whose tokenizer encodes")
+    records: int = option(100_000, "records to encode", least=1)
+    repeats: int = option(1, "runs of each recipe", least=1)
+    recipe: str = option("", "used by the benchmark itself: run this one", choices=("", "plain", "ours"))
+    data: str = option("", "used by the benchmark itself: the records")
+
+
+def main(options: Options) -> None:
+    """Measure all recipes in turn, or be one of them."""
+    if options.recipe:
+        print(json.dumps(measure(options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        recipes: dict[str, Callable[[], Figures]] = {}
+        for name, count in [("plain", options.records)] + [("ours", options.records // part) for part in (1, 10, 100)]:
+            data = Path(folder) / f"{count}.json"
+            write_data(data, count)
+            arguments = ("--base_model", options.base_model, "--data", data, "--recipe", name)
+            recipes[f"{name}, {count} records"] = functools.partial(child, __file__, *arguments)
+        medians = interleave(recipes, options.repeats)
+    plain, ours, *fewer = medians.values()
+    if plain["ids"] != ours["ids"]:
+        sys.exit("the recipes' ids differ")
+    ratios = {
+        "encoding, records a second, ours / plain": plain["encoding_seconds"] / ours["encoding_seconds"],
+        f"peak memory, {options.records} records / {options.records // 10}": ours["peak_mb"] / fewer[0]["peak_mb"],
+        f"peak memory, {options.records} records / {options.records // 100}": ours["peak_mb"] / fewer[1]["peak_mb"],
+    }
+    labels = plain["supervised"] - ours["supervised"]
+    for figures in medians.values():
+        figures.pop("ids")
+    report(medians, ratios, ("datasets", "tokenizers", "transformers"), labels_more_in_plain=labels)
+
+
+def write_data(path: Path, count: int) -> None:
+    """Chinese records whose lengths are spread as real ones are (log-normal), each with its number in it."""
+    from utils.records import read_records
+
+    files = sorted(ROOT.glob("test_data/*.json")) + sorted(ROOT.glob("data/demo/f*.json"))
+    texts = "".join(r["instruction"] + r["output"] for file in files for r in read_records(file, need_output=False))
+    numbers = random.Random(42)
+
+    def text(median: float) -> str:
+        length = min(2000, int(numbers.lognormvariate(0, 0.9) * median) + 2)
+        start = numbers.randrange(len(texts) - length)
+        return texts[start : start + length]
+
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            record = {"instruction": f"{number} {text(20).strip()}", "input": "", "output": text(75).strip() or "好"}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def measure(options: Options) -> dict[str, float]:
+    """Seconds of encoding, a number made of all ids, and how many tokens are supervised."""
+    import datasets
+
+    from utils.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(options.base_model)
+    with tempfile.TemporaryDirectory() as cache:
+        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        start = time.perf_counter()
+        table = (ours if options.recipe == "ours" else plain)(options, tokenizer, cache)
+        seconds = time.perf_counter() - start
+        found, supervised = hashlib.sha256(), 0
+        for row in table.select_columns(["input_ids", "labels"]).iter(1000):
+            found.update(json.dumps(row["input_ids"]).encode())
+            supervised += sum(label != -100 for labels in row["labels"] for label in labels)
+    return {"encoding_seconds": seconds, "ids": int(found.hexdigest()[:12], 16), "supervised": supervised}
+
+
+def ours(options: Options, tokenizer: Any, _: str) -> Any:
+    """This toolkit, with its cache empty."""
+    from utils import dataset
+    from utils.prompter import Prompter
+
+    encoder = dataset.Encoder(Prompter("alpaca_short"), tokenizer, "none", CUTOFF, False)
+    return dataset.encode_all(encoder, options.data, {options.data: "none"}, 42, keep=True)[0]
+
+
+def plain(options: Options, tokenizer: Any, cache: str) -> Any:
+    """alpaca-lora's way: each record's whole text and its prompt are encoded, a record a call."""
+    from datasets import load_dataset
+
+    from utils.prompter import Prompter
+
+    prompter = Prompter("alpaca_short")
+
+    def encode(text: str, ends: bool) -> dict[str, list[int]]:
+        result = tokenizer(text, truncation=True, max_length=CUTOFF, padding=False, return_tensors=None)
+        if ends and len(result["input_ids"]) < CUTOFF and result["input_ids"][-1:] != [tokenizer.eos_token_id]:
+            result["input_ids"].append(tokenizer.eos_token_id)
+            result["attention_mask"].append(1)
+        result["labels"] = result["input_ids"].copy()
+        return result
+
+    def whole(record: dict[str, str]) -> dict[str, list[int]]:
+        (turn,) = prompter.turns(record)
+        full, asked = encode(turn.prompt + turn.answer, True), len(encode(turn.prompt, False)["input_ids"])
+        full["labels"] = [-100] * asked + full["labels"][asked:]
+        return full
+
+    return load_dataset("json", data_files=options.data, cache_dir=cache)["train"].map(whole)
+
+
+if __name__ == "__main__":
+    run(main, Options)
