@@ -14,6 +14,7 @@ from pathlib import Path
 
 from utils.cli import option, run
 from utils.console import UserError, say
+from utils.files import check_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ def check_together(options: Options) -> None:
     """Raises UserError where the options do not go together, or the output exists."""
     if bool(options.sp_model) == bool(options.text):
         raise UserError("--sp_model and --text: give one of them, a model with the new pieces or a text to learn them from")
+    check_folder(options.output_dir)
     output = Path(options.output_dir)
     if output.resolve() == Path(options.base_model).resolve():
         raise UserError(f"--output_dir {output}: is the base model's folder; choose another one")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from utils.cli import option, run
 from utils.console import UserError, say
+from utils.files import check_folder
 
 if TYPE_CHECKING:
     from utils.api import Service
@@ -81,6 +82,7 @@ def main(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raises UserError where options that need or exclude each other do not agree."""
+    check_folder(options.output_dir)
     if options.answer_with and (options.judge_model or options.answers or options.chain or options.metrics):
         raise UserError("--answer_with: makes answers, which the other options compare; run one after the other")
     if not (options.answer_with or options.answers or options.chain):

@@ -14,6 +14,7 @@ import time
 
 from utils.cli import option, run
 from utils.console import say
+from utils.files import check_folder, locked, replacing_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Options:
 def main(options: Options) -> None:
     """Check that everything goes together, then compute, write, read back, describe, and only then name the folder."""
     began = time.time()
+    check_folder(options.output_dir)
     from utils import merge_plan, merging
-    from utils.files import locked, replacing_folder
 
     if options.offload_dir:
         say("--offload_dir: not needed any more, tensors are merged one by one; nothing is written there")

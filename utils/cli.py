@@ -23,6 +23,7 @@ from utils.console import UserError
 
 T = TypeVar("T")
 FLAG = re.compile(r"--?[A-Za-z]")
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -65,7 +66,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in NO_PLACE:
             raise
         fail(script, f"{error.filename or 'output'}: {error.strerror}; free or change the place and start again")
 
@@ -141,6 +142,7 @@ def _convert(name: str, raw: str, kind: Any, bounds: typing.Mapping[str, Any]) -
             break
     else:
         names = " or ".join(TYPE_NAMES[k] for k in kinds if k is not type(None))
+        raw = raw if len(raw) <= 80 else f"{raw[:80]}…"
         raise UserError(f"--{name} {raw}: not {names}; see --help")
     least, most, choices = bounds["least"], bounds["most"], bounds["choices"]
     if choices and isinstance(value, str) and value not in choices:

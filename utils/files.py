@@ -97,6 +97,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
+def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
+    """Raises UserError where `folder`, which `option` names, cannot be one: it is a file, or lies under one."""
+    if not str(folder):
+        raise UserError(f"{option}: is empty; name a folder")
+    path = Path(folder).absolute()
+    above = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not above.is_dir():
+        raise UserError(f"{above}: is not a folder; give another {option}")
+
+
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep `folder` (which need not exist yet) for this process while the block runs.
@@ -109,7 +119,11 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
         return
     path = Path(folder).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    new = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be made ({error.strerror}); choose another place for the output") from None
     name = path.with_name(f".{path.name}.lock")
     with open(name, "a+") as file:
         try:
@@ -128,3 +142,6 @@ def locked(folder: str | Path) -> Iterator[None]:
             yield
         finally:
             name.unlink(missing_ok=True)
+            for parent in new:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()  # where nothing was written into it

@@ -18,6 +18,7 @@ from utils.encoding import encode_prompt
 from utils.modeling import Placement, check_vocabulary, load_base
 from utils.prompter import PROMPTS, Prompter
 from utils.tokenizer import load_tokenizer
+from utils.weights import base_folder, refuse_adapter
 
 BASE = "base"  # what the model without an adapter is called
 CACHE_SHARE = 0.5  # of the memory that the weights leave: the rest is for activations, and for others
@@ -46,6 +47,7 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
     if not base_model:
         base_model = common_base({folder: named_base(*known) for folder, known in found.items()})
         say(f"base model: {base_model}, which the adapter was trained on")
+    refuse_adapter(base_folder(base_model))
     if any(known and known.get("base") for _, known in found.values()):
         fingerprint = lineage.fingerprint(base_model)
         for folder, (_, known) in found.items():

@@ -21,7 +21,7 @@ import torch
 from utils.console import UserError
 from utils.files import read_json
 from utils.shards import Block, Kind, Part, Piece
-from utils.weights import Weights
+from utils.weights import Weights, refuse_adapter
 
 META_FILES = "consolidated.*.pth"
 WHOLE, ROWS, COLUMNS = "whole", "rows", "columns"
@@ -58,8 +58,7 @@ def open_model(folder: Path) -> tuple[dict[str, Any], Weights]:
     if is_meta(folder):
         weights = MetaWeights(folder)
         return weights.config, weights
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: is an adapter, not a base model; give it as --lora_model, or as --lora_weights")
+    refuse_adapter(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: is no configuration of a model; copy it again")

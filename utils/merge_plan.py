@@ -228,8 +228,6 @@ def check_output(plan: Plan, output_dir: str, overwrite: bool) -> None:
     for folder in (plan.base, *(adapter.folder for adapter in plan.adapters)):
         if output.resolve() == folder.resolve() or output.resolve() in folder.resolve().parents:
             raise UserError(f"--output_dir {output_dir}: is or contains {folder}, which is merged; choose another folder")
-    if output.is_file():
-        raise UserError(f"--output_dir {output_dir}: is a file; choose a folder")
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise UserError(f"--output_dir {output_dir}: is not empty; choose another folder, or give --overwrite")

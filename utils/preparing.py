@@ -16,7 +16,7 @@ import orjson
 
 from utils.cli import option
 from utils.console import UserError, progress, say
-from utils.files import locked
+from utils.files import check_folder, locked
 from utils.formats import Item, in_batches, opened, patient_loads, read_batches
 from utils.records import Mended, Tally, clean, printable, write_records
 from utils.sources import check_exists
@@ -166,10 +166,8 @@ def output_files(options: PrepareOptions, folder: str, names: Sequence[str], raw
     for output, source in itertools.product(outputs, raw):
         if output.exists() and output.samefile(source):
             raise UserError(f"{output}: is the raw file itself; give another --output_dir, or move the raw file")
+    check_folder(target)
     new = list(itertools.takewhile(lambda path: not os.path.exists(path), (target, *target.parents)))
-    above = new[-1].parent if new else target
-    if not above.is_dir():
-        raise UserError(f"{above}: is not a folder; give another --output_dir")
     try:
         with locked(target):
             target.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
-from utils.files import read_json
+from utils.files import check_folder, read_json
 from utils.formats import ENDINGS
 from utils.records import read_records
 
@@ -50,6 +50,7 @@ def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
             )
         if Path(output_path).is_dir():
             raise UserError(f"--output_path {output_path}: is a folder; name a file in it, such as {output_path}/{RESULT}")
+        check_folder(Path(output_path).absolute().parent, "--output_path")
         return [Path(output_path)]
     if not lora_weights:
         raise UserError("--output_path: missing; without --lora_weights there is no folder to put test.json into")

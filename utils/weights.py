@@ -154,6 +154,12 @@ def load_pickled(file: Path) -> dict[str, torch.Tensor]:
     return group((name, tensor) for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor))
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError where the folder of a base model is that of an adapter."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: is an adapter, not a base model; give it as --lora_model, or as --lora_weights")
+
+
 def base_folder(base_model: str) -> Path:
     """The folder of a base model given as a path or as a name on the Hugging Face hub (fetched once, then cached).
 

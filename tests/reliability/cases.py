@@ -1,0 +1,154 @@
+"""What the cases of bad input share: a small world of good things to break, and what every refusal must be.
+
+A case runs a script with good options, and after them those of the case (of an option given twice the last counts).
+With RELIABILITY=full each case is a process of its own, started cold, and `--durations=20` shows which were slowest;
+otherwise it is forked from the warm test process, which leaves the imports out.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+from scripting import ROOT, Ended, Script
+
+FULL = os.environ.get("RELIABILITY") == "full"
+HANGS = 120  # seconds after which a process counts as hanging, and is killed: far more than any case takes
+PROGRESS = re.compile(r"\d+%\||\d+ ?records \[|\[\d\d:\d\d")
+RECORDS = [{"instruction": f"第{number}问？", "input": "", "output": f"答{number}。" * 3} for number in range(12)]
+GOOD = {
+    "finetune.py": "--base_model {base} --data_path {data} --output_dir {tmp}/out --val_set_size 2 --batch_size 4",
+    "generate.py": "--base_model {base} --lora_weights {adapter} --is_ui False --test_input_path {prompts} "
+    "--output_path {tmp}/out/answers.json --max_new_tokens 4 --num_beams 1",
+    "merge_weights.py": "--base_model {base} --lora_model {adapter} --output_dir {tmp}/out",
+    "judge.py": "--answers one={one} --answers two={two} --metrics --test_input_path {prompts} --output_dir {tmp}/out",
+    "extend_vocab.py": "--base_model {base} --text {text} --output_dir {tmp}/out",
+}
+
+
+class Case(NamedTuple):
+    """Which script is given which options, and the words that its one line must have: the thing, the way out."""
+
+    what: str
+    script: str
+    options: str
+    words: tuple[str, ...]
+
+
+def cases(script: str, *rows: tuple[str, ...]) -> list:
+    """Parameters of a test: each row says what is broken, with which options, and the words of the refusal."""
+    made = [Case(what, script, options, words) for what, options, *words in rows]
+    return [pytest.param(case, id=f"{script.removesuffix('.py')}: {case.what}") for case in made]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> dict[str, Path]:
+    """Good things by name; tests copy what they break."""
+    top = tmp_path_factory.mktemp("world")
+    base = tiny.llama(top / "base")
+    texts = {
+        "data": RECORDS,
+        "prompts": [{"instruction": record["instruction"]} for record in RECORDS[:3]],
+        "one": [record | {"output": "甲"} for record in RECORDS[:3]],
+        "two": [record | {"output": "乙"} for record in RECORDS[:3]],
+    }
+    for name, value in texts.items():
+        (top / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+    (top / "short.txt").write_text("一", "utf-8")
+    (top / "text.txt").write_text("春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。\n" * 20, "utf-8")
+    tokenless = shutil.copytree(base, top / "tokenless", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    found = {name: top / f"{name}.json" for name in texts}
+    return found | {
+        "base": base,
+        "tokenless": tokenless,
+        "adapter": tiny.adapter(base, top / "adapter"),
+        "text": top / "text.txt",
+        "short": top / "short.txt",
+        "top": top,
+    }
+
+
+@pytest.fixture
+def cold_or_forked(script):
+    """Runs a script to its end, and does not wait for one that hangs."""
+
+    def run(name: str, *argv: object, cwd: Path, **env: str) -> Ended:
+        if FULL:
+            return run_cold(name, *argv, cwd=cwd, **env)
+        return run_forked(script, name, *argv, cwd=cwd, **env)
+
+    return run
+
+
+def run_cold(name: str, *argv: object, cwd: Path, **env: str) -> Ended:
+    """Run a script as a user does."""
+    command = [sys.executable, str(ROOT / name), *map(str, argv)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=HANGS, check=False
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def run_forked(script: Script, name: str, *argv: object, cwd: Path, **env: str) -> Ended:
+    """Run a script as a fork of this process."""
+    running = script.start(name, *argv, cwd=cwd, **env)
+    watch = threading.Timer(HANGS, running.kill)
+    watch.start()
+    try:
+        return running.wait()
+    finally:
+        watch.cancel()
+
+
+@pytest.fixture
+def refused(cold_or_forked, tmp_path, world):
+    """Runs a script that must refuse; returns its one line, after checking that nothing is left behind.
+
+    `refused("finetune.py", "--seed -1")`; `{base}`, `{tmp}` and so on stand for paths. `good=False` gives these options alone.
+    """
+
+    def run(name: str, options: str = "", good: bool = True, **env: str) -> str:
+        words = shlex.split((GOOD.get(name, "") + " " if good else "") + options)
+        cwd = tmp_path / "cwd"
+        cwd.mkdir(exist_ok=True)
+        before = listing(tmp_path) | listing(world["top"])
+        ended = cold_or_forked(name, *(word.format(tmp=tmp_path, **world) for word in words), cwd=cwd, **env)
+        line = the_line(ended)
+        assert listing(tmp_path) | listing(world["top"]) == before, "something was written, or removed"
+        return line
+
+    return run
+
+
+def the_line(ended: Ended) -> str:
+    """The one line of a refusal: what is refused, what is wrong, the way out; nothing else on stderr, status 2."""
+    assert ended.status == 2, f"status {ended.status}\n{ended.out}\n{ended.err}"
+    lines = [line for line in re.split(r"[\r\n]+", ended.err) if line.strip() and not PROGRESS.search(line)]
+    assert len(lines) == 1, ended.err
+    assert re.fullmatch(r"[\w.]+: error: \S.*[;:?].+", lines[0]), f"not of the form thing: what is wrong; way out: {lines[0]}"
+    assert len(lines[0]) < 1500, f"{len(lines[0])} characters are no line that a person reads"
+    return lines[0]
+
+
+def listing(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Everything in a folder, with size and time of change; what the tests themselves print into is left out."""
+    found = {}
+    for path in folder.rglob("*"):
+        if not path.name.startswith(".run"):
+            status = path.lstat()
+            found[path] = (status.st_size, status.st_mtime_ns) if path.is_file() else (0, 0)
+    return found
+
+
+def has(line: str, words: tuple[str, ...]) -> None:
+    """All `words` stand in the line."""
+    missing = [word for word in words if word not in line]
+    assert not missing, f"{missing} not in: {line}"
