@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MptConfig
 
 from utils import generation, lineage, switching
 from utils.console import UserError
-from utils.decoding import GrowingLayer, Settings, common_opening, decode, groups, narrow, noise
+from utils.decoding import GrowingLayer, Settings, common_opening, decode, families, groups, narrow, noise
 from utils.generation import BASE, Ending, Engine, labels, resolve
 from utils.modeling import place
 from utils.prompter import TEMPLATES, Prompter
@@ -63,7 +63,8 @@ def test_a_batch_of_mixed_lengths_gives_what_transformers_gives_one_by_one(folde
     model = AutoModelForCausalLM.from_pretrained(folder / family)
     plain = prompts_of(280)
     opening = plain[0][:20]
-    prompts = [opening + prompt for prompt in plain] if opened else plain
+    others = [7, *plain[0][:30]]  # a template has more than one opening
+    prompts = [(others if row in (1, 4, 5) else opening) + prompt for row, prompt in enumerate(plain)] if opened else plain
     single = model.generate(torch.tensor(prompts[:1]), max_new_tokens=30, do_sample=False, eos_token_id=None, num_beams=1)
     end = single[0, -8].item()  # a token that is really written ends the answer
     ours = answers(model, prompts, Settings(max_new_tokens=24, **options), lambda ids: ids[-1] == end)
@@ -148,7 +149,8 @@ def test_sampling_follows_temperature_top_k_and_top_p():
 
 def test_prompts_are_read_in_groups_of_like_length():
     prompts = [[0] * length for length in (700, 335, 104, 100, 99, 42, 40)]
-    assert [[len(prompt) for prompt in group] for group in groups(prompts)] == [[700], [335], [104, 100, 99], [42, 40]]
+    assert list(groups(list(range(7)), prompts)) == [[0], [1], [2, 3, 4], [5, 6]]
+    assert list(groups([1, 2, 4], prompts)) == [[1], [2, 4]]
 
 
 def test_what_all_prompts_begin_with_is_read_once(folder):
@@ -163,6 +165,13 @@ def test_what_all_prompts_begin_with_is_read_once(folder):
     )
     list(decode(model, prompts, [1, 1, 1], Settings(num_beams=1), lambda ids: False, [0] * 3))
     assert read == [20, 2 * 30, 3]
+    read.clear()
+    other = [[9] * 15 + [tail] * tail for tail in (30, 3)]
+    list(
+        decode(model, [prompts[0], other[0], prompts[2], other[1]], [1] * 4, Settings(num_beams=1), lambda ids: False, [0] * 4)
+    )
+    assert families([prompts[0], other[0], prompts[2], other[1]]) == [[0, 2], [1, 3]]
+    assert read == [20, 30, 3, 15, 30, 3]
 
 
 def test_the_cache_grows_in_place_and_keeps_its_content():

@@ -15,11 +15,11 @@ from utils.decoding import Ids, Settings
 from utils.files import locked, read_json, sha256, write_json
 from utils.generation import Engine, is_out_of_memory
 from utils.journal import Journal
-from utils.prompts import Record, answered
+from utils.prompts import Record, answered, check_output
 from utils.records import write_records
 
 Plan = list[list[int]]  # batches of positions among the distinct prompts
-ROWS = 64  # more than these at once make a step longer without making it worth more
+ROWS = 128  # more than these at once make a step longer without making it worth more
 PADDED = 1.5  # a batch's cache has at most this many columns for each one that holds a token
 
 
@@ -36,6 +36,7 @@ def run(
         tasks.append(Task(engine, one.name, path, records, settings))
     for task in tasks:
         with locked(task.path):
+            check_output(task.path, records, overwrite)  # once more: until here another run may have written it
             task.answer_all(batch_size, overwrite)
 
 

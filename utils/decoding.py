@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 from utils.console import UserError
 
 Ids = list[int]
-WORTHWHILE = 8  # tokens that prompts have in common, for these to be computed once
+WORTHWHILE = 12  # tokens that prompts have in common, for these to be computed once
 ROOM = 64  # columns that a full cache grows by
 PREFILL_TOKENS = 1024  # read at once: enough to keep the device busy, few enough to bound the activations
 
@@ -145,12 +145,17 @@ class Batch:
         self.start = max(len(prompt) for prompt in prompts)  # the column where answers begin
         # where attention goes by columns, not by positions, there must be no padding after the opening
         by_positions = self.takes_positions and not getattr(model.config.get_text_config(), "sliding_window", None)
-        opening = common_opening(prompts) if by_positions else []
-        first = self._read([opening])[0] if opening else None
-        parts = [self._read(group, opening, first) for group in groups(prompts)]
-        self.logits = torch.cat([logits for _, _, logits in parts])
-        self.mask = torch.cat([torch.nn.functional.pad(mask, (self.start - mask.shape[1], 0)) for _, mask, _ in parts])
-        self.cache = join([cache for cache, _, _ in parts], self.start)
+        parts: dict[tuple[int, ...], tuple[Cache, torch.Tensor, torch.Tensor]] = {}
+        for family in families(prompts) if by_positions else [list(range(len(prompts)))]:
+            opening = common_opening([prompts[row] for row in family]) if by_positions else []
+            first = self._read([opening])[0] if opening else None
+            for rows in groups(family, prompts):
+                parts[tuple(rows)] = self._read([prompts[row] for row in rows], opening, first)
+        back = torch.tensor([row for rows in parts for row in rows]).argsort()
+        self.logits = torch.cat([logits for _, _, logits in parts.values()])[back]
+        masks = [torch.nn.functional.pad(mask, (self.start - mask.shape[1], 0)) for _, mask, _ in parts.values()]
+        self.mask = torch.cat(masks)[back]
+        self.cache = join({rows: cache for rows, (cache, _, _) in parts.items()}, self.start)
 
     def _read(
         self, prompts: list[Ids], opening: Ids | None = None, first: Cache | None = None
@@ -209,6 +214,14 @@ class Batch:
                 answers[to] = answers[of]
 
 
+def families(prompts: list[Ids]) -> list[list[int]]:
+    """The rows of `prompts` by their first tokens: each way in which a template opens is a family."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        found.setdefault(tuple(prompt[:WORTHWHILE]), []).append(row)
+    return list(found.values())
+
+
 def common_opening(prompts: list[Ids]) -> Ids:
     """What all prompts begin with, such as a template's preamble, but for at least one token of each.
 
@@ -221,37 +234,32 @@ def common_opening(prompts: list[Ids]) -> Ids:
     return low[: min(shared, min(map(len, prompts)) - 1)] if shared >= WORTHWHILE else []
 
 
-def groups(prompts: list[Ids]) -> Iterator[list[Ids]]:
-    """Split prompts, keeping their order, into runs of like length that are read at once."""
-    group: list[Ids] = []
-    for prompt in prompts:
-        lengths = [len(prompt), *(len(other) for other in group)]
+def groups(rows: list[int], prompts: list[Ids]) -> Iterator[list[int]]:
+    """Split the rows of `prompts`, keeping their order, into runs of like length that are read at once."""
+    group: list[int] = []
+    for row in rows:
+        lengths = [len(prompts[other]) for other in [*group, row]]
         wasted = len(lengths) * max(lengths) - sum(lengths)
         if group and (len(lengths) * max(lengths) > PREFILL_TOKENS or wasted > sum(lengths) // 8):
             yield group
             group = []
-        group.append(prompt)
+        group.append(row)
     yield group
 
 
-def join(caches: list[Cache], width: int) -> Cache:
-    """The rows of several caches in one of `width` columns, each shifted to the right."""
-    if len(caches) == 1:
-        return caches[0]
+def join(caches: dict[tuple[int, ...], Cache], width: int) -> Cache:
+    """One cache of `width` columns, in which the rows of each are those that its key names, shifted to the right."""
     joined = Cache(layer_class_to_replicate=GrowingLayer)
-    for index in range(len(caches[0].layers)):
-        layers = [cache.layers[index] for cache in caches]
-        rows = sum(layer.keys.shape[0] for layer in layers)
+    for index in range(len(next(iter(caches.values())).layers)):
+        layers = {rows: cache.layers[index] for rows, cache in caches.items()}
         buffers = []
         for name in ("keys", "values"):
-            first = getattr(layers[0], name)
-            buffer = first.new_zeros((rows, first.shape[1], width + ROOM, first.shape[3]))
-            row = 0
-            for layer in layers:
+            first = getattr(next(iter(layers.values())), name)
+            buffer = first.new_zeros((sum(map(len, layers)), first.shape[1], width + ROOM, first.shape[3]))
+            for rows, layer in layers.items():
                 part = getattr(layer, name)[:, :, : layer.length]
-                buffer[row : row + part.shape[0], :, width - part.shape[2] : width] = part
+                buffer[list(rows), :, width - part.shape[2] : width] = part
                 setattr(layer, name, None)  # so that no more than one layer is held twice
-                row += part.shape[0]
             buffers.append(buffer)
         joined.update(*buffers, index)
         joined.layers[index].length = width
