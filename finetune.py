@@ -102,15 +102,14 @@ def main(options: Options) -> None:
 
     began = time.time()
     placement = place(options.load_8bit, options.load_4bit)
-    origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
     if options.dry_run:
-        tokenizer, train_data, *_ = prepare_data(options, origin)
-        return show(options, placement, origin, tokenizer, train_data)
-    base, parent = start.base_and_parent(origin, options.base_model)
-    tokenizer, train_data, val_data, data = prepare_data(options, origin)
-    run_facts = {"options": what_rules(options), "base": digest(base), "parent": parent, "data": data["files"]}
-    start.check_unchanged(origin, run_facts)
+        return show(options, placement)
     with locked(options.output_dir):
+        origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
+        base, parent = start.base_and_parent(origin, options.base_model)
+        tokenizer, train_data, val_data, data = prepare_data(options, origin)
+        run_facts = {"options": what_rules(options), "base": digest(base), "parent": parent, "data": data["files"]}
+        start.check_unchanged(origin, run_facts)
         if options.overwrite_output_dir and is_main_process():
             start.clear(options.output_dir)
         model = prepare_model(options, placement, origin, tokenizer)
@@ -230,11 +229,13 @@ def lora_options(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def show(options: Options, placement: "Placement", origin: "Start", tokenizer: Any, train: "Encoded") -> None:
+def show(options: Options, placement: "Placement") -> None:
     """What --dry_run prints instead of training."""
     from utils import adapters, memory, report, start
     from utils.modeling import precision
 
+    origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
+    tokenizer, train, *_ = prepare_data(options, origin)
     report.print_report(
         train.full_lengths, options.cutoff_len, [train[index] for index in range(min(2, len(train)))], tokenizer
     )

@@ -2,24 +2,33 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from utils.console import UserError, is_main_process
+from utils.console import UserError, is_main_process, say
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it becomes `path` only if the block ends without an error."""
+    """Yield a path beside `path` to write to; it becomes `path` only if the block ends without an error.
+
+    What killed processes of this machine left aside is removed first.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    here = glob.escape(socket.gethostname())
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{here}.*.part"):
+        if not is_running(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         yield aside
         sync(aside)
@@ -52,6 +61,17 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    """True if this machine has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
 
 
 def sync(path: Path) -> None:
@@ -112,36 +132,46 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Keep `folder` (which need not exist yet) for this process while the block runs.
 
     The lock is the kernel's, on a file beside the folder, so it ends with the process, however that ends. Of several
-    processes that train together only the main one holds it.
-    Raises UserError, naming the other's host and process id, where another run holds it.
+    processes that train together only the main one holds it. Folders that are made for it go again where they stay empty.
+    Raises UserError, naming the other's host and process id, where another run holds it; also where the file is another
+    machine's, since not every shared folder passes the kernel's locks on.
     """
     if not is_main_process():
         yield
         return
     path = Path(folder).absolute()
-    new = [parent for parent in path.parents if not parent.exists()]
+    new = list(itertools.takewhile(lambda parent: not parent.exists(), path.parents))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be made ({error.strerror}); choose another place for the output") from None
     name = path.with_name(f".{path.name}.lock")
     with open(name, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat())):
-                raise BlockingIOError  # its holder removed the name between our two calls
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{folder}: in use by {file.read() or 'another run'}; wait for it, or choose another folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        take(file, folder, name)
         try:
             yield
         finally:
             name.unlink(missing_ok=True)
             for parent in new:
                 with contextlib.suppress(OSError):
-                    parent.rmdir()  # where nothing was written into it
+                    parent.rmdir()
+
+
+def take(file: IO[str], folder: str | Path, name: Path) -> None:
+    """Lock the opened lock file `name` of `folder`, and write into it who has it; raises as `locked` does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat())):
+            raise BlockingIOError  # its holder removed the name between our two calls
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder}: in use by {file.read() or 'another run'}; wait for it, or choose another folder") from None
+    file.seek(0)
+    before, here = file.read(), socket.gethostname()
+    if before and not before.endswith(f" on {here}"):
+        raise UserError(f"{folder}: in use by {before}; wait for it, or delete {name} if that run has ended")
+    if before:
+        say(f"{folder}: {before} ended without giving it back; going on")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {here}")
+    file.flush()

@@ -1,0 +1,87 @@
+"""What the campaign shares: how much of it is run, the programs, and folders and disks for them.
+
+RELIABILITY=full runs all of it; RELIABILITY_SEED chooses the moments of the kills and the sizes of the disks.
+"""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import killing
+import programs
+import pytest
+
+FULL = os.environ.get("RELIABILITY") == "full"
+SEED = os.environ.get("RELIABILITY_SEED", "0")
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """Whether all of the campaign is asked for, not the sample of it."""
+    return FULL
+
+
+class Case:
+    """A program with a folder to write to, `place`, and what it does when nobody disturbs it."""
+
+    def __init__(self, program: programs.Program, folder: Path):
+        self.program, self.folder, self.place = program, folder, folder / "place"
+        self.place.mkdir()
+        self.undisturbed = self.measure()
+
+    def measure(self) -> killing.Undisturbed:
+        """Run the program to its end, and note what that takes and leaves."""
+        programs.clear(self.place)
+        began = time.monotonic()
+        running = self.start()
+        running.end().ok  # noqa: B018
+        seconds, changes = time.monotonic() - began, running.counted.stat().st_size
+        found = programs.contents(self.place)
+        programs.clear(self.place)
+        return killing.Undisturbed(seconds, changes, found)
+
+    def start(self, moment: killing.Moment | None = None) -> killing.Doomed:
+        """Start the program, a signal to come at a moment."""
+        self.started = killing.start(self.folder, self.program.argv(self.place), self.place, moment)
+        return self.started
+
+    def check_same(self) -> None:
+        """What the program left is what the undisturbed run left, to the bit."""
+        assert not programs.differences(programs.contents(self.place), self.undisturbed.contents)
+
+
+@pytest.fixture(scope="module", params=programs.BUILDERS)
+def case(request, tmp_path_factory) -> Case:
+    """Each of the programs in turn."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return Case(programs.BUILDERS[request.param](folder / "inputs"), folder)
+
+
+@pytest.fixture
+def fresh(case) -> Iterator[Case]:
+    """The same with an empty folder, before and after."""
+    programs.clear(case.place)
+    yield case
+    with contextlib.suppress(ProcessLookupError):
+        case.started.kill()  # where the test failed
+    programs.clear(case.place)
+
+
+@contextlib.contextmanager
+def mounted(place: Path, size: int) -> Iterator[None]:
+    """A disk of `size` bytes at `place`; skips the test where none can be mounted."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)  # lazy: after a failure something may still use it
+
+
+def remount(place: Path, how: str) -> None:
+    """Change a mounted disk: `size=…`, `ro`, `rw`."""
+    subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)

@@ -1,0 +1,28 @@
+"""Killed at any moment, and again while it goes on, a program started again with the same command ends where it would have."""
+
+import random
+import signal
+
+from conftest import SEED
+from programs import check_nothing_half_written, clear
+
+KILLS = {True: 20, False: 3}
+
+
+def test_killed_and_started_again(fresh, full, record_property):
+    """SIGKILL at seeded moments: of these, half are times, half just before a change to the files."""
+    draw = random.Random(f"{SEED} {fresh.program.name}")
+    kills = ends = 0
+    while kills < KILLS[full]:
+        ended = fresh.start(fresh.undisturbed.moment(draw)).end()
+        if ended.status == -signal.SIGKILL:
+            kills += 1
+            check_nothing_half_written(fresh.place, fresh.undisturbed.contents)
+            if draw.random() < 0.5 and kills < KILLS[full]:
+                continue  # killed again before it has caught up
+            ended = fresh.start().end()
+        ended.ok  # noqa: B018
+        fresh.check_same()
+        ends += 1
+        clear(fresh.place)
+    print(f"{fresh.program.name}: {kills} kills, {ends} ends equal to the undisturbed run's")
