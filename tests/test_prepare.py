@@ -668,6 +668,54 @@ def test_wrong_set_says_what_it_has_and_lacks(prepare, tmp_path):
     assert "this is not PsyQA: it has completion, prompt and lacks answers, description, question;" in error
 
 
+@pytest.mark.parametrize(
+    ("called", "doubt"),
+    [
+        ("Belle_open_source_1M.json", "it is called like a file of BELLE"),
+        ("human_value_alignment_instructions_part1.json", "it is called like a file of COIG"),
+        ("mine.json", "its name does not tell"),
+        ("alpaca_gpt4_data_zh.json", ""),
+    ],
+)
+def test_sets_whose_fields_are_the_same(prepare, tmp_path, called, doubt):
+    """Only their names tell them apart; what a name says is said, and the file is taken as the user has it."""
+    (tmp_path / called).write_text(json.dumps([record("问", "答")]))
+    said = prepare("alpaca_gpt4", raw=tmp_path / called).ok
+    notice = f"taken for Alpaca-GPT4, as asked; BELLE and COIG and baize have the same fields, and {doubt}"
+    assert (notice in said) if doubt else ("taken for" not in said)
+    assert records_in(tmp_path / "out" / called) == [record("问", "答")]
+
+
+def test_dialogues_of_belle_are_no_single_turns_of_another_set(prepare, tmp_path):
+    """Their fields are those of Alpaca-GPT4; read as such, a whole dialogue would be one instruction."""
+    raw = tmp_path / "multiturn_chat_0.8M.json"
+    raw.write_text(lines([record("Human:问一\nAssistant:答一\nHuman:问二\nAssistant:", "答二")]))
+    error = prepare("alpaca_gpt4", raw=raw).error
+    assert "looks like BELLE, not Alpaca-GPT4: it has input, instruction, output (a dialogue that begins with Human:)" in error
+    assert prepare("belle", raw=raw).ok
+    assert records_in(tmp_path / "out" / raw.name) == [record("问二", "答二", history=[["问一", "答一"]])]
+
+
+def test_files_of_an_earlier_run_are_named(prepare, tmp_path):
+    """Those to be replaced, and parts beyond the new number, which would be trained on a second time."""
+    (tmp_path / "raw").write_text(lines(firefly_items(60)))
+    assert "earlier run" not in prepare("firefly").ok
+    raw = tmp_path / "out" / "firefly-train-1.1M.jsonl"  # no part, whatever its name
+    raw.write_text(lines(firefly_items(60)))
+    said = prepare("firefly", "--parts", 3, raw=raw).ok
+    names = [f"firefly-train-{part}.json" for part in range(5)]
+    assert f"will be replaced, as an earlier run wrote them: {', '.join(names[:3])}\n" in said
+    assert f"stay from an earlier run, and do not go with what is written now: {', '.join(names[3:])}; delete them" in said
+    assert len(records_in(tmp_path / "out" / names[4])) > 0
+
+
+def test_couplets_of_an_earlier_run_are_named(prepare, tmp_path):
+    (tmp_path / "raw").write_text("春\t秋\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "couplet-1.json").write_text("[]")
+    assert "do not go with what is written now: couplet-1.json; delete them" in prepare("couplets").ok
+
+
 def test_mostly_dirty_file_is_still_of_its_set(prepare, tmp_path):
     (tmp_path / "raw").write_text(lines([{"input": "a", "target": "b"}] * 5 + firefly_items(2)))
     assert "5 dropped, 2 kept: kind is missing" in prepare("firefly").ok

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import itertools
 import os
+import re
 import sqlite3
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,15 +37,35 @@ class PrepareOptions:
     dedupe: bool = option(False, "drop records that are the same as an earlier one of their file")
 
 
+# The sets' raw files, by their names without endings.
+FILES = {
+    "Alpaca-GPT4": ("alpaca_data_gpt4", "alpaca_gpt4_data", "alpaca_gpt4_data_zh"),
+    "Firefly": ("firefly-train-1.1M",),
+    "COIG": (
+        "human_value_alignment_instructions_part1",
+        "human_value_alignment_instructions_part2",
+        "translated_instructions",
+        "exam_instructions",
+        "leetcode_instructions",
+        "counterfactural_correction_multi_round_chat",
+    ),
+    "PsyQA": ("PsyQA_full",),
+    "BELLE": ("Belle_open_source_0.5M", "Belle_open_source_1M", "train_2M_CN", "multiturn_chat_0.8M", "train_3.5M_CN"),
+    "baize": ("quora_chat_data", "stackoverflow_chat_data", "alpaca_chat_data", "medical_chat_data"),
+}
+
+
 class Shape(NamedTuple):
-    """A raw format: the sets that come in it, and the keys that all its items have."""
+    """A raw format: the sets that come in it, the keys that all its items have, and the speaker that their instructions
+    begin with ("": none)."""
 
     sets: tuple[str, ...]
     keys: frozenset[str]
+    speaker: str
 
 
-def shape(sets: str, keys: str) -> Shape:
-    return Shape(tuple(sets.split(", ")), frozenset(keys.split()))
+def shape(sets: str, keys: str, speaker: str = "") -> Shape:
+    return Shape(tuple(sets.split(", ")), frozenset(keys.split()), speaker)
 
 
 # Particular ones first: an item that has several shapes is of the first. (A translated item may hold the English beside it.)
@@ -58,17 +79,18 @@ SHAPES = {
     "psyqa": shape("PsyQA", "question description answers"),
     "baize": shape("baize", "topic input"),
     "belle dialogue": shape("BELLE", "id conversations"),
+    "belle turns": shape("BELLE", "instruction input output", speaker="Human:"),
     "alpaca": shape("Alpaca-GPT4, BELLE, COIG, baize", "instruction input output"),
     "belle target": shape("BELLE", "input target"),
 }
 
 
-def find_raw(raw: str, stems: Sequence[str]) -> list[Path]:
-    """The raw file, or those files of the raw folder that are called like one of `stems` (with any ending).
+def find_raw(raw: str, name: str) -> list[Path]:
+    """The raw file, or those files of the raw folder that are called like the set's `FILES` (with any ending).
 
-    Raises UserError where there is none, or more than one of a stem.
+    Raises UserError where there is none, or one of them twice.
     """
-    path = Path(raw)
+    path, stems = Path(raw), FILES[name]
     check_exists(path)
     if not path.is_dir():
         return [path]
@@ -116,6 +138,7 @@ def archive_items(path: Path) -> Iterator[Item]:
 def recognise(path: Path, name: str) -> str:
     """The shape, among those of the set `name`, that a file's first hundred items have.
 
+    Says where the fields alone do not tell whose the file is, and its name does not either.
     Raises UserError for a file of another set: what it has, what it lacks, and which set it looks like.
     """
     items = itertools.chain.from_iterable(raw_batches(path))
@@ -125,14 +148,26 @@ def recognise(path: Path, name: str) -> str:
     found = [best for best in map(shape_of, first) if best]
     fitting = [best for best in found if name in SHAPES[best].sets]
     if fitting:
-        return max(fitting, key=fitting.count)
+        best = max(fitting, key=fitting.count)
+        say_whose(path, name, [other for other in SHAPES[best].sets if other != name])
+        return best
     has = SHAPES[found[0]].keys if found else frozenset(first[0])
     looks = f"this looks like {' or '.join(SHAPES[found[0]].sets)}, not {name}" if found else f"this is not {name}"
     wanted = max(
         (shape.keys for shape in SHAPES.values() if name in shape.sets), key=lambda keys: len(keys & has), default=frozenset()
     )
     lacks = f" and lacks {listed(wanted - has)}" if wanted - has else ""
-    raise UserError(f"{path}: {looks}: it has {listed(has)}{lacks}; check that it is the right file")
+    speaker = SHAPES[found[0]].speaker if found else ""
+    turns = f" (a dialogue that begins with {speaker})" if speaker else ""
+    raise UserError(f"{path}: {looks}: it has {listed(has)}{turns}{lacks}; check that it is the right file")
+
+
+def say_whose(path: Path, name: str, others: Sequence[str]) -> None:
+    """Say that a file is taken for one of the set `name` where its fields are `others`' too, and its name is not known."""
+    if others and stem_of(path) not in FILES[name]:
+        owner = next((other for other in others if stem_of(path) in FILES[other]), None)
+        doubt = f"it is called like a file of {owner}" if owner else "its name does not tell"
+        say(f"{path}: taken for {name}, as asked; {' and '.join(others)} have the same fields, and {doubt}")
 
 
 def refuse_json(path: Path, name: str) -> None:
@@ -145,7 +180,10 @@ def refuse_json(path: Path, name: str) -> None:
 
 def shape_of(item: dict) -> str | None:
     """The shape that an item has."""
-    return next((name for name, shape in SHAPES.items() if shape.keys <= item.keys()), None)
+    for name, shape in SHAPES.items():
+        if shape.keys <= item.keys() and (not shape.speaker or str(item["instruction"]).lstrip().startswith(shape.speaker)):
+            return name
+    return None
 
 
 def listed(keys: Iterable[str], most: int = 6) -> str:
@@ -155,10 +193,14 @@ def listed(keys: Iterable[str], most: int = 6) -> str:
 
 
 @contextlib.contextmanager
-def output_files(options: PrepareOptions, folder: str, names: Sequence[str], raw: Sequence[Path]) -> Iterator[list[Path]]:
+def output_files(
+    options: PrepareOptions, folder: str, names: Sequence[str], raw: Sequence[Path], series: str = ""
+) -> Iterator[list[Path]]:
     """Yield the paths of the files to write; meanwhile their folder is this run's alone.
 
-    What a killed run left half-written is removed first. After an error no new folder stays.
+    `series` is a pattern (of `re`) of names; files of such names belong together. What of an earlier run will be replaced, and
+    what of its series stays, is said. What a killed run left half-written is removed first. After an error no new
+    folder stays.
     Raises UserError where the folder is a file or in use, or where an output would replace a raw file.
     """
     target = Path(options.output_dir or Path(os.environ.get("DATA_DIR") or "datasets", folder))
@@ -174,6 +216,7 @@ def output_files(options: PrepareOptions, folder: str, names: Sequence[str], raw
             for output in outputs:
                 for left in target.glob(f".{glob.escape(output.name)}.*.part"):
                     left.unlink()
+            say_what_was_there(target, names, series)
             yield outputs
     except BaseException as error:
         if isinstance(error, OSError) and not error.filename:
@@ -182,6 +225,16 @@ def output_files(options: PrepareOptions, folder: str, names: Sequence[str], raw
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
+
+
+def say_what_was_there(target: Path, names: Sequence[str], series: str) -> None:
+    """Name the prepared files of an earlier run in the folder `target`: those to be replaced, and the rest of its series."""
+    there = [name for name in names if (target / name).exists()]
+    if there:
+        say(f"{target}: will be replaced, as an earlier run wrote them: {', '.join(there)}")
+    rest = sorted(file.name for file in target.iterdir() if re.fullmatch(series, file.name) and file.name not in names)
+    if rest:
+        say(f"{target}: stay from an earlier run, and do not go with what is written now: {', '.join(rest)}; delete them")
 
 
 def cleaned(
@@ -218,14 +271,12 @@ class Seen:
             raise UserError(f"--dedupe: {error}; free the temporary folder, or set TMPDIR to another") from None
 
 
-def convert_each(
-    name: str, folder: str, stems: Sequence[str], converters: Mapping[str, Convert], options: PrepareOptions
-) -> None:
+def convert_each(name: str, folder: str, converters: Mapping[str, Convert], options: PrepareOptions) -> None:
     """Turn each raw file of the set `name` into one file of the same name, by the converter of its shape.
 
     All raw files are recognised before the first is written.
     """
-    files = find_raw(options.raw, stems)
+    files = find_raw(options.raw, name)
     shapes = [recognise(file, name) for file in files]
     with output_files(options, folder, [f"{stem_of(file)}.json" for file in files], files) as outputs:
         for file, shape, output in zip(files, shapes, outputs, strict=True):

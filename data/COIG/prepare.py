@@ -18,21 +18,13 @@ from utils.formats import Broken, patient_loads
 from utils.preparing import PrepareOptions, convert_each
 from utils.records import Dirty, Mended, as_record, dialogue
 
-FILES = (
-    "human_value_alignment_instructions_part1",
-    "human_value_alignment_instructions_part2",
-    "translated_instructions",
-    "exam_instructions",
-    "leetcode_instructions",
-    "counterfactural_correction_multi_round_chat",
-)
 FENCE = re.compile(r"\s*```(?i:json)?(.*?)(?:```)?\s*", re.DOTALL)
 ROUND = re.compile(r"round_(\d+)")
 
 
 def main(options: PrepareOptions) -> None:
     converters = {"alpaca": as_record, "exam": exam, "translated": translated, "leetcode": leetcode, "rounds": rounds}
-    convert_each("COIG", "COIG", FILES, converters, options)
+    convert_each("COIG", "COIG", converters, options)
 
 
 def exam(item: dict) -> dict:

@@ -15,7 +15,6 @@ from utils.cli import option, run
 from utils.preparing import PrepareOptions, convert_each
 from utils.records import Dirty, as_record
 
-FILES = ("alpaca_data_gpt4", "alpaca_gpt4_data", "alpaca_gpt4_data_zh")
 LONG = 200  # characters; shorter answers may well be words or numbers without a full stop
 CLOSING = tuple("。！？…—.!?\"'”’」』）)】]》>}`|~*")
 
@@ -29,7 +28,7 @@ class Options(PrepareOptions):
 
 def main(options: Options) -> None:
     convert = whole if options.drop_truncated else as_record
-    convert_each("Alpaca-GPT4", "alpaca_gpt4", FILES, {"alpaca": convert}, options)
+    convert_each("Alpaca-GPT4", "alpaca_gpt4", {"alpaca": convert}, options)
 
 
 def whole(item: dict) -> dict:

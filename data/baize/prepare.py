@@ -15,13 +15,12 @@ from utils.cli import run
 from utils.preparing import PrepareOptions, convert_each
 from utils.records import Dirty, as_record, dialogue
 
-FILES = ("quora_chat_data", "stackoverflow_chat_data", "alpaca_chat_data", "medical_chat_data")
 SPEAKER = re.compile(r"(?:^|\n)\[\|(Human|AI)\|\]\s?")
 ROLES = {"Human": "user", "AI": "assistant"}
 
 
 def main(options: PrepareOptions) -> None:
-    convert_each("baize", "baize", FILES, {"baize": turns, "alpaca": as_record}, options)
+    convert_each("baize", "baize", {"baize": turns, "alpaca": as_record}, options)
 
 
 def turns(item: dict) -> dict:

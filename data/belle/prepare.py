@@ -15,20 +15,18 @@ from utils.cli import run
 from utils.preparing import PrepareOptions, convert_each
 from utils.records import Dirty, as_record, dialogue
 
-FILES = (
-    "Belle_open_source_0.5M",
-    "Belle_open_source_1M",
-    "train_2M_CN",
-    "multiturn_chat_0.8M",
-    "train_3.5M_CN",
-)
 SPEAKER = re.compile(r"(?:^|\n)(Human:|Assistant:)")
 ROLES = {"Human:": "user", "Assistant:": "assistant"}
 
 
 def main(options: PrepareOptions) -> None:
-    converters = {"alpaca": single_or_dialogue, "belle target": older, "belle dialogue": as_record}
-    convert_each("BELLE", "belle", FILES, converters, options)
+    converters = {
+        "alpaca": single_or_dialogue,
+        "belle turns": single_or_dialogue,
+        "belle target": older,
+        "belle dialogue": as_record,
+    }
+    convert_each("BELLE", "belle", converters, options)
 
 
 def single_or_dialogue(item: dict) -> dict:

@@ -32,7 +32,8 @@ def main(options: Options) -> None:
     for path in raw:
         refuse_json(path, "Couplets")
     names = [f"couplet-{number}.json" for number in range(len(parts))] if len(parts) > 1 else []
-    with output_files(options, "couplets", [*names, "couplet-all.json"], raw) as outputs, writers(outputs) as written:
+    names = [*names, "couplet-all.json"]
+    with output_files(options, "couplets", names, raw, r"couplet-\w+\.json") as outputs, writers(outputs) as written:
         for number, (path, pairs) in enumerate(parts):
             for batch in cleaned(path, functools.partial(couplet, options), options, pairs):
                 for writer in {written[number], written[-1]}:

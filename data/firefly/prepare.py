@@ -26,7 +26,6 @@ from utils.records import Dirty, RecordWriter, dialogue, printable, writers
 if TYPE_CHECKING:
     import numpy as np
 
-FILES = ("firefly-train-1.1M",)
 Kinds = collections.Counter[str]
 
 
@@ -36,10 +35,13 @@ class Options(PrepareOptions):
 
 
 def main(options: Options) -> None:
-    raw = find_raw(options.raw, FILES)[0]
+    raw = find_raw(options.raw, "Firefly")[0]
     convert = {"firefly": single, "firefly dialogue": turns}[recognise(raw, "Firefly")]
     names = [f"firefly-train-{part}.json" for part in range(options.parts)]
-    with output_files(options, "firefly", names, [raw]) as outputs, spool(outputs[0].parent) as (text, index):
+    with (
+        output_files(options, "firefly", names, [raw], r"firefly-train-\d+\.json") as outputs,
+        spool(outputs[0].parent) as (text, index),
+    ):
         kinds = write_spool(cleaned(raw, convert, options), text, index)
         written = deal_out(kinds, text, index, outputs)
     print_totals(kinds, written, outputs)

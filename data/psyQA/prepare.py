@@ -19,11 +19,9 @@ from utils.formats import Broken, Item, read_items
 from utils.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
 from utils.records import Dirty, writers
 
-FILES = ("PsyQA_full",)
-
 
 def main(options: PrepareOptions) -> None:
-    raw = find_raw(options.raw, FILES)[0]
+    raw = find_raw(options.raw, "PsyQA")[0]
     recognise(raw, "PsyQA")
     names = [f"psyqa-{variant}.json" for variant in range(6)]
     with output_files(options, "psyQA", names, [raw]) as outputs, writers(outputs) as variants:
