@@ -1,6 +1,8 @@
 """finetune.py on tiny real models: what is trained, where it starts, and that nothing is lost."""
 
+import itertools
 import json
+import math
 import random
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, set_seed  # noqa: F401 (warm for the forks)
 
 from utils import adapters, lineage
-from utils.batching import Plan, Steps, deal, pad, share
+from utils.batching import OVERHEAD, Plan, Steps, deal, pad, share
 from utils.encoding import IGNORED
 from utils.loss import returning_loss
 
@@ -205,6 +207,23 @@ def test_a_model_that_caps_its_logits_takes_the_full_path(bases):
     with returning_loss(model) as sparse:
         assert not sparse
         torch.testing.assert_close(model(**batch), wanted)
+
+
+def test_micro_batches_are_cut_where_it_costs_least():
+    numbers = random.Random(2)
+    for _ in range(20):
+        lengths = [numbers.randint(1, 400) for _ in range(8)]
+        order = sorted(range(8), key=lambda i: (-lengths[i], i))
+        dealt = deal(range(8), lengths, 600)
+        assert [*itertools.chain(*dealt)] == order
+
+        def cost(micro_batches, lengths=lengths):
+            sizes = [len(micro) * max(lengths[i] for i in micro) for micro in micro_batches]
+            return math.inf if max(sizes) > 600 else sum(sizes) + OVERHEAD * len(sizes)
+
+        ways = [[0, *(i for i in range(1, 8) if bits >> i & 1), 8] for bits in range(0, 256, 2)]
+        assert cost(dealt) == min(cost([order[a:b] for a, b in itertools.pairwise(way)]) for way in ways)
+    assert deal(range(3), [700, 700, 5], 600) == [[0], [1], [2]]
 
 
 def test_an_empty_micro_batch_has_loss_zero_and_gradients(bases):

@@ -15,6 +15,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from utils.encoding import IGNORED
 
+OVERHEAD = 128  # tokens that could be computed in the time that a micro-batch takes whatever its size
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -35,17 +37,27 @@ class Plan:
 def deal(indices: Sequence[int], lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Cut records, longest first, into micro-batches of at most `most_tokens` tokens with padding.
 
-    A record that is longer than that is a micro-batch of its own.
+    Of all ways to cut them it takes the one with the fewest padded tokens, where each micro-batch counts as OVERHEAD
+    more. A record that is longer than `most_tokens` is a micro-batch of its own.
     """
+    order = sorted(indices, key=lambda i: (-lengths[i], i))
+    costs, starts = [0], [0]  # of the cheapest way to cut the first records, and where its last micro-batch begins
+    for stop in range(1, len(order) + 1):
+        ways: list[tuple[int, int]] = []
+        for start in range(stop - 1, -1, -1):
+            tokens = (stop - start) * lengths[order[start]]
+            if tokens > most_tokens and ways:
+                break
+            ways.append((costs[start] + tokens + OVERHEAD, start))
+        cost, start = min(ways)
+        costs.append(cost)
+        starts.append(start)
     micro_batches: list[list[int]] = []
-    room = 0  # how many more records the open micro-batch takes
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        if not room:
-            micro_batches.append([])
-            room = max(1, most_tokens // lengths[index])
-        micro_batches[-1].append(index)
-        room -= 1
-    return micro_batches
+    stop = len(order)
+    while stop:
+        micro_batches.append(order[starts[stop] : stop])
+        stop = starts[stop]
+    return micro_batches[::-1]
 
 
 def share(indices: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
