@@ -83,19 +83,26 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def check_plain(path: str | Path) -> None:
+    """Raises UserError where `path` is a pipe, a device or the like, which may give no end, or nothing ever."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path}: is not a plain file; save what it gives to a file first")
+
+
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file (UTF-8, a byte-order mark is allowed).
 
     Raises UserError where the file is missing, unreadable, not UTF-8 or not JSON; the line and column are named.
     """
+    check_plain(path)
     try:
         return json.loads(Path(path).read_text("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); mend the file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be read; flatten the file") from None
+    except (RecursionError, ValueError):  # Python reads integers of up to 4300 digits
+        raise UserError(f"{path}: nested too deeply, or a number in it too long, to be read; mend the file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
@@ -107,9 +114,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises UserError where the file cannot be read."""
+    check_plain(path)
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
 def digest(value: Any) -> str:

@@ -20,6 +20,7 @@ from typing import IO, Any
 import orjson
 
 from utils.console import UserError
+from utils.files import check_plain
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 BOM = b"\xef\xbb\xbf"
@@ -89,8 +90,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     """
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a file in it")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: is not a plain file; save what it gives to a file first")
+    check_plain(path)
     try:
         with open(path, "rb") as raw:
             zipped = raw.read(2) == b"\x1f\x8b"

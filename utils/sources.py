@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.console import UserError, say
+from utils.files import check_plain
 from utils.formats import ENDINGS
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -59,6 +60,7 @@ def files_of(name: str, data_path: str) -> list[Path]:
     if is_hub_name and not os.path.exists(name):
         return hub_files(name)
     check_exists(Path(name))
+    check_plain(name)
     return [Path(name)]
 
 

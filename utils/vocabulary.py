@@ -12,7 +12,7 @@ import torch
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from utils.console import UserError, say
-from utils.files import read_json
+from utils.files import check_plain, read_json
 from utils.tokenizer import SPACE, SentencePieceTokenizer
 from utils.tokenizer_files import MODEL, copy_tokenizer
 
@@ -47,6 +47,7 @@ def read_proto(file: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+    check_plain(file)
     try:
         proto = ModelProto.FromString(file.read_bytes())
     except DecodeError:
@@ -86,14 +87,14 @@ def train_pieces(file: Path, most: int) -> list[str]:
 
 def read_texts(file: Path) -> list[str]:
     """The lines of a text file, or all texts in the values of a JSON (Lines) file. Raises UserError where it is neither."""
-    if file.suffix == ".json":
-        return list(texts_in(read_json(file)))
+    check_plain(file)
     try:
+        if file.suffix == ".json":
+            return list(texts_in(read_json(file)))
         lines = file.read_text("utf-8-sig").splitlines()
-        values = [json.loads(line) for line in lines if line.strip()] if file.suffix == ".jsonl" else lines
-    except (OSError, ValueError) as error:
+        return list(texts_in([json.loads(line) for line in lines if line.strip()] if file.suffix == ".jsonl" else lines))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as text ({error}); give a UTF-8 text, or JSON") from None
-    return list(texts_in(values))
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -21,7 +21,7 @@ import tiny
 from scripting import ROOT, Ended, Script
 
 FULL = os.environ.get("RELIABILITY") == "full"
-HANGS = 120  # seconds after which a process counts as hanging, and is killed: far more than any case takes
+HANGS = 60  # seconds after which a process counts as hanging, and is killed: far more than any case takes
 PROGRESS = re.compile(r"\d+%\||\d+ ?records \[|\[\d\d:\d\d")
 RECORDS = [{"instruction": f"第{number}问？", "input": "", "output": f"答{number}。" * 3} for number in range(12)]
 GOOD = {
