@@ -91,7 +91,7 @@ def test_shellcheck():
 
 def test_names():
     """Every script is a step by the naming rule, or one of the tools; every adapter can be talked to and answers prompts."""
-    tools = {"env", "setup", "quickstart", "test", "chain", "get-smollm2-135m"}
+    tools = {"env", "setup", "quickstart", "test", "soak", "chain", "get-smollm2-135m"}
     assert {file.stem for file in SCRIPTS.glob("*.sh")} == tools | set(STEPS)
     merges = {f"merge-{size}-{kind}" for size in ("7b", "13b") for kind in ("llama", "alpaca")}
     assert merges < set(STEPS)
