@@ -89,6 +89,15 @@ def test_shellcheck():
     assert ended.returncode == 0, ended.stdout
 
 
+def test_soak_goes_on_for_its_time_and_says_how_to_repeat_a_failure():
+    """With a program in the place of Python that succeeds, or fails, at once."""
+    ended = bash("soak.sh", "0.0004", PYTHON="true", SEED="5")
+    assert ended.returncode == 0 and "round 1, seed 5\nsoak: round 2, seed 6\n" in ended.stdout
+    ended = bash("soak.sh", "9", PYTHON="false", SEED="5")
+    assert ended.returncode == 1 and "SEED=5 bash scripts/soak.sh" in ended.stderr and "seed 6" not in ended.stdout
+    assert bash("soak.sh", "PYTHON").returncode == 2
+
+
 def test_names():
     """Every script is a step by the naming rule, or one of the tools; every adapter can be talked to and answers prompts."""
     tools = {"env", "setup", "quickstart", "test", "soak", "chain", "get-smollm2-135m"}

@@ -18,7 +18,7 @@ import openai  # noqa: F401
 import orjson
 import tiny
 import torch
-from api_server import Server, fair
+from api_server import Server, asked, fair
 from test_prepare import firefly_items, lines, write_coig
 from transformers import Trainer  # noqa: F401
 
@@ -30,7 +30,8 @@ from utils import checkpoints
 torch.set_num_threads(1)
 CACHE = Path(datasets.config.HF_DATASETS_CACHE) / "dreamergpt"
 TIMES = {"lineage.json": ("time",)}  # the fields that may differ between two runs of one command
-GROWING = {"train_log.jsonl", "loss.png", "judge.jsonl"}  # of these, what was there at a kill is the beginning of the whole
+JOURNALS = {"judge.jsonl", "answers.jsonl"}  # of requests, in the order in which the answers came
+GROWING = {"train_log.jsonl", "loss.png"} | JOURNALS  # of these, what was there at a kill is the beginning of the whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,12 @@ def merging(folder: Path) -> Program:
     return Program("merging", [*words.split(), "--output_dir", "{place}/out"])
 
 
+def merging_pth(folder: Path) -> Program:
+    """A base converted into Meta's own layout."""
+    base = tiny.llama(folder / "base", num_hidden_layers=4, hidden_size=128, intermediate_size=512)
+    return Program("merging_pth", f"merge_weights.py --base_model {base} --output_type pth --output_dir {{place}}/out".split())
+
+
 def answering(folder: Path) -> Program:
     """Thirty prompts, six of them equal to others, in batches of four."""
     base = tiny.llama(folder / "base")
@@ -98,6 +105,14 @@ def judging(folder: Path) -> Program:
     return Program("judging", [*words, "--api_base", server.url])
 
 
+def asking(folder: Path) -> Program:
+    """A model behind a real server answers thirty prompts."""
+    prompts = write(folder / "prompts.json", [f"问题{n}" for n in range(30)])
+    server = Server(lambda number, body: {"content": f"答：{asked(body)}", "sleep": 0.02})
+    words = f"judge.py --answer_with m --test_input_path {prompts} --api_base {server.url}"
+    return Program("asking", [*words.split(), "--output_dir", "{place}/out"])
+
+
 def preparing_firefly(folder: Path) -> Program:
     """Firefly, cut into five parts by way of nameless files."""
     folder.mkdir()
@@ -114,7 +129,8 @@ def preparing_coig(folder: Path) -> Program:
     return Program("preparing_coig", ["data/COIG/prepare.py", "--raw", str(folder), "--output_dir", "{place}/out"])
 
 
-BUILDERS = {build.__name__: build for build in (training, merging, answering, judging, preparing_firefly, preparing_coig)}
+EACH = (training, merging, merging_pth, answering, judging, asking, preparing_firefly, preparing_coig)
+BUILDERS = {build.__name__: build for build in EACH}
 
 
 def write(path: Path, value: object) -> Path:
@@ -134,7 +150,7 @@ def clear(place: Path) -> None:
 def contents(place: Path) -> dict[str, object]:
     """Every file below `place` and in the cache of encoded records, as bytes, but for the named time fields.
 
-    The requests to a judge are journaled in the order in which the answers came: its lines are sorted.
+    The lines of journals of requests are sorted.
     """
     found: dict[str, object] = {}
     for folder in (place, CACHE):
@@ -148,7 +164,7 @@ def content(path: Path) -> object:
     """What a file holds, as it can be compared."""
     if path.name in TIMES:
         return {key: value for key, value in orjson.loads(path.read_bytes()).items() if key not in TIMES[path.name]}
-    if path.name == "judge.jsonl":
+    if path.name in JOURNALS:
         return sorted(path.read_bytes().splitlines())
     return path.read_bytes()
 
