@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -37,14 +38,16 @@ TEXTS = [
 
 
 def train(texts: list[str], size: int, **settings) -> bytes:
-    """A SentencePiece model with LLaMA's settings."""
+    """A SentencePiece model with LLaMA's settings, or with these in their place."""
     model = io.BytesIO()
+    like_llama: dict[str, Any] = {
+        "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": True,
+        "remove_extra_whitespaces": False, "split_digits": True, "allow_whitespace_only_pieces": True,
+        "character_coverage": 0.99, "unk_surface": " ⁇ ", "hard_vocab_limit": False, "minloglevel": 2,
+    }  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False, split_digits=True,
-        allow_whitespace_only_pieces=True, character_coverage=0.99, unk_surface=" ⁇ ", hard_vocab_limit=False,
-        minloglevel=2, **settings,
-    )  # fmt: skip
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=size, **like_llama | settings
+    )
     return model.getvalue()
 
 

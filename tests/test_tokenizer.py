@@ -10,11 +10,11 @@ import sentencepiece
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepieces import TEXTS, chinese_alpaca, llama
+from sentencepieces import TEXTS, chinese_alpaca, llama, train
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.console import UserError
-from utils.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer
+from utils.tokenizer import load_tokenizer, read_tokenizer, run, save_tokenizer, widths_of
 from utils.tokenizer_files import copy_tokenizer, count_tokens
 
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -69,6 +69,32 @@ def test_any_text_has_sentencepieces_ids_and_its_text_back(folders, text):
 
 
 CACHE: dict = {}
+
+
+@pytest.fixture(scope="module")
+def kinds_of_models(folders, tmp_path_factory):
+    """SentencePiece models as LLaMA's, without bytes for rare characters, and changing texts before they split them."""
+    top = tmp_path_factory.mktemp("kinds")
+    changes = {
+        "unknown": {"byte_fallback": False},
+        "nfkc": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    }
+    for kind, change in changes.items():
+        llama(top / kind)
+        (top / kind / "tokenizer.model").write_bytes(train(TEXTS, 400, **change))
+    return [load_tokenizer(folder) for folder in (folders["alpaca"], *(top / kind for kind in changes))]
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(anything | st.sampled_from(TEXTS), max_size=3))
+def test_offsets_are_sentencepieces(kinds_of_models, texts):
+    """They are not asked of it where the pieces tell them, which takes a third of the time."""
+    for tokenizer in kinds_of_models:
+        found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        for model, rows in ((tokenizer.sp_model, found), (tokenizer.continuing_model, None)):
+            expected = model.encode(texts, return_type="offset_mapping")
+            offsets = rows["offset_mapping"] if rows else [o for _, o in run(model, texts, widths_of(model))]
+            assert offsets == [row["offsets"] for row in expected]
 
 
 def test_offsets_are_characters_of_the_text(alpaca):

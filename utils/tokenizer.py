@@ -23,6 +23,8 @@ from utils.tokenizer_files import CONFIG, JSON, MODEL, check_numbers, copy_token
 from utils.weights import base_folder
 
 SPACE = "▁"  # how SentencePiece writes a space
+UNTOLD = -(1 << 40)  # no width, and one that makes every sum of widths wrong
+FIRST_BYTES = (0b11000000, 0b11100000, 0b11110000)  # from which on a first byte has one, two, three more to come in UTF-8
 SAMPLES = (  # of what models are asked and answer: runs of spaces, rare characters, two languages in one line
     "世界的影响力正在改变，我们应该怎样面对未来的挑战？",
     "你好！很高兴认识你。请用一句话介绍一下你自己吧。",
@@ -111,11 +113,62 @@ class Segment(NamedTuple):
 Encoded = tuple[list[int], list[tuple[int, int]]]  # the ids of a text, and the offsets of their tokens
 
 
-def run(model: SentencePieceProcessor, texts: list[str], with_offsets: bool) -> list[Encoded]:
-    """What SentencePiece makes of texts; it encodes a batch in threads, and offsets take it longer than ids do."""
-    if with_offsets:
-        return [(row["ids"], row["offsets"]) for row in model.encode(texts, return_type="offset_mapping")]
-    return [(ids, []) for ids in model.encode(texts)]
+def run(model: SentencePieceProcessor, texts: list[str], widths: list[int] | None) -> list[Encoded]:
+    """What SentencePiece, which encodes a batch in threads, makes of texts; without offsets where `widths` is None.
+
+    Asking it for offsets takes three times as long as asking for ids, so they are summed up from the `widths` of the
+    pieces (see `widths_of`), and it is asked only about texts for which these do not tell.
+    """
+    if widths is None:
+        return [(ids, []) for ids in model.encode(texts)]
+    rows: list[Encoded] = []
+    untold = []
+    for number, ids in enumerate(model.encode(texts)):
+        lengths = [widths[index] for index in ids]
+        if lengths and min(lengths) < 0:
+            place_characters(lengths)
+        before = sum(lengths) - len(texts[number])  # 1: a space was put before the text
+        offsets = list(itertools.pairwise(itertools.accumulate(lengths, initial=-before)))
+        if before == 1:
+            offsets[0] = 0, offsets[0][1]
+        elif before:
+            untold.append(number)
+        rows.append((ids, offsets))
+    found = model.encode([texts[number] for number in untold], return_type="offset_mapping") if untold else []
+    for number, row in zip(untold, found, strict=True):
+        rows[number] = row["ids"], row["offsets"]
+    return rows
+
+
+def widths_of(model: SentencePieceProcessor) -> list[int]:
+    """For each piece of a model how many characters of a text it stands for.
+
+    For one of the bytes of a character it is that byte, negative, and `UNTOLD` where a piece does not tell.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    proto = ModelProto.FromString(model.serialized_model_proto())
+    spec = proto.normalizer_spec
+    if spec.precompiled_charsmap or spec.remove_extra_whitespaces or proto.trainer_spec.treat_whitespace_as_suffix:
+        return [UNTOLD] * len(proto.pieces)  # it splits other texts than it is given
+    widths = []
+    for piece in proto.pieces:
+        if piece.type == piece.BYTE:
+            byte = int(piece.piece[1:-1], 16)
+            widths.append(1 if byte < 128 else -byte)
+        else:
+            widths.append(len(piece.piece) if piece.type in (piece.NORMAL, piece.USER_DEFINED) else UNTOLD)
+    return widths
+
+
+def place_characters(widths: list[int]) -> None:
+    """Have the last byte of each character stand for it, and its other bytes for nothing; changes `widths` in place."""
+    to_come = 0
+    for place, width in enumerate(widths):
+        if UNTOLD < width < 0:
+            is_first = -width >= FIRST_BYTES[0]
+            to_come = sum(-width >= start for start in FIRST_BYTES) if is_first else to_come - 1
+            widths[place] = int(to_come == 0)
 
 
 class SentencePieceTokenizer(SentencePieceBackend):
@@ -160,6 +213,10 @@ class SentencePieceTokenizer(SentencePieceBackend):
         self._added_pattern = re.compile("|".join(patterns) or "(?!)")
 
     @functools.cached_property
+    def _widths(self) -> list[int]:
+        return widths_of(self.sp_model)
+
+    @functools.cached_property
     def continuing_model(self) -> SentencePieceProcessor:
         """SentencePiece for a text that goes on: without the space that it puts before a text."""
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
@@ -187,15 +244,16 @@ class SentencePieceTokenizer(SentencePieceBackend):
         The texts of added tokens become these tokens, unless `split_special_tokens`. A token that stands for no
         character of its own (the space put before a text, all but the last byte of a character) has an empty range.
         """
+        widths = self._widths if with_offsets else None
         if split_special_tokens or not any(map(self._added_pattern.search, texts)):
-            return run(self.sp_model, texts, with_offsets)
+            return run(self.sp_model, texts, widths)
         segments = [segment for row, text in enumerate(texts) for segment in self._cut(row, text)]
         plain = [s for s in segments if s.token is None]
         fresh = [s for s in plain if self.legacy or s.start == 0]
         going_on = [s for s in plain if not (self.legacy or s.start == 0)]
-        encoded = dict(zip(fresh, run(self.sp_model, [s.text for s in fresh], with_offsets), strict=True))
+        encoded = dict(zip(fresh, run(self.sp_model, [s.text for s in fresh], widths), strict=True))
         if going_on:
-            encoded |= zip(going_on, run(self.continuing_model, [s.text for s in going_on], with_offsets), strict=True)
+            encoded |= zip(going_on, run(self.continuing_model, [s.text for s in going_on], widths), strict=True)
         rows: list[Encoded] = [([], []) for _ in texts]
         for s in segments:
             ids, offsets = ([s.token], [(0, len(s.text))]) if s.token is not None else encoded[s]
