@@ -1,6 +1,7 @@
 """Adapters (LoRA weights): find, check, load, save."""
 
 import dataclasses
+import math
 import re
 import warnings
 from pathlib import Path
@@ -46,6 +47,9 @@ def open_tensors(folder: str | Path) -> tuple[Weights, dict[str, str]]:
             plain = re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name).replace("modules_to_save.", "")
             if plain in names:
                 raise UserError(f"{file}: {names[plain]} and {name} are one tensor; delete the one that is not meant")
+            if not weights.dtype(name).is_floating_point:
+                kind = str(weights.dtype(name)).removeprefix("torch.")
+                raise UserError(f"{file}: {name} is of {kind}, and a LoRA of floating-point numbers; copy it again")
             names[plain] = name
     if not any("lora_" in name for name in names):
         raise UserError(f"{file}: holds no LoRA weights ({len(weights.names)} tensors); the save failed, or it is another file")
@@ -64,7 +68,40 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     settings = read_json(path)
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise UserError(f"{path}: does not describe a LoRA adapter; name the folder of one")
+    wrong = wrong_setting(settings)
+    if wrong:
+        raise UserError(f"{path}: {wrong} is {str(settings.get(wrong))[:80]}, as it is for no LoRA; copy the file again")
     return settings
+
+
+def wrong_setting(settings: dict[str, Any]) -> str:
+    """The name of a setting that is not of the kind that a LoRA has; "" where all are."""
+    for name in ("r", "lora_alpha"):
+        if not is_amount(settings.get(name)):
+            return name
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(name) or {}
+        if not isinstance(patterns, dict) or not all(is_pattern(key) and is_amount(patterns[key]) for key in patterns):
+            return name
+    for name in ("target_modules", "modules_to_save"):
+        names = settings.get(name) or []
+        if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+            return name
+    return ""
+
+
+def is_amount(value: Any) -> bool:
+    """True for a number that a rank or an alpha can be."""
+    return isinstance(value, (int, float)) and 0 < value < math.inf
+
+
+def is_pattern(text: str) -> bool:
+    """True for a regular expression."""
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def read_config(folder: str | Path) -> "LoraConfig":

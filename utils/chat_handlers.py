@@ -6,6 +6,7 @@ What belongs to one visitor (the conversation) comes in with each call and goes 
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -269,4 +270,4 @@ def steps_of(answerer: Answerer) -> list[str]:
     """The names of the training steps that lead to an adapter, by its lineage; for the base, none."""
     if answerer.folder is None or answerer.lineage is None:
         return []
-    return [step["options"]["output_dir"].rstrip("/").split("/")[-1] for step in lineage.chain(answerer.folder)]
+    return [Path(step["options"].get("output_dir", "—")).name for step in lineage.chain(answerer.folder)]

@@ -34,8 +34,11 @@ def is_whole(folder: Path) -> bool:
     """True if a checkpoint's manifest is there and each of its files is as it was written."""
     if not (folder / MANIFEST).is_file():
         return False
-    files = read_json(folder / MANIFEST)["files"]
-    return all((folder / name).is_file() and sha256(folder / name) == hash for name, hash in files.items())
+    manifest = read_json(folder / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) and isinstance(manifest.get("run"), dict) else None
+    return isinstance(files, dict) and all(
+        (folder / name).is_file() and sha256(folder / name) == hash for name, hash in files.items()
+    )
 
 
 def newest_whole(output_dir: str | Path) -> Path | None:

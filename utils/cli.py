@@ -164,7 +164,10 @@ def _read_as(kind: Any, raw: str) -> Any:
     if kind == list[str]:
         from fire.parser import DefaultParseValue  # here, because it takes a tenth of a second
 
-        value = DefaultParseValue(raw) if raw.startswith(("[", "(")) else [part for part in raw.split(",") if part]
+        try:
+            value = DefaultParseValue(raw) if raw.startswith(("[", "(")) else [part for part in raw.split(",") if part]
+        except (ValueError, RecursionError, MemoryError):  # what Python's own parser raises
+            return None
         return [str(item) for item in value] if isinstance(value, (list, tuple)) else None
     if kind in (int, float):
         try:

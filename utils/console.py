@@ -14,6 +14,11 @@ class UserError(Exception):
     """
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says; where it says nothing, its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_main_process() -> bool:
     """True in the one process that may print and write (rank 0 under torchrun or accelerate)."""
     return os.environ.get("RANK", "0") == "0"

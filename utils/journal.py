@@ -33,7 +33,7 @@ class Journal:
             for number, line in enumerate(file):
                 if not line.endswith(b"\n"):
                     break
-                entry = json.loads(line)
+                entry = self._parse(line, number)
                 if number == 0:
                     changed = sorted(k for k in header.keys() | entry.keys() if header.get(k) != entry.get(k))
                     if changed:
@@ -45,6 +45,16 @@ class Journal:
                     self.values[entry["key"]] = entry["value"]
                 whole += len(line)
         return whole
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        """One line as the object that it is."""
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or (number and entry.keys() != {"key", "value"}):
+            raise UserError(f"{self.path}: line {number + 1} is damaged; delete this file to start anew")
+        return entry
 
     def _append(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")

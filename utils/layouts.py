@@ -56,13 +56,16 @@ def open_model(folder: Path) -> tuple[dict[str, Any], Weights]:
     Raises UserError where files are missing or belong to no model.
     """
     if is_meta(folder):
-        weights = MetaWeights(folder)
-        return weights.config, weights
+        meta = MetaWeights(folder)
+        return meta.config, meta
     refuse_adapter(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: is no configuration of a model; copy it again")
-    return config, Weights(folder)
+    weights = Weights(folder)
+    if not weights.names:
+        raise UserError(f"{weights.files[0]}: holds no tensors; is it the right file?")
+    return config, weights
 
 
 def names_in_meta(layers: int) -> dict[str, tuple[str, str]]:

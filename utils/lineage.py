@@ -112,9 +112,48 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     lineage = read_json(path)
-    if not isinstance(lineage, dict) or not isinstance(lineage.get("options"), dict) or "kind" not in lineage:
-        raise UserError(f"{path}: not a lineage file; delete it, or copy it again")
+    step = lineage
+    while step is not None:
+        if not is_step(step):
+            raise UserError(f"{path}: not a lineage file; delete it, or copy it again")
+        step = (step.get("parent") or {}).get("lineage")
     return lineage
+
+
+def is_step(step: Any) -> bool:
+    """True where what others read of a step, and of its base and parent, has the form that `describe` gives it."""
+    if not isinstance(step, dict) or not isinstance(step.get("options"), dict) or "kind" not in step:
+        return False
+    base, parent = step.get("base") or {}, step.get("parent") or {}
+    template, results = step.get("template") or {"texts": {}}, step.get("results") or {}
+    data, spent = step.get("data") or {}, step.get("time") or {}
+    if not all(isinstance(part, dict) for part in (base, parent, template, results, data, spent)):
+        return False
+    texts = [step["options"].get("output_dir", ""), step["options"].get("prompt_template_name", "")]
+    texts += [part.get("name") for part in (base, parent) if part] + ([parent.get("sha256")] if parent else [])
+    numbers = [results.get("train_loss"), results.get("eval_loss"), spent.get("seconds")]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(number is None or isinstance(number, (int, float)) for number in numbers)
+        and isinstance(template.get("texts"), dict)
+        and isinstance(data.get("files", {}), dict)
+        and (not base or is_fingerprint(base.get("fingerprint")))
+    )
+
+
+def is_fingerprint(value: Any) -> bool:
+    """True for what `fingerprint` returns."""
+    if not isinstance(value, dict) or not {"architecture", "tokenizer", "shapes", "samples"} <= value.keys():
+        return False
+    architecture, samples = value["architecture"], value["samples"]
+    return (
+        isinstance(architecture, dict)
+        and isinstance(samples, dict)
+        and all(
+            isinstance(values, list) and len(values) == SAMPLED_VALUES and all(isinstance(v, (int, float)) for v in values)
+            for values in samples.values()
+        )
+    )
 
 
 def chain(folder: str | Path) -> list[dict[str, Any]]:
@@ -132,15 +171,15 @@ def table(steps: list[dict[str, Any]]) -> str:
     """A chain as a Markdown table: step, data, records, tokens, losses, time, parent."""
     rows = [["step", "data", "records", "tokens", "train loss", "val loss", "minutes", "parent"]]
     for step in steps:
-        results, data = step.get("results", {}), step.get("data", {})
+        results, data, spent = (step.get(part) or {} for part in ("results", "data", "time"))
         rows.append(
             [
-                Path(step["options"]["output_dir"]).name,
+                Path(step["options"].get("output_dir", "—")).name,
                 ", ".join(Path(file).name for file in data.get("files", {})) or "—",
                 str(data.get("train", "—")),
                 str(data.get("tokens", "—")),
                 *(f"{results[key]:.4f}" if results.get(key) is not None else "—" for key in ("train_loss", "eval_loss")),
-                f"{step['time']['seconds'] / 60:.1f}" if "seconds" in step.get("time", {}) else "—",
+                f"{spent['seconds'] / 60:.1f}" if spent.get("seconds") is not None else "—",
                 Path((step.get("parent") or step.get("base") or {"name": "—"})["name"]).name,
             ]
         )

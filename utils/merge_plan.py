@@ -79,8 +79,10 @@ def check_not_quantised(base: Path, config: dict[str, Any], weights: Weights) ->
     """Raises UserError where a base's weights are quantised: adapters are added to full ones."""
     strange = [weights.dtype(name) for name in weights.names if len(weights.shape(name)) == 2]
     strange = [dtype for dtype in strange if dtype.itemsize == 1 and dtype != torch.bool]
-    if config.get("quantization_config") or strange:
-        kind = (config.get("quantization_config") or {}).get("quant_method") or str(strange[0]).removeprefix("torch.")
+    told = config.get("quantization_config")
+    if told or strange:
+        stored = str(strange[0]).removeprefix("torch.") if strange else "by a method unnamed"
+        kind = (told.get("quant_method") if isinstance(told, dict) else told) or stored
         raise UserError(f"{base}: its weights are quantised ({kind}); merge into the same model in float16 or bfloat16")
 
 
@@ -111,6 +113,9 @@ def plan_recipes(weights: Weights, find: Finder, adapters: list[Adapter]) -> tup
                 say(f"{adapter.folder}: replaces {name}, which an adapter before it has changed")
             if replacing:
                 recipes[name].kind = replacing[-1].weights.shape(replacing[-1].name), recipes[name].kind[1]
+            if not recipes[name].kind[1].is_floating_point:
+                kind = str(recipes[name].kind[1]).removeprefix("torch.")
+                raise UserError(f"{weights.folder}: {name} is of {kind}; merge into the same model in float16 or bfloat16")
             recipes[name].changes += found
         rows.append(max((recipes[name].kind[0][0] for name in embeddings), default=0))
     return recipes, rows
@@ -171,11 +176,12 @@ def grow_missing_rows(recipes: dict[str, Recipe], find: Finder, base: Path, toke
     """Where an adapter holds one of the two embeddings with new tokens, give the other its rows as training did."""
     names = [name for name in find.embeddings if name in recipes]
     most = max((recipes[name].kind[0][0] for name in names), default=0)
+    grown = any(isinstance(change, Replace) for name in names for change in recipes[name].changes)
     for name in names:
         recipe = recipes[name]
         rows, width = recipe.kind[0]
         if rows < most:
-            if tokenizer is None or any(isinstance(change, Replace) for change in recipe.changes):
+            if tokenizer is None or not grown or any(isinstance(change, Replace) for change in recipe.changes):
                 raise UserError(
                     f"{name}: has {rows} rows, the other embeddings {most}, and no adapter holds the rest; {STAGES}"
                 )

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.console import UserError, say
+from utils.console import UserError, reason, say
 from utils.files import read_json
 from utils.weights import base_folder, weight_files
 
@@ -90,8 +90,8 @@ def load_base(
         options["quantization_config"] = quantisation(placement)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"{base_model}: cannot be loaded ({str(error).splitlines()[0]}); check the model folder") from None
+    except Exception as error:  # the library checks little, and fails wherever a file is not what it expects
+        raise UserError(f"{base_model}: cannot be loaded ({reason(error)}); check the model folder") from None
     for problem in ("missing_keys", "mismatched_keys"):
         if report[problem]:
             name = sorted(str(key) for key in report[problem])[0]
@@ -115,10 +115,8 @@ def check_architecture(folder: Path) -> None:
         raise UserError(f"{path}: asks for code of its own to be run, which is refused; use a family that transformers knows")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not understood ({str(error).splitlines()[0]}); use a family that transformers knows"
-        ) from None
+    except Exception as error:
+        raise UserError(f"{path}: not understood ({reason(error)}); use a family that transformers knows") from None
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: {settings['model_type']} is no causal language model; choose one such as LLaMA or BLOOM")
 

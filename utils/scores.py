@@ -263,4 +263,7 @@ def scalar(value: Any) -> float:
         return scalar(labelled[0]) if len(labelled) == 1 else UNCLEAR
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return UNCLEAR
-    return score_in(value) if isinstance(value, str) else float(value)
+    try:
+        return score_in(value) if isinstance(value, str) else float(value)
+    except OverflowError:  # an integer beyond all floats
+        return UNCLEAR

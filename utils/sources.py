@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.console import UserError, say
+from utils.console import UserError, reason, say
 from utils.files import check_plain
 from utils.formats import ENDINGS
 
@@ -86,8 +86,7 @@ def hub_files(name: str) -> list[Path]:
             name, repo_type="dataset", allow_patterns=[f"*{ending}" for ending in ENDINGS], ignore_patterns=list(HUB_INFO)
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no such file, and not to be had from the hub ({reason}); check the name") from None
+        raise UserError(f"{name}: no such file, and not to be had from the hub ({reason(error)}); check the name") from None
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.suffix in ENDINGS)
     chosen = [file for file in files if "train" in str(file.relative_to(folder))] or files
     if not chosen:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from utils.adapters import fill, linear_layers, read_config, read_tensors
-from utils.console import UserError
+from utils.console import UserError, reason
 
 
 def attach(model: PreTrainedModel, folders: dict[str, Path], base_model: str) -> PeftModel:
@@ -37,7 +37,7 @@ def attach(model: PreTrainedModel, folders: dict[str, Path], base_model: str) ->
         except ValueError as error:  # what peft raises for layers that are not there
             layers = ", ".join(linear_layers(model))
             raise UserError(
-                f"{folder}: does not fit {base_model} ({str(error).splitlines()[0]}), whose layers are {layers}; "
+                f"{folder}: does not fit {base_model} ({reason(error)}), whose layers are {layers}; "
                 "use the base it was trained on"
             ) from None
         fill(wrapped, tensors, folder, key_of(name))

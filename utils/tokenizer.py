@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from utils.console import UserError, say
+from utils.console import UserError, reason, say
 from utils.files import read_json, write_json
 from utils.tokenizer_files import CONFIG, JSON, MODEL, check_numbers, copy_tokenizer, is_sentencepiece, read_settings
 from utils.weights import base_folder
@@ -59,16 +59,17 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder as its files describe it, with a padding token or without; raises as above."""
-    if is_sentencepiece(folder / MODEL):
-        settings = read_settings(folder)
+    settings = read_settings(folder) if is_sentencepiece(folder / MODEL) else None
+    if settings:
         check_numbers(folder, settings["added_tokens_decoder"])
-        return SentencePieceTokenizer(vocab_file=str(folder / MODEL), name_or_path=str(folder), **settings)
-    if not any((folder / file).is_file() for file in (JSON, "vocab.json")):
+    elif not any((folder / file).is_file() for file in (JSON, "vocab.json")):
         raise UserError(f"{folder}: holds neither {MODEL} (of SentencePiece) nor {JSON}; put the model's tokenizer there")
     try:
+        if settings:
+            return SentencePieceTokenizer(vocab_file=str(folder / MODEL), name_or_path=str(folder), **settings)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}); copy it again") from None
+    except Exception as error:  # the libraries check nothing, and fail wherever a file is not what they expect
+        raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason(error)}); copy it again") from None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path, target: str | Path) -> None:

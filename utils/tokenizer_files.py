@@ -8,7 +8,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 
-from utils.console import UserError
+from utils.console import UserError, reason
 from utils.files import digest, read_json, sha256
 from utils.weights import base_folder
 
@@ -52,7 +52,7 @@ def is_sentencepiece(file: Path) -> bool:
     try:
         SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{file}: not a whole SentencePiece model ({str(error).splitlines()[0]}); copy it again") from None
+        raise UserError(f"{file}: not a whole SentencePiece model ({reason(error)}); copy it again") from None
     return True
 
 
@@ -61,9 +61,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
     As in transformers, an `added_tokens_decoder` in the configuration has the last word on added tokens; where there
     is none, `special_tokens_map.json` comes before the configuration, and added tokens are those of
-    `added_tokens.json`, else of `tokenizer.json`.
+    `added_tokens.json`, else of `tokenizer.json`. Raises UserError where these files are not of their usual form.
     """
     files = {name: read_json(folder / name) for name in (CONFIG, SPECIAL, ADDED, JSON) if (folder / name).is_file()}
+    try:
+        wanted = joined(files)
+    except (AttributeError, TypeError, KeyError, ValueError):
+        names = ", ".join(files)
+        raise UserError(f"{folder}: the settings of its tokenizer are not of their usual form; copy {names} again") from None
+    if (folder / TEMPLATE).is_file():
+        wanted["chat_template"] = (folder / TEMPLATE).read_text("utf-8")
+    return wanted
+
+
+def joined(files: dict[str, Any]) -> dict[str, Any]:
+    """What `read_settings` returns, of files' contents by their names."""
     settings: dict[str, Any] = files.get(CONFIG, {})
     added = {int(index): as_token(token) for index, token in settings.get("added_tokens_decoder", {}).items()}
     if not added:
@@ -77,8 +89,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     for key in ("add_bos_token", "add_eos_token", "legacy", "model_max_length", "padding_side", "chat_template"):
         if settings.get(key) is not None:
             wanted[key] = settings[key]
-    if (folder / TEMPLATE).is_file():
-        wanted["chat_template"] = (folder / TEMPLATE).read_text("utf-8")
     return wanted | {"added_tokens_decoder": added, "saved_class": settings.get("tokenizer_class") or "LlamaTokenizer"}
 
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from utils import adapters, checkpoints
 from utils.batching import MicroBatch, Plan, Steps, deal, pad
-from utils.console import UserError, is_main_process, say
+from utils.console import UserError, is_main_process, reason, say
 from utils.dataset import Encoded
 from utils.loss import returning_loss
 from utils.modeling import wants_fsdp
@@ -175,7 +175,7 @@ class StepTrainer(Trainer):
             way_out = (
                 f"free some space and run the same command again: it goes on from {older[-1]}" if older else "free some space"
             )
-            raise UserError(f"{folder}: could not be written ({str(error).splitlines()[0]}); {way_out}") from error
+            raise UserError(f"{folder}: could not be written ({reason(error)}); {way_out}") from error
         if is_main_process():
             checkpoints.rotate(self.args.output_dir, self.job.keep, self.state.best_global_step)
 

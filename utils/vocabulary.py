@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from utils.console import UserError, say
+from utils.console import UserError, reason, say
 from utils.files import check_plain, read_json
 from utils.tokenizer import SPACE, SentencePieceTokenizer
 from utils.tokenizer_files import MODEL, copy_tokenizer
@@ -75,7 +75,7 @@ def train_pieces(file: Path, most: int) -> list[str]:
             sentence_iterator=iter(texts), model_writer=model, vocab_size=characters + most, **LIKE_LLAMA
         )
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"{file}: nothing can be learned from it ({str(error).splitlines()[0]}); give a larger text") from None
+        raise UserError(f"{file}: nothing can be learned from it ({reason(error)}); give a larger text") from None
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     uses = collections.Counter(itertools.chain.from_iterable(processor.encode(texts)))
     useful = [

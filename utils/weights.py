@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from utils.console import UserError, say
+from utils.console import UserError, reason, say
 from utils.files import read_json
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -53,7 +53,7 @@ class Weights:
                 self._kinds[name] = kind(opened, name)
         self.names = sorted(self._homes)
         index = self.folder / f"{SAFETENSORS if self.files[0].suffix == '.safetensors' else PICKLED}.index.json"
-        missing = sorted(read_json(index)["weight_map"].keys() - self._homes.keys()) if index.is_file() and not files else []
+        missing = sorted(homes_in(index).keys() - self._homes.keys()) if index.is_file() and not files else []
         if missing:
             raise UserError(f"{index}: {len(missing)} tensors are in none of its files ({missing[0]}, …); copy them again")
 
@@ -116,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            files = [folder / Path(file).name for file in sorted(set(read_json(index)["weight_map"].values()))]
+            files = [folder / Path(file).name for file in sorted(set(homes_in(index).values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise UserError(
@@ -124,6 +124,15 @@ def weight_files(folder: Path) -> list[Path]:
                 )
             return files
     raise UserError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLED}, whole or in shards; is it a model folder?")
+
+
+def homes_in(index: Path) -> dict[str, str]:
+    """In which file each tensor lies, as an index tells. Raises UserError where it does not."""
+    found = read_json(index)
+    homes = found.get("weight_map") if isinstance(found, dict) else None
+    if not homes or not isinstance(homes, dict) or not all(isinstance(file, str) for file in homes.values()):
+        raise UserError(f"{index}: does not tell in which file each tensor lies; copy it again")
+    return homes
 
 
 def open_safetensors(file: Path):
@@ -148,10 +157,16 @@ def load_pickled(file: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError:
         raise UserError(f"{file}: refused, it asks for code to be run on loading; get the weights as .safetensors") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        raise UserError(f"{file}: cannot be read ({reason(error)}); copy it again") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{file}: holds a {type(loaded).__name__} instead of named tensors; is it the right file?")
-    return group((name, tensor) for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor))
+    found = group(
+        (name, tensor) for name, tensor in loaded.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    )
+    for name, tensor in found.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            raise UserError(f"{file}: {name} is no plain tensor of numbers, but sparse, quantised or empty; get other weights")
+    return found
 
 
 def refuse_adapter(folder: Path) -> None:
