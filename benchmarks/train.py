@@ -101,7 +101,6 @@ def encoded_records(options: Options) -> list[dict[str, list[int]]]:
 
 def measure(options: Options) -> dict[str, float]:
     """Train one recipe; seconds of the measured steps, tokens a second, floating-point speed, and each step's loss."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -124,7 +123,7 @@ def measure(options: Options) -> dict[str, float]:
         "tokens_per_second": real / seconds,
         "padded_per_real": computed["tokens"] / real,
         "gflops": operations(model, computed) / seconds / 1e9,
-        "gflops_possible": matrix_speed(model, torch.get_num_threads()),
+        "gflops_possible": matrix_speed(model),
         **{f"loss{index}": loss for index, loss in enumerate(losses)},
     }
 
@@ -158,7 +157,7 @@ def is_plain_linear(name: str, module: Any) -> bool:
     return type(module) is nn.Linear and "lora_" not in name and "base_layer" not in name and "lm_head" not in name
 
 
-def matrix_speed(model: Any, threads: int) -> float:
+def matrix_speed(model: Any) -> float:
     """This machine's speed, in 1e9 operations a second, at the products of one micro-batch of the model's MLP."""
     import torch
 
