@@ -1,5 +1,6 @@
 """Batch runs: a file or folder of prompts in, `test.json` out, each answer on the disk when it is there."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ class Task:
         """Answer what the journal does not hold yet, then write the result, and beside it how it was made."""
         if not overwrite and self.is_done():
             say(f"{self.path}: holds the answers to these prompts with these settings; --overwrite answers them anew")
+            self.drop_finished_journal()
             return
         doubles = len(self.records) - len(self.prompts)
         if doubles:
@@ -106,6 +108,11 @@ class Task:
         """The file that says how the result was made."""
         return self.path.with_name(f".{self.path.name}.made")
 
+    @property
+    def journal_path(self) -> Path:
+        """The file that keeps the answers until the result is written."""
+        return self.path.with_name(f".{self.path.name}.journal")
+
     def is_done(self) -> bool:
         """True where the result is what this very run would make, untouched since."""
         if not (self.path.is_file() and self.made.is_file()):
@@ -114,8 +121,7 @@ class Task:
 
     def open_journal(self, overwrite: bool) -> Journal:
         """The journal beside the result; one of other settings is replaced where `overwrite` asks for it."""
-        path = self.path.with_name(f".{self.path.name}.journal")
-        header = self.header()
+        path, header = self.journal_path, self.header()
         try:
             return Journal(path, header)
         except UserError:
@@ -124,6 +130,12 @@ class Task:
             say(f"{path}: of an unfinished run with other settings; started anew")
             path.unlink()
             return Journal(path, header)
+
+    def drop_finished_journal(self) -> None:
+        """Remove the journal of this very run, where a kill kept it from doing so; another run's stays."""
+        if self.journal_path.exists():
+            with contextlib.suppress(UserError):
+                Journal(self.journal_path, self.header()).close(done=True)
 
     def header(self) -> dict[str, Any]:
         """What has to be the same for an answer to be the same."""

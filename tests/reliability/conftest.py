@@ -1,11 +1,6 @@
-"""What the campaign shares: how much of it is run, the programs, and folders and disks for them.
-
-RELIABILITY=full runs all of it; RELIABILITY_SEED chooses the moments of the kills and the sizes of the disks.
-"""
+"""What the campaign shares: how much of it is run, the programs, and a folder for each."""
 
 import contextlib
-import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +9,11 @@ import killing
 import programs
 import pytest
 
-FULL = os.environ.get("RELIABILITY") == "full"
-SEED = os.environ.get("RELIABILITY_SEED", "0")
-
 
 @pytest.fixture(scope="session")
 def full() -> bool:
     """Whether all of the campaign is asked for, not the sample of it."""
-    return FULL
+    return killing.FULL
 
 
 class Case:
@@ -68,20 +60,3 @@ def fresh(case) -> Iterator[Case]:
     with contextlib.suppress(ProcessLookupError):
         case.started.kill()  # where the test failed
     programs.clear(case.place)
-
-
-@contextlib.contextmanager
-def mounted(place: Path, size: int) -> Iterator[None]:
-    """A disk of `size` bytes at `place`; skips the test where none can be mounted."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)  # lazy: after a failure something may still use it
-
-
-def remount(place: Path, how: str) -> None:
-    """Change a mounted disk: `size=…`, `ro`, `rw`."""
-    subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)

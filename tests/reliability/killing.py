@@ -1,5 +1,7 @@
 """Runs a program and ends it, or stops it, at a moment that can be repeated: so many seconds in, or before its n-th
 change to the files of its folder (a file opened for writing, renamed, synced, removed; a folder made or removed).
+
+RELIABILITY=full in the environment asks for all of the campaign; RELIABILITY_SEED draws the moments.
 """
 
 import dataclasses
@@ -13,6 +15,8 @@ from typing import Any
 
 from scripting import ROOT, Ended, Running
 
+FULL = os.environ.get("RELIABILITY") == "full"
+SEED = os.environ.get("RELIABILITY_SEED", "0")
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}  # chmod: `sync` does it first
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -1,13 +1,15 @@
 """A disk that fills up, or that refuses writes: one line that says so, and with more room the same command ends as ever."""
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SEED, mounted, remount
-from killing import Moment
+from killing import SEED, Moment
 from programs import check_nothing_half_written
 from scripting import Ended
 
@@ -19,6 +21,23 @@ BIG, PAGE = 2**30, 4096
 def disk(fresh):
     """Has the program's folder on a disk of so many bytes while a block runs."""
     return lambda size: mounted(fresh.place, size)
+
+
+@contextlib.contextmanager
+def mounted(place: Path, size: int) -> Iterator[None]:
+    """A disk of `size` bytes at `place`; skips the test where none can be mounted."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)  # lazy: after a failure something may still use it
+
+
+def remount(place: Path, how: str) -> None:
+    """Change a mounted disk: `size=…`, `ro`, `rw`."""
+    subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)
 
 
 def taken(disk: Path) -> int:

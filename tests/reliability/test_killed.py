@@ -3,13 +3,15 @@
 import random
 import signal
 
-from conftest import SEED
+import pytest
+from killing import FULL, SEED, Moment
 from programs import check_nothing_half_written, clear
 
 KILLS = {True: 20, False: 3}
+LAST = {True: 10, False: 3}  # changes to the files at the end of a run, when results get their names and journals go
 
 
-def test_killed_and_started_again(fresh, full, record_property):
+def test_killed_and_started_again(fresh, full):
     """SIGKILL at seeded moments: of these, half are times, half just before a change to the files."""
     draw = random.Random(f"{SEED} {fresh.program.name}")
     kills = ends = 0
@@ -26,3 +28,15 @@ def test_killed_and_started_again(fresh, full, record_property):
         ends += 1
         clear(fresh.place)
     print(f"{fresh.program.name}: {kills} kills, {ends} ends equal to the undisturbed run's")
+
+
+@pytest.mark.parametrize("back", range(LAST[FULL]))
+def test_killed_while_it_finishes(fresh, back):
+    """Before one of the last changes to its files, the removal of its lock being the very last."""
+    ended = fresh.start(Moment(change=fresh.undisturbed.changes - back)).end()
+    assert ended.status == -signal.SIGKILL
+    check_nothing_half_written(fresh.place, fresh.undisturbed.contents)
+    again = fresh.start().end()
+    if again.status:
+        assert "finished run" in again.error or "--overwrite" in again.error
+    fresh.check_same()

@@ -8,8 +8,7 @@ import socket
 import time
 
 import pytest
-from conftest import SEED
-from killing import Moment, start
+from killing import SEED, Moment, start
 
 ROUNDS = {True: 5, False: 1}
 
