@@ -34,7 +34,7 @@ class Options:
     gpu_id: int = option(0, "which GPU", least=0)
 
     is_ui: bool = option(True, "False: answer --test_input_path and end", heading="Batch")
-    test_input_path: list[str] = option([], "prompts: a file of texts or records, several (a,b), or a folder")
+    test_input_path: list[str] = option([], "prompts: a file of texts or records, several (a,b:0.5), a folder, a hub name")
     output_path: str = option("", "file for the answers (test.json beside the LoRA weights)")
     overwrite: bool = option(False, "replace answers to other prompts, or those of an unfinished run")
     batch_size: int | str = option("auto", "prompts answered at once (auto: by length and memory)", least=1, choices=("auto",))
@@ -70,7 +70,7 @@ def main(options: Options) -> None:
     from utils.prompts import check_output, output_paths, read_prompts
 
     outputs = output_paths(options.lora_weights, options.output_path)
-    records = read_prompts(options.test_input_path)
+    records = read_prompts(options.test_input_path, options.seed)
     for path in outputs:
         check_output(path, records, options.overwrite)
     from utils import batch_answers  # from here on it takes seconds

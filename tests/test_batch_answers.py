@@ -15,6 +15,7 @@ from utils import batch_answers
 from utils.cli import parse
 from utils.console import UserError
 from utils.decoding import Settings
+from utils.prompts import read_prompts
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [
@@ -248,3 +249,16 @@ def test_batches_hold_prompts_of_like_length():
     assert [len(batch) for batch in batch_answers.plan(prompts, settings, plenty, 20)] == [20, 20, 17]
     for batch in batch_answers.plan(prompts, settings, 4 * 800, 0):
         assert len(batch) == 1 or 4 * len(batch) * (len(prompts[batch[0]]) + 48) <= 4 * 800
+
+
+def test_prompts_may_come_from_several_sources_with_weights(tmp_path, capsys):
+    (tmp_path / "a.json").write_text('["一", "二", "三", "四"]', "utf-8")
+    (tmp_path / "b.jsonl").write_text('{"instruction": "五", "category": "own"}\n', "utf-8")
+    records = read_prompts([f"{tmp_path}/a.json:0.5", f"{tmp_path}/b.jsonl:2"])
+    assert [record["category"] for record in records] == ["a", "a", "own", "own"]
+    assert "weight 0.5 makes 2 of 4 records" in capsys.readouterr().out
+    assert read_prompts([f"{tmp_path}/a.json:0.5"], seed=1) == read_prompts([f"{tmp_path}/a.json:0.5"], seed=1)
+    with pytest.raises(UserError, match="the weights leave no prompt"):
+        read_prompts([f"{tmp_path}/a.json:0.01"])
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts([f"{tmp_path}/c.json:0.5"])

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import tempfile
@@ -28,7 +27,7 @@ from utils.encoding import IGNORED, encode
 from utils.files import digest, replacing
 from utils.prompter import Prompter
 from utils.records import read_records
-from utils.sources import sources
+from utils.sources import sources, weighted
 
 CHUNK = 1000  # records encoded in one call to the tokenizer
 FEW = 4  # fewer chunks than this are not worth starting processes for
@@ -91,8 +90,7 @@ def encode_all(
 ) -> tuple[datasets.Dataset, np.ndarray]:
     """The table of all records in the files of `data_path`, and the numbers of those that its weights ask for.
 
-    A weight of 0.5 takes half of the records, drawn with `seed`, in their order; 2 takes each twice; 1.5 each once, and
-    half of them again. `hashes` are those of the files; `keep`: see encode_file.
+    `seed` rules what a weight draws; `hashes` are those of the files; `keep`: see encode_file.
     Raises UserError where a file cannot be read, or the weights leave no record.
     """
     tables: list[datasets.Dataset] = []
@@ -101,22 +99,12 @@ def encode_all(
     for position, source in enumerate(sources(data_path)):
         found = [encode_file(encoder, file, hashes[str(file)], keep) for file in source.files]
         size = sum(map(len, found))
-        picked = weighted(size, source.weight, random.Random(f"{seed} {position}"))
-        if source.weight != 1:
-            say(f"{source.name}: weight {source.weight:g} makes {len(picked):,} of {size:,} records")
         tables += found
-        numbers.append(picked + count)
+        numbers.append(np.array(weighted(source, size, f"{seed} {position}"), dtype=np.int64) + count)
         count += size
     if not any(map(len, numbers)):
         raise UserError(f"{data_path}: the weights leave no record; give larger ones")
     return datasets.concatenate_datasets(tables), np.concatenate(numbers)
-
-
-def weighted(count: int, weight: float, random: random.Random) -> np.ndarray:
-    """The numbers below `count`, `weight` times (rounded to a whole number of records); the part below one is drawn."""
-    whole, wanted = int(weight), round(weight * count)
-    drawn = sorted(random.sample(range(count), wanted - whole * count))
-    return np.concatenate([np.tile(np.arange(count), whole), np.array(drawn, dtype=np.int64)])
 
 
 def encode_file(encoder: Encoder, file: Path, content: str, keep: bool) -> datasets.Dataset:

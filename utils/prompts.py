@@ -7,35 +7,43 @@ from utils.console import UserError
 from utils.files import check_folder, read_json
 from utils.formats import ENDINGS
 from utils.records import read_records
+from utils.sources import Source, sources, weighted
 
 Record = dict[str, Any]
 RESULT = "test.json"
 
 
-def read_prompts(paths: list[str]) -> list[Record]:
-    """The prompts of files and folders, in order; of several files, each record has its file's name as `category`.
+def read_prompts(paths: list[str], seed: int = 42) -> list[Record]:
+    """The prompts of files, folders and hub names, in order; of several files, each has its file's name as `category`.
 
-    A category that a record brings along is kept. Raises UserError where there is nothing to read or to answer.
+    A category that a record brings along is kept; `seed` rules what a weight (`file:0.5`) draws. Raises UserError where
+    there is nothing to read or to answer.
     """
     if not paths:
         raise UserError("--test_input_path: missing; give a file of prompts, several parted by commas, or a folder")
-    files = [file for path in paths for file in prompt_files(Path(path))]
-    several = len(files) > 1 or Path(paths[0]).is_dir()
+    found = [source for path in paths for source in prompt_sources(path)]
+    several = sum(len(source.files) for source in found) > 1 or Path(paths[0]).is_dir()
     records = []
-    for file in files:
-        found = list(read_records(file, need_output=False))
-        records += [({"category": file.stem} if several else {}) | record for record in found]
+    for position, source in enumerate(found):
+        read = [
+            ({"category": file.stem} if several else {}) | record
+            for file in source.files
+            for record in read_records(file, need_output=False)
+        ]
+        records += [read[number] for number in weighted(source, len(read), f"{seed} {position}")]
+    if not records:
+        raise UserError(f"--test_input_path {','.join(paths)}: the weights leave no prompt; give larger ones")
     return records
 
 
-def prompt_files(path: Path) -> list[Path]:
-    """The files that one path stands for: itself, or those of a folder by name."""
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS) and not file.name.startswith("."))
+def prompt_sources(path: str) -> list[Source]:
+    """What one path stands for: the files of a folder by name, or what a data path does."""
+    if not Path(path).is_dir():
+        return sources(path)
+    files = sorted(file for file in Path(path).iterdir() if file.name.endswith(ENDINGS) and not file.name.startswith("."))
     if not files:
         raise UserError(f"{path}: holds no file of prompts ({', '.join(ENDINGS)}); name a file, or such a folder")
-    return files
+    return [Source(path, files, 1.0)]
 
 
 def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:

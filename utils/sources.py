@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+import random
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,19 @@ def data_files(data_path: str) -> list[Path]:
     return [file for source in sources(data_path) for file in source.files]
 
 
+def weighted(source: Source, count: int, seed: str) -> list[int]:
+    """The numbers of the records, of `count`, that a source's weight asks for; says how many they are.
+
+    A weight of 0.5 takes half of the records, drawn with `seed`, in their order; 2 takes each twice; 1.5 each once, and
+    half of them again.
+    """
+    whole, wanted = int(source.weight), round(source.weight * count)
+    picked = [*range(count)] * whole + sorted(random.Random(seed).sample(range(count), wanted - whole * count))
+    if source.weight != 1:
+        say(f"{source.name}: weight {source.weight:g} makes {len(picked):,} of {count:,} records")
+    return picked
+
+
 def source_of(part: str, data_path: str) -> Source:
     name, colon, number = part.rpartition(":")
     if not part or os.path.exists(part) or not colon:
@@ -52,7 +66,7 @@ def source_of(part: str, data_path: str) -> Source:
 def files_of(name: str, data_path: str) -> list[Path]:
     """The file of that name, or the files of that data set on the hub."""
     if not name:
-        raise UserError(f"--data_path {data_path!r}: names no file; write FILE, or FILE,FILE:0.5")
+        raise UserError(f"{data_path!r}: names no file; write FILE, or FILE,FILE:0.5")
     if os.path.isdir(name):
         files = sorted(file for file in os.listdir(name) if file.endswith(ENDINGS))
         raise UserError(f"{name}: is a folder; name files in it ({', '.join(files[:5]) or 'it holds none of records'})")
