@@ -60,15 +60,17 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
             print(help_text(options, module.__doc__ or ""))
             return
         main(parse(options, argv))
+        return
     except UserError as error:
-        fail(script, str(error))
+        problem = str(error)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
-        fail(script, f"{error.filename or 'output'}: {error.strerror}; free or change the place and start again")
+        problem = f"{error.filename or 'output'}: {error.strerror}; free or change the place and start again"
+    fail(script, problem)  # here, where the error is gone, and with it what it held open: progress bars, on the same line
 
 
 def fail(script: str, text: str) -> typing.NoReturn:
