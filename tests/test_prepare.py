@@ -602,6 +602,11 @@ def test_couplets_whose_files_do_not_match(prepare, tmp_path):
     assert f"{out}: ends before line 2" in prepare("couplets").error
     out.unlink()
     assert f"{out}: no such file" in prepare("couplets").error
+    half = out.with_name("in.txt")
+    assert f"{half}: holds one half of each couplet; name the folder" in prepare("couplets", raw=half).error
+    with tarfile.open(tmp_path / "couplet.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "raw", "couplet")
+    assert "couplet.tar.gz: is an archive; unpack it" in prepare("couplets", raw=tmp_path / "couplet.tar.gz").error
     assert not (tmp_path / "out").exists()
 
 

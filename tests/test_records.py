@@ -242,6 +242,14 @@ def test_dirty_records_in_an_array(tmp_path, capsys, line, cause):
     assert f"{path}, line 2: " in said
 
 
+def test_dirty_record_in_an_array_on_one_line(tmp_path, capsys):
+    """As baize's files are written: the line would always be 1."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([RECORDS[0], RECORDS[0], {"instruction": "a"}]))
+    assert len(list(read_records(path))) == 2
+    assert f"first: {path}, line 1, item 3: " in capsys.readouterr().out
+
+
 def test_what_is_said_can_be_printed_whatever_the_record_holds(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_bytes(

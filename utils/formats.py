@@ -187,9 +187,12 @@ def json_array(path: Path, file: IO[bytes]) -> Iterator[Item]:
     """The elements of one JSON array, parsed as they are read; the array is never held whole."""
     window = Window(path, text_of(file))
     window.skip("[")
+    before = number = 0
     while not window.at("]"):
-        line, item = window.line, window.element()
-        yield line, without_surrogates(item)
+        line, item, number = window.line, window.element(), number + 1
+        # the line alone tells nothing in an array on one line
+        yield f"line {line}, item {number}" if line == before else line, without_surrogates(item)
+        before = line
         if not window.at("]"):
             window.skip(",")
     window.skip("]")

@@ -47,6 +47,10 @@ def find_parts(raw: str) -> tuple[list[tuple[Path, Iterator[Item]]], list[Path]]
 
     Raises UserError where a file is missing.
     """
+    if {".tar", ".tgz"} & set(Path(raw).suffixes):
+        raise UserError(f"{raw}: is an archive; unpack it (tar -xf {raw}), and name the folder that holds train and test")
+    if Path(raw).name in ("in.txt", "out.txt"):
+        raise UserError(f"{raw}: holds one half of each couplet; name the folder that holds train and test")
     if Path(raw).is_file():
         return [(Path(raw), tsv_pairs(Path(raw)))], [Path(raw)]
     folder = Path(raw, "couplet") if Path(raw, "couplet").is_dir() else Path(raw)
