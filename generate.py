@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from utils.cli import option, run
 from utils.console import UserError
 from utils.prompter import find_template
+from utils.sources import is_hub_name
 
 if TYPE_CHECKING:
     from utils.decoding import Settings
@@ -27,7 +28,7 @@ class Options:
     """The options of this script; names and defaults are those of alpaca-lora where it has them."""
 
     base_model: str = option("", "base model: a folder, or a name on the Hugging Face hub", heading="Model")
-    lora_weights: list[str] = option([], "adapter folder, or several (a,b); none: the base model alone")
+    lora_weights: list[str] = option([], "adapter: a folder, or a name on the hub; several (a,b); none: the base model alone")
     prompt_template: str = option("", "template: a name in templates/, or a .json file (the adapter's own, or alpaca)")
     load_8bit: bool = option(False, "base in 8 bit")
     load_4bit: bool = option(False, "base in 4 bit (NF4)")
@@ -86,7 +87,7 @@ def check_together(options: Options) -> None:
     if options.is_ui and (options.test_input_path or options.output_path):
         raise UserError("--test_input_path and --output_path are for the batch mode; add --is_ui False, or leave them out")
     for folder in options.lora_weights:
-        if not Path(folder).is_dir():
+        if not Path(folder).is_dir() and not is_hub_name(folder):
             raise UserError(f"--lora_weights {folder}: no such folder; name the folder of an adapter")
     if options.base_model.startswith(("/", ".")) and not Path(options.base_model).is_dir():
         raise UserError(f"--base_model {options.base_model}: no such folder; check the path of the model")

@@ -17,6 +17,7 @@ from utils.decoding import Ids, Settings, Step, decode
 from utils.encoding import encode_prompt
 from utils.modeling import Placement, check_vocabulary, load_base
 from utils.prompter import PROMPTS, Prompter
+from utils.sources import is_hub_name
 from utils.tokenizer import load_tokenizer
 from utils.weights import base_folder, refuse_adapter
 
@@ -41,6 +42,8 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
     Raises UserError where an adapter is missing or broken, where neither options nor adapters name a base, and
     where what they say differs from what was given, or from each other.
     """
+    names = labels(lora_weights)
+    lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]
     for folder in lora_weights:
         adapters.find_weights(folder)
     found = {folder: (adapters.read_settings(folder), lineage.read(folder)) for folder in lora_weights}
@@ -52,7 +55,6 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
         fingerprint = lineage.fingerprint(base_model)
         for folder, (_, known) in found.items():
             lineage.check_base(known, fingerprint, folder, base_model)
-    names = labels(lora_weights)
     if not found:
         return base_model, [Answerer(BASE, None, prompt_template or "alpaca", None)]
     return base_model, [

@@ -7,7 +7,7 @@ from utils.console import UserError
 from utils.files import check_folder, read_json
 from utils.formats import ENDINGS
 from utils.records import read_records
-from utils.sources import Source, sources, weighted
+from utils.sources import Source, is_hub_name, sources, weighted
 
 Record = dict[str, Any]
 RESULT = "test.json"
@@ -62,6 +62,8 @@ def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
         return [Path(output_path)]
     if not lora_weights:
         raise UserError("--output_path: missing; without --lora_weights there is no folder to put test.json into")
+    for name in filter(is_hub_name, lora_weights):
+        raise UserError(f"--lora_weights {name}: is on the hub, no folder of yours; give --output_path for the answers")
     return [Path(folder) / RESULT for folder in lora_weights]
 
 

@@ -70,12 +70,16 @@ def files_of(name: str, data_path: str) -> list[Path]:
     if os.path.isdir(name):
         files = sorted(file for file in os.listdir(name) if file.endswith(ENDINGS))
         raise UserError(f"{name}: is a folder; name files in it ({', '.join(files[:5]) or 'it holds none of records'})")
-    is_hub_name = HUB_NAME.fullmatch(name) and not name.endswith(ENDINGS) and not os.path.exists(os.path.dirname(name))
-    if is_hub_name and not os.path.exists(name):
+    if is_hub_name(name) and not name.endswith(ENDINGS):
         return hub_files(name)
     check_exists(Path(name))
     check_plain(name)
     return [Path(name)]
+
+
+def is_hub_name(name: str) -> bool:
+    """True if a name can only be one on the Hugging Face hub (`owner/name`): here there is not even a folder `owner`."""
+    return bool(HUB_NAME.fullmatch(name)) and not os.path.exists(os.path.dirname(name))
 
 
 def check_exists(path: Path) -> None:

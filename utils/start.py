@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from utils import checkpoints, lineage
 from utils.console import UserError, say
 from utils.files import read_json, sha256
+from utils.sources import is_hub_name
+from utils.weights import base_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -37,6 +39,8 @@ def decide(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool)
 
     folder = Path(output_dir)
     named = None if resume_from_checkpoint in (None, "", "None", "False", "auto") else Path(resume_from_checkpoint or "")
+    if named is not None and is_hub_name(str(named)):
+        named = base_folder(str(named))
     own = named is not None and named.resolve().parent == folder.resolve() and checkpoints.step_of(named) >= 0
     parent = None if own else named
     if parent is not None:
