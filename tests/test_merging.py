@@ -596,6 +596,20 @@ def test_code_in_a_downloaded_adapter_is_not_run(base, adapter, tmp_path):
     assert not (tmp_path / "was_run").exists()
 
 
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_files_that_are_no_weights(base, adapter, tmp_path, name):
+    """Such as what is left of them by git without git-lfs: nobody should look for code in these."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    shutil.copy(adapter / "adapter_config.json", folder)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n")
+    with pytest.raises(UserError, match="only git's pointer to the weights; fetch them with git lfs pull"):
+        merge(base, folder, tmp_path / "out")
+    (folder / name).write_text("<!DOCTYPE html>")
+    with pytest.raises(UserError, match=r"is no file of torch\.save; copy it again|not a whole safetensors file"):
+        merge(base, folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -140,7 +140,20 @@ def open_safetensors(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        beginning(file)
         raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
+
+
+def beginning(file: Path) -> bytes:
+    """A file's first bytes. Raises UserError where they are a stand-in for the file, which git left there without git-lfs."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file}: is only git's pointer to the weights; fetch them with git lfs pull, or copy it again")
+    return head
 
 
 def load_pickled(file: Path) -> dict[str, torch.Tensor]:
@@ -148,6 +161,8 @@ def load_pickled(file: Path) -> dict[str, torch.Tensor]:
 
     Raises UserError where the file is cut off, or holds anything but tensors.
     """
+    if not beginning(file).startswith((b"PK", b"\x80")):  # a zip file, or (before 1.6) a pickle
+        raise UserError(f"{file}: is no file of torch.save; copy it again")
     try:
         try:
             loaded, group = torch.load(file, map_location="cpu", weights_only=True, mmap=True), dict
