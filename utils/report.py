@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.console import say
+from utils.console import is_main_process, say
 from utils.dataset import lengths_that_keep
 from utils.encoding import IGNORED
 
@@ -41,5 +41,7 @@ def print_report(lengths: Sequence[int], cutoff_len: int, examples: Sequence[dic
     say(f"records by length in tokens:\n{histogram(lengths, cutoff_len)}")
     keeps95, keeps99 = lengths_that_keep(np.asarray(lengths))
     say(f"--cutoff_len {keeps95} would keep 95 % whole, {keeps99} would keep 99 %")
-    for number, record in enumerate(examples, 1):
-        say(f"\nexample {number} ({SUPERVISED}supervised{PLAIN}, {END}end of sequence{PLAIN}):\n{example(record, tokenizer)}")
+    if is_main_process():
+        for number, record in enumerate(examples, 1):  # printed, as a notice cannot have colours
+            print(f"\nexample {number} ({SUPERVISED}supervised{PLAIN}, {END}end of sequence{PLAIN}):")
+            print(example(record, tokenizer), flush=True)
