@@ -9,6 +9,7 @@ import time
 
 import pytest
 from killing import SEED, Moment, start
+from programs import clear
 
 ROUNDS = {True: 5, False: 1}
 
@@ -60,6 +61,7 @@ def test_started_at_the_same_moment(fresh, second, full):
     """One of them wins; the other refuses, or comes after it and finds the work done."""
     draw = random.Random(f"{SEED} {fresh.program.name}")
     for _ in range(ROUNDS[full]):
+        clear(fresh.place)
         running = [fresh.start()]
         time.sleep(draw.choice([0, draw.uniform(0, fresh.undisturbed.seconds)]))
         running.append(second())
