@@ -366,7 +366,7 @@ def test_the_page_speaks_english(visit, service):
 
 def test_the_status_line_tells_the_chain_of_an_adapter(service, tmp_path):
     steps = [{"kind": "finetune", "options": {"output_dir": f"output/{name}"}} for name in ("run-1", "rerun-2")]
-    lineage.write(tmp_path, steps[1] | {"parent": {"lineage": steps[0]}})
+    lineage.write(tmp_path, steps[1] | {"parent": {"name": "output/run-1", "sha256": "0", "lineage": steps[0]}})
     assert steps_of(Answerer("rerun-2", tmp_path, "alpaca", steps[1])) == ["run-1", "rerun-2"]
     handlers = Handlers(service, EN)
     handlers.answerers["f2"] = Answerer("f2", tmp_path, "alpaca", steps[1])

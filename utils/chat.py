@@ -8,6 +8,7 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: the page calls nobody
 
 from gradio import Blocks, themes
+from starlette.middleware import Middleware
 
 from utils.chat_labels import LANGUAGES
 from utils.chat_page import FONTS, STYLE, build
@@ -17,6 +18,7 @@ from utils.generation import Engine
 from utils.serving import Service
 
 WAITING = 64  # requests in the queue; more are refused
+POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; base-uri 'self'"  # as gradio needs
 SESSIONS = 200  # whose conversations are kept at once
 
 
@@ -65,7 +67,28 @@ def launch_options(address: Address) -> dict[str, Any]:
         "theme": themes.Default(primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"]),
         "css": STYLE,
         "ssr_mode": False,
+        "app_kwargs": {"middleware": [Middleware(NothingFromElsewhere)]},
     }
+
+
+class NothingFromElsewhere:
+    """Forbids browsers to load anything from other servers: a picture that an answer names would tell these who reads it.
+
+    Plain ASGI, since what wraps whole responses would hold growing answers back.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Add the header to a response."""
+
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
+            await send(message)
+
+        await self.app(scope, receive, sending)
 
 
 def is_local(name: str) -> bool:

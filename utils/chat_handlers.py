@@ -14,7 +14,7 @@ import gradio as gr
 from utils import lineage
 from utils.chat_labels import Labels
 from utils.console import UserError
-from utils.conversations import Conversation, from_file
+from utils.conversations import Conversation, from_file, from_markdown
 from utils.decoding import Settings
 from utils.generation import BASE, Answerer
 from utils.serving import Reply, Service, TooLong
@@ -61,7 +61,8 @@ class Handlers:
 
     def edit(self, event: gr.EditData, *, conversation, adapter, template, **knobs) -> Iterator[tuple]:
         """Answer a question that was changed; what came after it goes."""
-        yield from self.answer_from(conversation, conversation.turn_of(event.index), event.value, adapter, template, **knobs)
+        place, question = conversation.turn_of(event.index), from_markdown(event.value)
+        yield from self.answer_from(conversation, place, question, adapter, template, **knobs)
 
     def answer_from(self, conversation, place, question, adapter, template, **knobs) -> Iterator[tuple]:
         earlier = conversation.until(place).asked(question or conversation.turns[place][0])

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from utils.records import Dirty, as_record, checked
+
+CODE = re.compile(r"^(`{3,})[^`\n]*$.*?(?:^ {0,3}\1[~`]*[ \t]*$|\Z)|(?<![`\\])`(?!`)[^`\n]+`(?!`)", re.S | re.M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Conversation:
         """As a chat shows it."""
         shown = []
         for question, answer in self.turns:
-            shown.append({"role": "user", "content": question})
+            shown.append({"role": "user", "content": as_markdown(question)})
             if answer:
-                shown.append({"role": "assistant", "content": answer})
+                shown.append({"role": "assistant", "content": as_markdown(answer)})
         return shown
 
     def turn_of(self, message: int) -> int:
@@ -56,6 +59,25 @@ class Conversation:
         if not whole:
             return ""
         return json.dumps([dataclasses.replace(self, turns=whole).record()], ensure_ascii=False, indent=1) + "\n"
+
+
+def as_markdown(text: str) -> str:
+    """A text for a view that renders Markdown: what looks like HTML, outside of code, is seen there as it is written."""
+    return outside_code(text, r"<(?=[A-Za-z/!?])", "&lt;")
+
+
+def from_markdown(text: str) -> str:
+    """The text that `as_markdown` made this of."""
+    return outside_code(text, r"&lt;(?=[A-Za-z/!?])", "<")
+
+
+def outside_code(text: str, pattern: str, replacement: str) -> str:
+    """Replace what matches `pattern` where a text of Markdown is neither a fenced block nor code within a line."""
+    parts, end = [], 0
+    for code in CODE.finditer(text):
+        parts += [re.sub(pattern, replacement, text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, re.sub(pattern, replacement, text[end:])])
 
 
 def from_file(text: str) -> Conversation:
