@@ -54,5 +54,13 @@ def rotate(output_dir: str | Path, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and that of the best step."""
     for folder in in_order(output_dir)[:-keep]:
         if step_of(folder) != best_step:
-            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one is not taken for whole
-            shutil.rmtree(folder)
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; of a link that is called like one only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one is not taken for whole
+        shutil.rmtree(folder)

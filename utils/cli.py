@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.console import UserError
+from utils.console import UserError, harmless
 
 T = TypeVar("T")
 FLAG = re.compile(r"--?[A-Za-z]")
@@ -75,7 +75,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
 
 def fail(script: str, text: str) -> typing.NoReturn:
     """End the program with exit status 2 and one line on stderr."""
-    line = " ".join(text.split())
+    line = harmless(" ".join(text.split()))
     print(f"{script}: error: {line}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,10 +1,13 @@
 """What a user reads while a script runs: notices, progress bars, and the one-line error."""
 
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from tqdm.auto import tqdm
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and the ends of lines
 
 
 class UserError(Exception):
@@ -24,10 +27,15 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def harmless(text: str) -> str:
+    """A text with its control characters and lone surrogates escaped: files, too, decide what is printed."""
+    return CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], text)
+
+
 def say(text: str) -> None:
     """Print one notice, from the main process only."""
     if is_main_process():
-        tqdm.write(text)
+        tqdm.write(harmless(text))
 
 
 def progress(items: Iterable[Any] | None = None, **options: Any) -> Any:

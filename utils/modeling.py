@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,10 @@ def load_base(
         options["quantization_config"] = quantisation(placement)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{base_model}: refused, its weights ask for code to be run on loading; get them as .safetensors"
+        ) from None
     except Exception as error:  # the library checks little, and fails wherever a file is not what it expects
         raise UserError(f"{base_model}: cannot be loaded ({reason(error)}); check the model folder") from None
     for problem in ("missing_keys", "mismatched_keys"):

@@ -1,7 +1,6 @@
 """Where a training run starts: from the base, from an earlier adapter's weights, or from a checkpoint of its own."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +75,7 @@ def clear(output_dir: str) -> None:
     folder = Path(output_dir)
     (folder / lineage.FILE).unlink(missing_ok=True)  # first, so that the rest is not taken for a finished run
     for old in checkpoints.in_order(folder):
-        shutil.rmtree(old)
+        checkpoints.remove(old)
 
 
 def base_and_parent(start: Start, base_model: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

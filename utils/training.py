@@ -1,6 +1,7 @@
 """The Trainer: whole optimizer steps as units, a loss that is right whatever the micro-batches, checkpoints that last."""
 
 import dataclasses
+import pickle
 import shutil
 import signal
 import sys
@@ -232,6 +233,8 @@ def train(trainer: StepTrainer, checkpoint: Path | None) -> None:
             if not sparse:
                 say("this model does more than its output layer to its logits: they are computed for all tokens")
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except pickle.UnpicklingError:
+        raise UserError(f"{checkpoint}: refused, a file in it asks for code to be run on loading; delete it") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
