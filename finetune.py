@@ -13,11 +13,14 @@ import importlib.util
 import math
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import option, run
 from utils.console import UserError, is_main_process, say
 from utils.files import check_folder
+from utils.prompter import Prompter
+from utils.sources import data_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -123,7 +126,7 @@ def main(options: Options) -> None:
 
 
 def check_together(options: Options) -> None:
-    """Options that depend on each other. Raises UserError naming both."""
+    """Options that depend on each other, or name what is not there. Raises UserError naming them."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     at_once = options.micro_batch_size * processes
     if options.batch_size % at_once:
@@ -141,6 +144,10 @@ def check_together(options: Options) -> None:
     for name in options.report_to:
         if name not in ("tensorboard", "wandb", "none"):
             raise UserError(f"--report_to {name}: unknown; give tensorboard, wandb or none")
+    if options.base_model.startswith(("/", ".")) and not Path(options.base_model).is_dir():
+        raise UserError(f"--base_model {options.base_model}: no such folder; check the path of the model")
+    Prompter(options.prompt_template_name)
+    data_files(options.data_path)
     if options.add_eos_token:
         say("--add_eos_token: the end of sequence is learned with or without it")
 
@@ -163,8 +170,6 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
     """The tokenizer, the encoded records to train on and to validate with, and what the lineage says of them."""
     from utils import dataset
     from utils.files import sha256
-    from utils.prompter import Prompter
-    from utils.sources import data_files
     from utils.tokenizer import load_tokenizer
     from utils.tokenizer_files import tokenizer_hash
 
