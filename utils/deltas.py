@@ -3,6 +3,7 @@
 rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 """
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from utils.adapters import open_tensors, read_settings
 from utils.console import UserError
+from utils.files import sha256
 from utils.recipes import Add, Change, Replace, Shift
 from utils.shards import Kind
 
@@ -65,6 +67,11 @@ class Adapter:
                 raise UserError(
                     f"{folder}: {module} has no lora_{'B' if 'A' in parts else 'A'}; the save failed, train it again"
                 )
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each of its files, by name."""
+        return {file.name: sha256(file) for file in (*self.weights.files, self.folder / "adapter_config.json")}
 
     def is_trained_copy(self, name: str) -> bool:
         """True if a whole tensor is of a module in `modules_to_save`: then the base's own stays beside it, where it is tied."""

@@ -29,8 +29,10 @@ def write_model(plan: Plan, folder: Path) -> None:
     """Write a whole model folder. Raises UserError where a check of its tensors fails."""
     with ThreadPoolExecutor(1) as beside:
         rest = beside.submit(write_rest, plan, folder)  # imports transformers, which takes as long as a gigabyte of tensors
+        hashes = beside.submit(lambda: [adapter.hashes for adapter in plan.adapters])  # for the lineage
         write_tensors(plan, folder)
         rest.result()
+        hashes.result()
     check_changed(plan)
 
 
@@ -141,7 +143,7 @@ def write_lineage(plan: Plan, folder: Path, options: Any, began: float) -> None:
     adapters = [
         {
             "name": str(adapter.folder),
-            "sha256": {file.name: sha256(file) for file in (*adapter.weights.files, adapter.folder / "adapter_config.json")},
+            "sha256": adapter.hashes,
             "lineage": lineage.read(adapter.folder),
         }
         for adapter in plan.adapters
