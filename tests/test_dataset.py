@@ -10,7 +10,7 @@ import pytest
 from scripting import ROOT
 from test_training import options
 
-from utils import dataset, memory
+from utils import dataset, memory, report
 from utils.console import UserError
 from utils.files import sha256
 from utils.modeling import Placement
@@ -157,6 +157,14 @@ def test_a_dry_run_shows_everything_and_writes_nothing(script, tiny_llama, tmp_p
                   "memory on cpu", "example 2", "\033[32m我是梦想家", "\033[1;31m</s>"):  # fmt: skip
         assert words in out, words
     assert not (tmp_path / "out").exists()
+
+
+def test_the_only_colours_of_an_example_are_ours(tiny_llama):
+    """A record cannot steer the terminal on which it is shown."""
+    words = load_tokenizer(tiny_llama)
+    ids = words("a\x1b[41mb\n中", add_special_tokens=False)["input_ids"]
+    shown = report.example({"input_ids": ids, "labels": ids}, words)
+    assert shown == "\033[32ma\\x1b[41mb\n中\033[0m"
 
 
 def test_the_estimate_counts_weights_by_their_bits(tiny_llama):

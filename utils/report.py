@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.console import is_main_process, say
+from utils.console import harmless, is_main_process, say
 from utils.dataset import lengths_that_keep
 from utils.encoding import IGNORED
 
@@ -33,7 +33,7 @@ def example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
         if not pieces or pieces[-1][0] != colour:
             pieces.append((colour, []))
         pieces[-1][1].append(token)
-    return "".join(f"{colour}{tokenizer.decode(tokens)}" for colour, tokens in pieces) + PLAIN
+    return "".join(f"{colour}{harmless(tokenizer.decode(tokens))}" for colour, tokens in pieces) + PLAIN
 
 
 def print_report(lengths: Sequence[int], cutoff_len: int, examples: Sequence[dict[str, Any]], tokenizer: Any) -> None:
