@@ -50,6 +50,7 @@ class Options:
         (["--parts", "[q_proj,v_proj]"], {"parts": ["q_proj", "v_proj"]}),
         (["--parts=['q_proj', \"v_proj\"]"], {"parts": ["q_proj", "v_proj"]}),
         (["--parts", "q_proj,v_proj"], {"parts": ["q_proj", "v_proj"]}),
+        (["--parts", "q_proj, v_proj"], {"parts": ["q_proj", "v_proj"]}),
         (["--parts", "[]"], {"parts": []}),
         (["--parts", "[a]", "--parts", "[b]"], {"parts": ["b"]}),
         (["--answers", "a=1", "--answers", "b=2"], {"answers": ["a=1", "b=2"]}),

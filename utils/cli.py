@@ -166,8 +166,9 @@ def _read_as(kind: Any, raw: str) -> Any:
     if kind == list[str]:
         from fire.parser import DefaultParseValue  # here, because it takes a tenth of a second
 
+        parts = list(filter(None, map(str.strip, raw.split(","))))
         try:
-            value = DefaultParseValue(raw) if raw.startswith(("[", "(")) else [part for part in raw.split(",") if part]
+            value = DefaultParseValue(raw) if raw.startswith(("[", "(")) else parts
         except (ValueError, RecursionError, MemoryError):  # what Python's own parser raises
             return None
         return [str(item) for item in value] if isinstance(value, (list, tuple)) else None
