@@ -176,3 +176,9 @@ def test_the_help_text_has_every_option_with_its_default():
     for field in dataclasses.fields(finetune.Options):
         assert f"--{field.name} " in text
     assert "[128]" in text and "(required)" in text
+
+
+def test_a_reader_that_has_seen_enough_ends_the_program_without_a_word():
+    line = f"'{sys.executable}' generate.py --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode == 141

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -57,7 +58,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it speaks of kernels that nobody asked for
     try:
         if {"--help", "-h"} & set(argv):
-            print(help_text(options, module.__doc__ or ""))
+            print(help_text(options, module.__doc__ or ""), flush=True)
             return
         main(parse(options, argv))
         return
@@ -66,6 +67,9 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
