@@ -75,8 +75,7 @@ def test_data_to_train_on(refused, broken):  # noqa: F811
 
 @pytest.mark.parametrize("broken", [*CONTENTS, *PLACES], indirect=True)
 def test_prompts_to_answer(refused, broken):  # noqa: F811
-    if broken.is_dir():
-        pytest.skip("a folder of prompts is one of the ways to give them")
+    """A folder is one of the ways to give prompts; this one is empty."""
     has(refused("generate.py", f"--test_input_path {broken}"), ("broken.json",))
 
 
