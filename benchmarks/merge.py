@@ -8,11 +8,13 @@ measured on a base with twice as many layers. About 12 GB of disk are needed und
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +73,20 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
         base, double = Path(name) / "base", Path(name) / "double"
         child("-c", BUILD, base, str(options.layers))
-        medians = interleave(
-            {
-                "plain peft": lambda: child("-c", PLAIN, base, f"{base}-lora", base.with_name("plain")),
-                "merge_weights.py": lambda: merged(base, "ours"),
-                "cp -r and sync": lambda: timed(lambda: copied(base)),
-            },
-            options.repeats,
-        )
+        recipes: dict[str, Callable[[], Figures]] = {
+            "plain peft": lambda: child("-c", PLAIN, base, f"{base}-lora", new(base.with_name("plain"))),
+            "merge_weights.py": lambda: merged(base, new(base.with_name("ours"))),
+            "cp -r and sync": lambda: timed(functools.partial(copied, base, new(base.with_name("copy")))),
+        }
+        medians = interleave(recipes, options.repeats)
         first = digests(base.with_name("ours"))
-        merged(base, "again")
+        merged(base, base.with_name("again"))
         facts: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in base.glob("*.safetensors"))}
         facts |= {"identical_runs": first == digests(base.with_name("again")), **differences(base)}
         for folder in ("again", "plain", "copy"):
             shutil.rmtree(base.with_name(folder))
         child("-c", BUILD, double, str(2 * options.layers))
-        facts["peak_mb_of_twice_the_model"] = merged(double, "ours")["peak_mb"]
+        facts["peak_mb_of_twice_the_model"] = merged(double, double.with_name("doubled"))["peak_mb"]
     ours, plain, copy = (medians[recipe] for recipe in ("merge_weights.py", "plain peft", "cp -r and sync"))
     ratios = {
         "time, ours / plain": ours["seconds"] / plain["seconds"],
@@ -96,16 +96,22 @@ def main(options: Options) -> None:
     report(medians, ratios, ("torch", "transformers", "peft", "safetensors"), **facts)
 
 
-def merged(base: Path, output: str) -> Figures:
+def new(output: Path) -> Path:
+    """A place where nothing has to be replaced, on a disk that has all that was written before."""
+    shutil.rmtree(output, ignore_errors=True)
+    os.sync()
+    return output
+
+
+def merged(base: Path, output: Path) -> Figures:
     """Run merge_weights.py."""
-    target = ("--output_dir", base.with_name(output), "--overwrite", "--max_shard_size", "500MB")
+    target = ("--output_dir", output, "--max_shard_size", "500MB")
     return child("merge_weights.py", "--base_model", base, "--lora_model", f"{base}-lora", *target)
 
 
-def copied(base: Path) -> None:
+def copied(base: Path, output: Path) -> None:
     """Copy the base's folder, and have the copy on the disk."""
-    shutil.rmtree(base.with_name("copy"), ignore_errors=True)
-    subprocess.run(["cp", "-r", base, base.with_name("copy")], check=True)
+    subprocess.run(["cp", "-r", base, output], check=True)
     os.sync()
 
 

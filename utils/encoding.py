@@ -55,14 +55,17 @@ def encode(
     """
     dialogues = [prompter.turns(record) for record in records]
     turns = [turn for dialogue in dialogues for turn in dialogue]
-    encoded = plain([turn.prompt + turn.answer for turn in turns], tokenizer, offsets=True)
+    encoded = plain([turn.prompt + turn.answer for turn in turns], tokenizer, offsets=not tokenizer.is_fast)
     opening = opening_ids(tokenizer)
     results, position = [], 0
     for dialogue in dialogues:
         ids, labels, answer_tokens = list(opening), [IGNORED] * len(opening), 0
         for turn in dialogue:
-            new, offsets = encoded["input_ids"][position] + [tokenizer.eos_token_id], encoded["offset_mapping"][position]
-            prompt = prompt_tokens(offsets, len(turn.prompt))
+            new, prompt = encoded["input_ids"][position] + [tokenizer.eos_token_id], None
+            if tokenizer.is_fast:  # which can be asked for one token, instead of the offsets of all
+                prompt = encoded.char_to_token(position, len(turn.prompt))
+            if prompt is None:
+                prompt = prompt_tokens(offsets_of(encoded, position), len(turn.prompt))
             answer_tokens += max(0, min(len(new), cutoff_len - len(ids)) - prompt)
             ids += new
             labels += [IGNORED] * prompt + new[prompt:]
@@ -70,6 +73,11 @@ def encode(
         full_length, ids = len(ids), ids[:cutoff_len]
         results.append(Encoded(ids, ids if train_on_inputs else labels[:cutoff_len], full_length, answer_tokens))
     return results
+
+
+def offsets_of(encoded: Any, position: int) -> list[tuple[int, int]]:
+    """The characters that the tokens of one text stand for."""
+    return encoded.encodings[position].offsets if encoded.is_fast else encoded["offset_mapping"][position]
 
 
 def prompt_tokens(offsets: list[tuple[int, int]], boundary: int) -> int:

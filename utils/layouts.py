@@ -293,7 +293,7 @@ def write_pth(file: Path, kinds: dict[str, Kind], blocks: Iterable[Block]) -> li
             entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
             with archive.open(entry, "w", force_zip64=True) as opened:
                 for block in parts:
-                    pieces.append(Piece(name, raw.tell(), len(block.data), block.crc))
+                    pieces.append(Piece(name, raw.tell(), len(block.data), block.checksum))
                     opened.write(block.data)
         archive.writestr(zipfile.ZipInfo(f"{file.stem}/version"), "3\n")
     if {piece.name for piece in pieces} != kinds.keys():

@@ -6,11 +6,11 @@ import json
 import math
 import os
 import struct
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import xxhash
 
 from utils.console import UserError
 from utils.files import write_json
@@ -75,11 +75,11 @@ def write_index(folder: Path, shards: dict[str, dict[str, Part]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Consecutive values of the tensor `name`, their bytes and these bytes' CRC-32."""
+    """Consecutive values of the tensor `name`, their bytes and these bytes' XXH3 (64 bits)."""
 
     name: str
     data: memoryview
-    crc: int
+    checksum: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Piece:
     name: str
     offset: int
     length: int
-    crc: int
+    checksum: int
 
 
 def block_of(name: str, values: torch.Tensor) -> Block:
     """The values as they lie in a file, without a copy where they are contiguous."""
     data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return Block(name, data, zlib.crc32(data))
+    return Block(name, data, xxhash.xxh3_64_intdigest(data))
 
 
 def write_safetensors(file: Path, kinds: dict[str, Kind], blocks: Iterable[Block]) -> list[Piece]:
@@ -113,7 +113,7 @@ def write_safetensors(file: Path, kinds: dict[str, Kind], blocks: Iterable[Block
     with open(file, "wb", buffering=0) as opened:
         opened.write(struct.pack("<Q", len(header)) + header)
         for block in blocks:
-            pieces.append(Piece(block.name, opened.tell(), len(block.data), block.crc))
+            pieces.append(Piece(block.name, opened.tell(), len(block.data), block.checksum))
             if opened.write(block.data) != len(block.data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         if opened.tell() != 8 + len(header) + size:
@@ -128,7 +128,8 @@ def read_back(file: Path, kinds: dict[str, Kind], pieces: list[Piece]) -> None:
         buffer = memoryview(bytearray(max((piece.length for piece in pieces), default=0)))
         for piece in pieces:
             opened.seek(piece.offset)
-            if opened.readinto(buffer[: piece.length]) != piece.length or zlib.crc32(buffer[: piece.length]) != piece.crc:
+            part = buffer[: piece.length]
+            if opened.readinto(part) != piece.length or xxhash.xxh3_64_intdigest(part) != piece.checksum:
                 raise UserError(f"{file.name}: {piece.name} is not read as it was written; check the disk, and merge again")
     found = Weights(file.parent, [file])
     if {name: (found.shape(name), found.dtype(name)) for name in found.names} != kinds:
