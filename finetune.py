@@ -13,14 +13,13 @@ import importlib.util
 import math
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import option, run
 from utils.console import UserError, is_main_process, say
 from utils.files import check_folder
 from utils.prompter import Prompter
-from utils.sources import data_files
+from utils.sources import check_base, data_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -144,8 +143,7 @@ def check_together(options: Options) -> None:
     for name in options.report_to:
         if name not in ("tensorboard", "wandb", "none"):
             raise UserError(f"--report_to {name}: unknown; give tensorboard, wandb or none")
-    if options.base_model.startswith(("/", ".")) and not Path(options.base_model).is_dir():
-        raise UserError(f"--base_model {options.base_model}: no such folder; check the path of the model")
+    check_base(options.base_model)
     Prompter(options.prompt_template_name)
     data_files(options.data_path)
     if options.add_eos_token:

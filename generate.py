@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from utils.cli import option, run
 from utils.console import UserError
 from utils.prompter import find_template
-from utils.sources import is_hub_name
+from utils.sources import check_base, is_hub_name
 
 if TYPE_CHECKING:
     from utils.decoding import Settings
@@ -89,8 +89,7 @@ def check_together(options: Options) -> None:
     for folder in options.lora_weights:
         if not Path(folder).is_dir() and not is_hub_name(folder):
             raise UserError(f"--lora_weights {folder}: no such folder; name the folder of an adapter")
-    if options.base_model.startswith(("/", ".")) and not Path(options.base_model).is_dir():
-        raise UserError(f"--base_model {options.base_model}: no such folder; check the path of the model")
+    check_base(options.base_model)
     if options.prompt_template:
         find_template(options.prompt_template)
 

@@ -59,13 +59,13 @@ class Encoder:
             "labels": lists([one.labels for one in encoded]),
             "full_length": [one.full_length for one in encoded],
             "answer_tokens": [one.answer_tokens for one in encoded],
-            "supervised": [len(one.labels[1:]) - one.labels[1:].count(IGNORED) for one in encoded],
+            "supervised": [len(labels) - labels.count(IGNORED) for labels in (one.labels[1:] for one in encoded)],
         }
         return pa.table(columns, schema=COLUMNS.arrow_schema)
 
 
 def lists(rows: list[list[int]]) -> pa.ListArray:
-    """Lists of numbers as a column, in a third of the time that pyarrow takes to look at each number."""
+    """Lists of numbers as a column, without pyarrow's look at the kind of each number."""
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     return pa.ListArray.from_arrays(ends, np.fromiter(itertools.chain.from_iterable(rows), np.int32, ends[-1]))
 

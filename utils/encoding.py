@@ -61,11 +61,8 @@ def encode(
     for dialogue in dialogues:
         ids, labels, answer_tokens = list(opening), [IGNORED] * len(opening), 0
         for turn in dialogue:
-            new, prompt = encoded["input_ids"][position] + [tokenizer.eos_token_id], None
-            if tokenizer.is_fast:  # which can be asked for one token, instead of the offsets of all
-                prompt = encoded.char_to_token(position, len(turn.prompt))
-            if prompt is None:
-                prompt = prompt_tokens(offsets_of(encoded, position), len(turn.prompt))
+            new = encoded["input_ids"][position] + [tokenizer.eos_token_id]
+            prompt = prompt_tokens(encoded, position, len(turn.prompt))
             answer_tokens += max(0, min(len(new), cutoff_len - len(ids)) - prompt)
             ids += new
             labels += [IGNORED] * prompt + new[prompt:]
@@ -75,13 +72,18 @@ def encode(
     return results
 
 
-def offsets_of(encoded: Any, position: int) -> list[tuple[int, int]]:
-    """The characters that the tokens of one text stand for."""
-    return encoded.encodings[position].offsets if encoded.is_fast else encoded["offset_mapping"][position]
+def prompt_tokens(encoded: Any, position: int, boundary: int) -> int:
+    """How many tokens of a text end at or before the character `boundary`.
 
-
-def prompt_tokens(offsets: list[tuple[int, int]], boundary: int) -> int:
-    """How many tokens end at or before the character `boundary`; one without width (a byte, say) ends after its start."""
+    One without width (a byte, say) ends after its start.
+    """
+    if encoded.is_fast:  # and can be asked for one token, in much less time than for the offsets of all
+        first = encoded.char_to_token(position, boundary)
+        if first is not None:
+            return first
+        offsets = encoded.encodings[position].offsets
+    else:
+        offsets = encoded["offset_mapping"][position]
     return bisect.bisect_right(offsets, boundary, key=lambda offset: max(offset[1], offset[0] + 1))
 
 

@@ -82,6 +82,12 @@ def is_hub_name(name: str) -> bool:
     return bool(HUB_NAME.fullmatch(name)) and not os.path.exists(os.path.dirname(name))
 
 
+def check_base(base_model: str) -> None:
+    """Raise UserError where a base model is named by a path that is no folder; a name may be one on the hub."""
+    if base_model.startswith(("/", ".")) and not os.path.isdir(base_model):
+        raise UserError(f"--base_model {base_model}: no such folder; check the path of the model")
+
+
 def check_exists(path: Path) -> None:
     """Raise UserError, with the nearest name in its folder, where a file or folder is not there."""
     if os.path.exists(path):
