@@ -38,13 +38,13 @@ def main(options: Options) -> None:
     from utils.weights import base_folder
 
     base = base_folder(options.base_model)
-    tokenizer = read_tokenizer(base)
-    before = len(tokenizer)
     with locked(options.output_dir):
         if options.sp_model:
             pieces = vocabulary.read_pieces(Path(options.sp_model))
         else:
             pieces = vocabulary.train_pieces(Path(options.text), options.vocab_size)
+        tokenizer = read_tokenizer(base)
+        before = len(tokenizer)
         with replacing_folder(options.output_dir) as folder:
             count = vocabulary.extend(base, tokenizer, pieces, folder)
     say(f"{options.output_dir}: {before} tokens and {count} new ones, {before + count} in all")

@@ -19,6 +19,7 @@ from utils.cli import option, run
 from utils.console import UserError, is_main_process, say
 from utils.files import check_folder
 from utils.prompter import Prompter
+from utils.records import read_records
 from utils.sources import check_base, data_files
 
 if TYPE_CHECKING:
@@ -98,24 +99,30 @@ class Options:
 def main(options: Options) -> None:
     """The story of one step of a chain."""
     check_together(options)
-    from utils import lineage, start, training  # here, because torch and its kin take seconds to import
+    from utils import lineage, start  # here, because torch takes seconds to import
     from utils.files import digest, locked
-    from utils.modeling import place
+    from utils.modeling import check_architecture, place, precision
+    from utils.weights import base_folder
 
     began = time.time()
     placement = place(options.load_8bit, options.load_4bit)
+    half = precision(placement.device, options.bf16, options.fp16)
     if options.dry_run:
-        return show(options, placement)
+        return show(options, placement, half)
     with locked(options.output_dir):
         origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
         base, parent = start.base_and_parent(origin, options.base_model)
+        check_architecture(base_folder(options.base_model))  # before the tokenizer, whose library reads the same config.json
+        start.check_parent(origin, lora_options(options))
         tokenizer, train_data, val_data, data = prepare_data(options, origin)
         run_facts = {"options": what_rules(options), "base": digest(base), "parent": parent, "data": data["files"]}
         start.check_unchanged(origin, run_facts)
         if options.overwrite_output_dir and is_main_process():
             start.clear(options.output_dir)
+        from utils import training  # here, because its imports take seconds more
+
         model = prepare_model(options, placement, origin, tokenizer)
-        trainer = prepare_trainer(options, placement, model, train_data, val_data, run_facts)
+        trainer = prepare_trainer(options, placement, half, model, train_data, val_data, run_facts)
         training.train(trainer, origin.checkpoint)
         results = training.finish(trainer, tokenizer, options.load_best_model_at_end and val_data is not None)
         facts = {"base": base, "parent": parent, "data": data, "results": results}
@@ -145,7 +152,8 @@ def check_together(options: Options) -> None:
             raise UserError(f"--report_to {name}: unknown; give tensorboard, wandb or none")
     check_base(options.base_model)
     Prompter(options.prompt_template_name)
-    data_files(options.data_path)
+    for file in data_files(options.data_path):
+        next(read_records(file))  # so that one without any is refused before torch is imported
     if options.add_eos_token:
         say("--add_eos_token: the end of sequence is learned with or without it")
 
@@ -232,12 +240,15 @@ def lora_options(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def show(options: Options, placement: "Placement") -> None:
+def show(options: Options, placement: "Placement", half: str | None) -> None:
     """What --dry_run prints instead of training."""
     from utils import adapters, memory, report, start
-    from utils.modeling import precision
+    from utils.modeling import check_architecture
+    from utils.weights import base_folder
 
     origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
+    check_architecture(base_folder(options.base_model))
+    start.check_parent(origin, lora_options(options))
     tokenizer, train, *_ = prepare_data(options, origin)
     report.print_report(
         train.full_lengths, options.cutoff_len, [train[index] for index in range(min(2, len(train)))], tokenizer
@@ -247,7 +258,6 @@ def show(options: Options, placement: "Placement") -> None:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model = adapters.add(base, start.lora_config(base, lora_options(options), origin.checkpoint or origin.parent))
     trainable, total = model.get_nb_trainable_parameters()
-    half = precision(placement.device, options.bf16, options.fp16)
     tokens = options.micro_batch_size * options.cutoff_len
     say(f"\n{math.ceil(len(train) / options.batch_size)} optimizer steps an epoch, {count_steps(options, len(train))} in all")
     say(f"{trainable:,} of {total:,} parameters would be trained")
@@ -265,6 +275,7 @@ def count_steps(options: Options, records: int) -> int:
 def prepare_trainer(
     options: Options,
     placement: "Placement",
+    half: str | None,
     model: "PeftModel",
     train: "Encoded",
     validation: "Encoded | None",
@@ -274,7 +285,7 @@ def prepare_trainer(
     from utils.batching import Plan
     from utils.training import Job, StepTrainer
 
-    args = training_arguments(options, placement, model, len(train))
+    args = training_arguments(options, placement, half, model, len(train))
     plan = Plan(
         batch_size=options.batch_size,
         micro_batch_tokens=options.micro_batch_size * options.cutoff_len,
@@ -288,14 +299,14 @@ def prepare_trainer(
     return StepTrainer(model, args, job, train, validation)
 
 
-def training_arguments(options: Options, placement: "Placement", model: "PeftModel", records: int) -> "TrainingArguments":
+def training_arguments(
+    options: Options, placement: "Placement", half: str | None, model: "PeftModel", records: int
+) -> "TrainingArguments":
     """The options in the Trainer's own terms."""
     from transformers import TrainingArguments
 
     from utils import memory
-    from utils.modeling import precision
 
-    half = precision(placement.device, options.bf16, options.fp16)
     checkpointing = options.gradient_checkpointing
     if checkpointing is None:
         tokens = options.micro_batch_size * options.cutoff_len

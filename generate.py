@@ -65,7 +65,7 @@ def main(options: Options) -> None:
     if options.is_ui:
         from utils import chat
 
-        address = chat.Address(options.server_name, options.server_port, options.auth, options.share_gradio)
+        address = chat.Address(options.server_name, options.server_port, login(options.auth), options.share_gradio)
         chat.serve(load_engine(options), decoding(options), options.lang, address)
         return
     from utils.prompts import check_output, output_paths, read_prompts
@@ -74,10 +74,11 @@ def main(options: Options) -> None:
     records = read_prompts(options.test_input_path, options.seed)
     for path in outputs:
         check_output(path, records, options.overwrite)
-    from utils import batch_answers  # from here on it takes seconds
+    engine = load_engine(options)
+    from utils import batch_answers
 
     batch_size = options.batch_size if isinstance(options.batch_size, int) else 0
-    batch_answers.run(load_engine(options), outputs, records, decoding(options), batch_size, options.overwrite)
+    batch_answers.run(engine, outputs, records, decoding(options), batch_size, options.overwrite)
 
 
 def check_together(options: Options) -> None:
@@ -90,18 +91,29 @@ def check_together(options: Options) -> None:
         if not Path(folder).is_dir() and not is_hub_name(folder):
             raise UserError(f"--lora_weights {folder}: no such folder; name the folder of an adapter")
     check_base(options.base_model)
+    login(options.auth)
     if options.prompt_template:
         find_template(options.prompt_template)
 
 
+def login(auth: str) -> tuple[str, str] | None:
+    """The user and the password that the page asks for, if any. Raises UserError where one of them is missing."""
+    user, _, password = auth.partition(":")
+    if auth and not (user and password):
+        raise UserError("--auth: not of the form user:password; write both, parted by a colon")
+    return (user, password) if auth else None
+
+
 def load_engine(options: Options) -> "Engine":
     """The base model with the adapters on it."""
-    from utils.generation import Engine, resolve, with_base
-    from utils.modeling import place
+    from utils.answerers import resolve, with_base
 
     base_model = options.base_model or os.environ.get("BASE_MODEL", "")
     base_model, answerers = resolve(base_model, options.lora_weights, options.prompt_template)
     answerers = with_base(answerers) if options.is_ui else answerers
+    from utils.generation import Engine  # here, because these take seconds to import
+    from utils.modeling import place
+
     return Engine(base_model, answerers, place(options.load_8bit, options.load_4bit, options.gpu_id))
 
 

@@ -186,7 +186,7 @@ def have_measured(
 def show_gains(options: Options, tables: list["Table"], steps: list[str]) -> None:
     """Write and print how the values change from step to step of a chain."""
     if steps:
-        from utils.generation import BASE
+        from utils.answerers import BASE
         from utils.tables import write_gains
 
         say(write_gains(Path(options.output_dir) / "chain.md", tables, [BASE, *steps]))

@@ -43,7 +43,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure each number of beams; print all figures as one object."""
-    from utils.generation import Engine, resolve
+    from utils.answerers import resolve
+    from utils.generation import Engine
     from utils.modeling import place
     from utils.prompts import read_prompts
 

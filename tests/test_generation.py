@@ -9,9 +9,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, MistralConfig, MptConfig
 
 from utils import generation, lineage, switching
+from utils.answerers import BASE, labels, resolve
 from utils.console import UserError
 from utils.decoding import GrowingLayer, Settings, common_opening, decode, families, groups, narrow, noise
-from utils.generation import BASE, Ending, Engine, labels, resolve
+from utils.generation import Ending, Engine
 from utils.modeling import place
 from utils.prompter import TEMPLATES, Prompter
 from utils.tokenizer import load_tokenizer

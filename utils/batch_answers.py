@@ -92,7 +92,7 @@ class Task:
                         bar.update(finished)
                         bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.0f} tokens/s", refresh=False)
         except BaseException:
-            journal.close(done=False)
+            journal.close(done=journal.values.keys() == {"plan"})  # without an answer it is not worth keeping
             raise
         write_records(self.path, self.answered(journal.values))
         self.report(journal.values, tokens, time.monotonic() - began)

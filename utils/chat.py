@@ -24,11 +24,12 @@ SESSIONS = 200  # whose conversations are kept at once
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where the page listens (port None: the first free one from 7860), who may see it, and whether it is linked outside."""
+    """Where the page listens (port None: the first free one from 7860), who may see it (user and password; None: everyone),
+    and whether it is linked outside."""
 
     name: str
     port: int | None
-    auth: str
+    auth: tuple[str, str] | None
     share: bool
 
 
@@ -50,17 +51,14 @@ def start(service: Service, settings: Settings, lang: str, address: Address) -> 
 
 
 def launch_options(address: Address) -> dict[str, Any]:
-    """What gradio's `launch` is called with; says where the page is open to others. Raises UserError on a bad --auth."""
-    user, colon, password = address.auth.partition(":")
-    if address.auth and not (user and colon and password):
-        raise UserError("--auth: not of the form user:password; write both, parted by a colon")
+    """What gradio's `launch` is called with; says where the page is open to others."""
     if not address.auth and (address.share or not is_local(address.name)):
         say("warning: everyone who can reach this address can use the page; --auth user:password asks for a password")
     return {
         "server_name": address.name,
         "server_port": address.port,
         "share": address.share,
-        "auth": (user, password) if address.auth else None,
+        "auth": address.auth,
         "state_session_capacity": SESSIONS,
         "max_file_size": 1,  # byte: the page takes no files, a conversation is loaded as text
         "footer_links": ["api"],

@@ -12,15 +12,23 @@ from typing import Any
 import gradio as gr
 
 from utils import lineage
+from utils.answerers import BASE, Answerer
 from utils.chat_labels import Labels
 from utils.console import UserError
 from utils.conversations import Conversation, from_file, from_markdown
 from utils.decoding import Settings
-from utils.generation import BASE, Answerer
 from utils.serving import Reply, Service, TooLong
 
 LARGEST_FILE = 1_000_000  # characters of a conversation that is loaded
 REDRAWN = 0.05  # seconds between two drawings of a growing answer: a fast model would drown the browser
+
+
+def put(value: str) -> dict:
+    """What shows `value` in a component that other calls skip or change.
+
+    A bare value would do, but for each that follows a skip gradio (6.31) keeps one more component as long as the session.
+    """
+    return gr.update(value=value)
 
 
 class Pace:
@@ -44,54 +52,58 @@ class Handlers:
         self.service, self.labels = service, labels
         self.answerers = {one.name: one for one in service.engine.answerers}
 
-    # the conversation
+    # the conversation: a question is taken into it, and where that went well, an answer is wanted
 
-    def ask(self, conversation, question, adapter, template, **knobs) -> Iterator[tuple]:
-        """Answer the question in the box."""
-        yield from self.answer(conversation, conversation.asked(question), adapter, template, **knobs)
+    def ask(self, conversation, wanted, question, adapter, template, **knobs) -> tuple:
+        """Take the question out of its box."""
+        return self.take(conversation, conversation.asked(question), wanted, "", adapter, template, **knobs)
 
-    def again(self, conversation, adapter, template, **knobs) -> Iterator[tuple]:
-        """Answer the last question anew."""
-        if conversation.turns:
-            yield from self.answer_from(conversation, len(conversation.turns) - 1, None, adapter, template, **knobs)
+    def again(self, conversation, wanted, question, adapter, template, **knobs) -> tuple:
+        """Take the last question anew."""
+        if not conversation.turns:
+            return conversation, wanted, [], question
+        earlier = conversation.asked_again(len(conversation.turns) - 1)
+        return self.take(conversation, earlier, wanted, question, adapter, template, **knobs)
 
-    def retry(self, event: gr.RetryData, *, conversation, adapter, template, **knobs) -> Iterator[tuple]:
-        """Answer a question of the conversation anew; what came after it goes."""
-        yield from self.answer_from(conversation, conversation.turn_of(event.index), None, adapter, template, **knobs)
+    def retry(self, event: gr.RetryData, *, conversation, wanted, question, adapter, template, **knobs) -> tuple:
+        """Take a question of the conversation anew; what came after it goes."""
+        earlier = conversation.asked_again(conversation.turn_of(event.index))
+        return self.take(conversation, earlier, wanted, question, adapter, template, **knobs)
 
-    def edit(self, event: gr.EditData, *, conversation, adapter, template, **knobs) -> Iterator[tuple]:
-        """Answer a question that was changed; what came after it goes."""
-        place, question = conversation.turn_of(event.index), from_markdown(event.value)
-        yield from self.answer_from(conversation, place, question, adapter, template, **knobs)
+    def edit(self, event: gr.EditData, *, conversation, wanted, question, adapter, template, **knobs) -> tuple:
+        """Take a question that was changed; what came after it goes."""
+        earlier = conversation.asked_again(conversation.turn_of(event.index), from_markdown(event.value))
+        return self.take(conversation, earlier, wanted, question, adapter, template, **knobs)
 
-    def answer_from(self, conversation, place, question, adapter, template, **knobs) -> Iterator[tuple]:
-        earlier = conversation.until(place).asked(question or conversation.turns[place][0])
-        yield from self.answer(conversation, earlier, adapter, template, **knobs)
-
-    def answer(self, before: Conversation, conversation: Conversation, adapter, template, **knobs) -> Iterator[tuple]:
-        """Grow the answer to the last question; yields the conversation, its messages, the question box, the status.
+    def take(self, before: Conversation, conversation: Conversation, wanted, box, adapter, template, **knobs) -> tuple:
+        """The conversation, the count of answers that were wanted, the messages, the text of the question box.
 
         Where there can be no answer, the page is as `before`, with the question in its box.
         """
-        yield conversation, conversation.messages(), "", gr.skip()
+        try:
+            self.service.fit(adapter, conversation.record(), self.settings(**knobs), template)
+        except UserError as error:
+            gr.Warning(self.reason(error))
+            return before, wanted, before.messages(), conversation.turns[-1][0]
+        return conversation, wanted + 1, conversation.messages(), box
+
+    def grow(self, conversation, adapter, template, **knobs) -> Iterator[tuple]:
+        """Grow the answer to the last question; yields the conversation, its messages, the status."""
         pace = Pace()
         try:
             settings = self.settings(**knobs)
             for reply in self.service.reply(adapter, conversation.record(), settings, template):
                 self.tell_dropped(reply)
-                if not pace.is_due(reply.done):
-                    yield (gr.skip(),) * 4  # every token is a chance to stop
-                    continue
-                messages = conversation.answered(self.text(reply, settings)).messages()
-                yield conversation.answered(reply.text), messages, gr.skip(), self.status(adapter, reply)
+                if pace.is_due(reply.done):
+                    messages = conversation.answered(self.text(reply, settings)).messages()
+                    yield conversation.answered(reply.text), messages, put(self.status(adapter, reply))
         except UserError as error:
             gr.Warning(self.reason(error))
-            yield before, before.messages(), conversation.turns[-1][0], gr.skip()
 
-    def undo(self, conversation) -> tuple:
+    def undo(self, conversation, question) -> tuple:
         """Take the last question back into its box."""
         if not conversation.turns:
-            return conversation, [], gr.skip()
+            return conversation, [], question
         earlier = conversation.until(len(conversation.turns) - 1)
         return earlier, earlier.messages(), conversation.turns[-1][0]
 
@@ -124,7 +136,7 @@ class Handlers:
     def compare(self, compared_question, answerers, template, **knobs) -> Iterator[list]:
         """One question to several answerers; yields the text of each column, and the status."""
         columns = [""] * len(self.answerers)
-        yield [*columns, gr.skip()]
+        yield [*map(put, columns), gr.skip()]
         if not answerers:
             gr.Warning(self.labels.none_chosen)
             return
@@ -132,13 +144,11 @@ class Handlers:
         try:
             settings = self.settings(**knobs)
             for replies in self.service.replies(answerers, record, settings, template):
-                if not pace.is_due(all(reply.done for reply in replies.values())):
-                    yield [gr.skip()] * (len(columns) + 1)
-                    continue
-                for place, name in enumerate(self.answerers):
-                    if name in replies:
-                        columns[place] = self.text(replies[name], settings)
-                yield [*columns, self.compared(replies)]
+                if pace.is_due(all(reply.done for reply in replies.values())):
+                    for place, name in enumerate(self.answerers):
+                        if name in replies:
+                            columns[place] = self.text(replies[name], settings)
+                    yield [*map(put, columns), put(self.compared(replies))]
         except UserError as error:
             gr.Warning(self.reason(error))
 
@@ -154,10 +164,8 @@ class Handlers:
         try:
             settings = self.settings(**knobs)
             for reply in self.service.reply(adapter, record, settings, template):
-                if not pace.is_due(reply.done):
-                    yield gr.skip(), gr.skip()
-                    continue
-                yield self.text(reply, settings), self.status(adapter, reply)
+                if pace.is_due(reply.done):
+                    yield self.text(reply, settings), put(self.status(adapter, reply))
         except UserError as error:
             gr.Warning(self.reason(error))
 
@@ -216,9 +224,9 @@ class Handlers:
 
     # what is said
 
-    def show_adapter(self, adapter) -> str:
+    def show_adapter(self, adapter) -> dict:
         """The status line for another answerer."""
-        return self.status(adapter)
+        return put(self.status(adapter))
 
     def settings(self, **knobs: Any) -> Settings:
         """The panel's settings; what is drawn by chance differs from answer to answer."""

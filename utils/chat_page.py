@@ -130,7 +130,7 @@ class Page:
     def draw_chat(self) -> None:
         """A conversation of many turns."""
         parts = self.parts
-        parts["conversation"] = gr.State(Conversation())
+        parts["conversation"], parts["wanted"] = gr.State(Conversation()), gr.State(0)
         parts["chat"] = gr.Chatbot(
             show_label=False,
             height="52vh",
@@ -155,10 +155,10 @@ class Page:
     def wire_chat(self, send: gr.Button, stop: gr.Button, again: gr.Button, clear: gr.Button, save: gr.Button, load: gr.Button):
         """What the buttons of the conversation do; whatever changes it stops the answer that is being written."""
         parts, do = self.parts, self.handlers
-        shown = ["conversation", "chat", "question", "status"]
-        answering = [self.wire(both(send.click, parts["question"].submit), do.ask, shown, **self.growing)]
-        for event, function in ((again.click, do.again), (parts["chat"].retry, do.retry), (parts["chat"].edit, do.edit)):
-            answering.append(self.wire(event, function, shown, cancels=list(answering), **self.growing))
+        answering = self.wire(parts["wanted"].change, do.grow, ["conversation", "chat", "status"], **self.growing)
+        asking = ((both(send.click, parts["question"].submit), do.ask), (again.click, do.again))
+        for event, function in (*asking, (parts["chat"].retry, do.retry), (parts["chat"].edit, do.edit)):
+            self.wire(event, function, ["conversation", "wanted", "chat", "question"], cancels=answering)
         stop.click(None, cancels=answering, api_visibility="private")
         for event in (clear.click, parts["chat"].clear):
             self.wire(event, do.clear, ["conversation", "chat"], cancels=answering)

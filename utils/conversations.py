@@ -21,6 +21,10 @@ class Conversation:
         """With one more question, open; a turn that was never answered goes."""
         return dataclasses.replace(self, turns=(*(turn for turn in self.turns if turn[1]), (question, "")))
 
+    def asked_again(self, place: int, changed: str = "") -> "Conversation":
+        """Up to the question of a turn, as it was or changed, open."""
+        return self.until(place).asked(changed or self.turns[place][0])
+
     def answered(self, answer: str) -> "Conversation":
         """With `answer` to the last question."""
         return dataclasses.replace(self, turns=(*self.turns[:-1], (self.turns[-1][0], answer)))

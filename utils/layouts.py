@@ -42,6 +42,7 @@ LAYER = {
     "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE),
 }
 STORAGES = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
+MOST = 200_000  # of anything that params.json counts
 FILES_BY_HIDDEN_SIZE = {4096: 1, 5120: 2, 6656: 4, 8192: 8}  # 7B, 13B, 33B, 65B and 70B; all else in one file
 
 
@@ -82,7 +83,7 @@ class MetaWeights(Weights):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.params = read_json(folder / "params.json")
+        self.params = read_params(folder / "params.json")
         self.files = sorted(folder.glob(META_FILES))
         self.parts = [Weights(folder, [file]) for file in self.files]
         if self.params.get("use_scaled_rope"):
@@ -141,6 +142,25 @@ class MetaWeights(Weights):
             heads = len(rows) * self.params["n_heads"] // self.params["dim"]
             return rows.view(heads, -1, 2).transpose(1, 2).reshape(-1)
         return rows
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """Meta's `params.json`. Raises UserError where a number in it is missing, or cannot be one of a LLaMA."""
+    params = read_json(path)
+    if not isinstance(params, dict):
+        raise UserError(f"{path}: is no object of settings; copy the file again")
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
+        value = params.get(name)
+        may_lack = value is None and name in ("n_kv_heads", "max_seq_len")
+        if not may_lack and not (type(value) is int and 1 <= value <= MOST):
+            raise UserError(f"{path}: {name} is {value!r:.80}, as in no LLaMA; copy the file again")
+    for name in ("norm_eps", "rope_theta"):
+        value = params.get(name, 10000.0 if name == "rope_theta" else None)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name} is {value!r:.80}, as in no LLaMA; copy the file again")
+    if params["dim"] % params["n_heads"]:
+        raise UserError(f"{path}: dim {params['dim']} is no multiple of n_heads {params['n_heads']}; copy the file again")
+    return params
 
 
 def config_of(params: dict[str, Any], weights: Weights) -> dict[str, Any]:

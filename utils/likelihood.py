@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from utils.answerers import BASE, Answerer, resolve
 from utils.console import UserError, progress, say
 from utils.encoding import encode
-from utils.generation import BASE, Answerer, Engine, resolve
+from utils.generation import Engine
 from utils.loss import full_loss
 from utils.modeling import place
 from utils.prompts import Record

@@ -5,21 +5,27 @@ import os
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from utils.console import UserError, reason, say
 from utils.files import read_json
 from utils.weights import base_folder, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase  # the first takes seconds to import
 
 transformers.utils.logging.set_verbosity_error()
 if not os.isatty(2):
     transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="bitsandbytes")  # on the CPU it warns once a layer
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+MOST_LAYERS = 1000  # several times what the deepest models have; many more would take for ever to build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +80,8 @@ def precision(device: torch.device, bf16: bool | None, fp16: bool | None) -> str
 
 
 def load_base(
-    base_model: str, tokenizer: PreTrainedTokenizerBase, placement: Placement, attn_implementation: str = ""
-) -> PreTrainedModel:
+    base_model: str, tokenizer: "PreTrainedTokenizerBase", placement: Placement, attn_implementation: str = ""
+) -> "PreTrainedModel":
     """Load a base model; its special ids are taken from the tokenizer, since published configs often have wrong ones.
 
     Raises UserError where the folder, a shard or a tensor is missing, or the tokenizer has ids that the model has no
@@ -85,6 +91,7 @@ def load_base(
     check_architecture(folder)
     weight_files(folder)
     options: dict[str, Any] = {"dtype": placement.dtype, "device_map": {"": placement.device}}
+    options["ignore_mismatched_sizes"] = True  # so that they are told below, by name
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if placement.quantise:
@@ -97,11 +104,7 @@ def load_base(
         ) from None
     except Exception as error:  # the library checks little, and fails wherever a file is not what it expects
         raise UserError(f"{base_model}: cannot be loaded ({reason(error)}); check the model folder") from None
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report[problem]:
-            name = sorted(str(key) for key in report[problem])[0]
-            kind = problem.split("_")[0]
-            raise UserError(f"{base_model}: {len(report[problem])} tensors are {kind} ({name}, …); check its files")
+    check_report(report, base_model)
     for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(tokenizer, kind)
         for config in (model.config, model.generation_config):
@@ -110,18 +113,41 @@ def load_base(
     return model
 
 
+def check_report(report: dict[str, Any], base_model: str) -> None:
+    """Say which tensors of the files found no place in the model that its configuration describes.
+
+    Raises UserError where the model has tensors that the files lack, or have in another shape.
+    """
+    if report["missing_keys"]:
+        name = min(report["missing_keys"])
+        raise UserError(f"{base_model}: {len(report['missing_keys'])} tensors are missing ({name}, …); check its files")
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise UserError(
+            f"{base_model}: {len(report['mismatched_keys'])} tensors are not of the shapes that its config.json describes "
+            f"({name} is {tuple(stored)}, not {tuple(wanted)}, …); copy weights and configuration of one model"
+        )
+    if report["unexpected_keys"]:
+        name = min(report["unexpected_keys"])
+        say(f"{base_model}: {len(report['unexpected_keys'])} tensors of its files are not part of the model ({name}, …)")
+
+
 def check_architecture(folder: Path) -> None:
     """Raises UserError where `config.json` is missing, of an unknown family, or wants code of its own to be run."""
     path = folder / "config.json"
     settings = read_json(path)
-    if not isinstance(settings, dict) or "model_type" not in settings:
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise UserError(f"{path}: names no model_type; is it the config of a language model?")
     if settings.get("auto_map") and settings["model_type"] not in transformers.CONFIG_MAPPING:
         raise UserError(f"{path}: asks for code of its own to be run, which is refused; use a family that transformers knows")
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:
-        raise UserError(f"{path}: not understood ({reason(error)}); use a family that transformers knows") from None
+        way_out = "copy the file again, or use a family that transformers knows"
+        raise UserError(f"{path}: not understood ({reason(error)}); {way_out}") from None
+    layers = getattr(config, "num_hidden_layers", 1)
+    if not 1 <= layers <= MOST_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers is {layers}, as in no model; copy the file again")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: {settings['model_type']} is no causal language model; choose one such as LLaMA or BLOOM")
 
@@ -144,7 +170,7 @@ def wants_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_model: str) -> None:
+def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> None:
     """Raises UserError where the tokenizer has more ids than the model has embedding rows.
 
     Fewer ids are right: BLOOM pads 250,680 of them to 250,880 rows.
@@ -160,7 +186,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def fit_embeddings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_model: str, trained_whole: list[str]
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str, trained_whole: list[str]
 ) -> None:
     """Give a model embedding rows for a tokenizer with more tokens than the base's; `trained_whole` layers must hold them.
 

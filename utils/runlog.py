@@ -1,6 +1,7 @@
 """What a run leaves for its reader: the log as JSON lines, and the curves of its losses."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ class RunLog(TrainerCallback):
         """Write what the checkpoint that is resumed has logged, if any, and show how far the run is."""
         self.bar = progress(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
         if is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lines = [line(entry) for entry in state.log_history if "train_runtime" not in entry]
-            (self.folder / LOG).write_text("".join(lines), "utf-8")
+            (self.folder / LOG).unlink(missing_ok=True)
+            self.add(entry for entry in state.log_history if "train_runtime" not in entry)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Add the newest entry."""
@@ -36,8 +36,20 @@ class RunLog(TrainerCallback):
             self.bar.set_postfix(loss=f"{state.log_history[-1]['loss']:.4f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
         if is_main_process() and "train_runtime" not in state.log_history[-1]:
+            self.add([state.log_history[-1]])
+
+    def close(self) -> None:
+        """End the bar's line, however the run ended."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def add(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Write entries to the end of the log; before the first one there is no file."""
+        lines = [line(entry) for entry in entries]
+        if lines:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / LOG, "a", encoding="utf-8") as file:
-                file.write(line(state.log_history[-1]))
+                file.writelines(lines)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
@@ -49,7 +61,6 @@ class RunLog(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw the curves of the whole run."""
-        self.bar.close()
         if is_main_process():
             plot(state.log_history, self.folder / PLOT)
 

@@ -96,66 +96,80 @@ def base_and_parent(start: Start, base_model: str) -> tuple[dict[str, Any], dict
     return base, {"name": str(start.parent), "sha256": sha256(find_weights(start.parent)), "lineage": own}
 
 
-def lora_config(model: "nn.Module", wanted: dict[str, Any], parent: Path | None) -> "LoraConfig":
-    """The settings of the adapter to train: those `wanted` (None: not given), the rest the parent's, or the defaults.
-
-    Raises UserError where a wanted setting contradicts the parent's; both are named.
-    """
-    from peft import LoraConfig
-
-    dropout = wanted["lora_dropout"]
-    given = {name: value for name, value in wanted.items() if name != "lora_dropout" and value not in (None, [])}
+def check_parent(start: Start, wanted: dict[str, Any]) -> None:
+    """Raise UserError where a wanted setting of the adapter contradicts that of the one to train on; both are named."""
+    parent = start.checkpoint or start.parent
     if parent is None:
-        targets = given.get("lora_target_modules") or default_targets(model)
-        settings = {"lora_r": DEFAULT_R, "lora_alpha": DEFAULT_ALPHA} | given | {"lora_target_modules": targets}
-        return LoraConfig(
-            r=settings["lora_r"],
-            lora_alpha=settings["lora_alpha"],
-            target_modules=settings["lora_target_modules"],
-            lora_dropout=dropout,
-            use_rslora=settings.get("use_rslora", False),
-            use_dora=settings.get("use_dora", False),
-            modules_to_save=settings.get("modules_to_save"),
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
-    config = parent_config(parent, given)
-    inherited = {
-        "lora_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_target_modules": config.target_modules,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "modules_to_save": config.modules_to_save or [],
-    }
+        return
+    inherited = settings_of(parent, wanted)
     differences = [
         f"--{name} is {shown(value)}, the adapter's is {shown(inherited[name])}"
-        for name, value in given.items()
+        for name, value in given(wanted).items()
         if as_set(value) != as_set(inherited[name])
     ]
     if differences:
         raise UserError(f"{parent}: {'; '.join(differences)}; leave these options out to take the adapter's")
-    taken = [f"--{name} {shown(value)}" for name, value in inherited.items() if name not in given and value]
-    if taken:
-        say(f"taken from {parent}: {', '.join(taken)}")
-    config.lora_dropout, config.inference_mode = dropout, False
-    return config
 
 
-def parent_config(parent: Path, given: dict[str, Any]) -> "LoraConfig":
-    """The parent's own settings; for a checkpoint of alpaca-lora, which has weights alone, rank and targets as these show."""
+def lora_config(model: "nn.Module", wanted: dict[str, Any], parent: Path | None) -> "LoraConfig":
+    """The settings of the adapter to train: those `wanted` (None: not given), the rest the parent's, or the defaults."""
     from peft import LoraConfig
 
-    from utils.adapters import read_config, read_tensors
+    from utils.adapters import read_config
+
+    if parent is None:
+        targets = wanted["lora_target_modules"] or default_targets(model)
+        settings = {"lora_r": DEFAULT_R, "lora_alpha": DEFAULT_ALPHA} | given(wanted) | {"lora_target_modules": targets}
+    else:
+        settings = settings_of(parent, wanted)
+        taken = [f"--{name} {shown(value)}" for name, value in settings.items() if name not in given(wanted) and value]
+        if taken:
+            say(f"taken from {parent}: {', '.join(taken)}")
+        if (parent / "adapter_config.json").is_file():
+            config = read_config(parent)
+            config.lora_dropout, config.inference_mode = wanted["lora_dropout"], False
+            return config
+        told = f"rank {settings['lora_r']} on {', '.join(settings['lora_target_modules'])}; alpha {settings['lora_alpha']}"
+        say(f"{parent}: has no adapter_config.json; its weights show {told} is assumed")
+    return LoraConfig(
+        r=settings["lora_r"],
+        lora_alpha=settings["lora_alpha"],
+        target_modules=settings["lora_target_modules"],
+        lora_dropout=wanted["lora_dropout"],
+        use_rslora=settings.get("use_rslora", False),
+        use_dora=settings.get("use_dora", False),
+        modules_to_save=settings.get("modules_to_save") or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def given(wanted: dict[str, Any]) -> dict[str, Any]:
+    """The wanted settings that were given and that a parent has, too: all but dropout, which is each run's own."""
+    return {name: value for name, value in wanted.items() if name != "lora_dropout" and value not in (None, [])}
+
+
+def settings_of(parent: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """A parent's settings under the options' names; those of a checkpoint of alpaca-lora, which has weights alone, as
+    these show them."""
+    from utils.adapters import read_settings, read_tensors
 
     if (parent / "adapter_config.json").is_file():
-        return read_config(parent)
+        settings = read_settings(parent)
+        return {
+            "lora_r": settings["r"],
+            "lora_alpha": settings["lora_alpha"],
+            "lora_target_modules": settings.get("target_modules"),
+            "use_rslora": settings.get("use_rslora", False),
+            "use_dora": settings.get("use_dora", False),
+            "modules_to_save": settings.get("modules_to_save") or [],
+        }
     loras = {name: tensor for name, tensor in read_tensors(parent).items() if name.endswith("lora_A.weight")}
     targets = sorted({name.split(".")[-3] for name in loras})
     rank = next(iter(loras.values())).shape[0]
-    alpha = given.get("lora_alpha", DEFAULT_ALPHA)
-    say(f"{parent}: has no adapter_config.json; its weights show rank {rank} on {', '.join(targets)}; alpha {alpha} is assumed")
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none", task_type="CAUSAL_LM")
+    alpha = wanted["lora_alpha"] or DEFAULT_ALPHA
+    variants = {"use_rslora": False, "use_dora": False, "modules_to_save": []}
+    return {"lora_r": rank, "lora_alpha": alpha, "lora_target_modules": targets} | variants
 
 
 def default_targets(model: "nn.Module") -> list[str]:

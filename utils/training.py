@@ -1,5 +1,6 @@
 """The Trainer: whole optimizer steps as units, a loss that is right whatever the micro-batches, checkpoints that last."""
 
+import contextlib
 import dataclasses
 import pickle
 import shutil
@@ -79,7 +80,8 @@ class StepTrainer(Trainer):
     """
 
     def __init__(self, model: PeftModel, args: TrainingArguments, job: Job, train: Encoded, validation: Encoded | None):
-        super().__init__(model, args, train_dataset=train, eval_dataset=validation, callbacks=[RunLog(args.output_dir)])
+        self.run_log = RunLog(args.output_dir)
+        super().__init__(model, args, train_dataset=train, eval_dataset=validation, callbacks=[self.run_log])
         if wants_fsdp() and self.accelerator.distributed_type != DistributedType.FSDP:
             raise UserError(
                 f"FSDP was asked for, but accelerate would run {self.accelerator.distributed_type.value} here; "
@@ -116,9 +118,14 @@ class StepTrainer(Trainer):
         if not finite.all():
             bad = [record for batch, ok in zip(inputs, finite.tolist(), strict=True) if not ok for record in batch["records"]]
             numbers = ", ".join(str(self.train_dataset.numbers[record]) for record in sorted(bad))
+            way_out = (
+                "lower --learning_rate"
+                if self.state.global_step
+                else "check the weights of the model, which were not trained yet"
+            )
             raise UserError(
                 f"step {self.state.global_step + 1}: the loss is not finite in the micro-batches of records {numbers} "
-                "(counted from 0 over --data_path); look at these, or lower --learning_rate"
+                f"(counted from 0 over --data_path); look at these, or {way_out}"
             )
         return torch.stack(losses).sum()
 
@@ -238,6 +245,9 @@ def train(trainer: StepTrainer, checkpoint: Path | None) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        trainer.run_log.close()
+        with contextlib.suppress(OSError):
+            Path(trainer.args.output_dir).rmdir()  # where nothing came of the run, not even a line in its log
     if trainer.stopped_by is not None:
         say(f"stopped at step {trainer.state.global_step}; run the same command again to go on")
         sys.exit(128 + trainer.stopped_by)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import cold_or_forked, has, refused, world  # noqa: F401
+from cases import cold_or_forked, has, refused, run_cold, world  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 Break = Callable[[Path], object]
@@ -127,7 +127,8 @@ NO_SETTINGS = {
     "deep": "[" * 99999,
 }
 NAN, INFINITE = float("nan"), float("inf")
-AGAIN = "copy it again"
+AGAIN, AGAIN_FILE = "copy it again", "copy the file again"
+NUMBERS = ("dim", "n_layers", "n_heads", "norm_eps")
 FINGERPRINT = {"architecture": {"model_type": "bloom"}, "tokenizer": None, "shapes": "0", "samples": {}}
 OTHER = {"name": "bloom-7b", "fingerprint": FINGERPRINT}
 BASES: dict[str, tuple] = {  # what is broken -> how, and the words of the refusal
@@ -239,6 +240,91 @@ ADAPTERS: dict[str, tuple] = {
     ),
     "lineage: another base": (lineage(base=OTHER), "another base (bloom-7b)", "give that base"),
 }  # fmt: skip
+
+
+CONFIG, PARAMS = "config.json", "params.json"
+CONFIGURATIONS: dict[str, tuple] = {  # which only the programs that load a model look at: in config.json -> the words
+    "heads that do not share the width": ({"num_attention_heads": 3}, CONFIG, AGAIN_FILE),
+    "no heads": ({"num_attention_heads": 0}, CONFIG, AGAIN_FILE),
+    "heads in words": ({"num_attention_heads": "two"}, "num_attention_heads", AGAIN_FILE),
+    "less than no heads": ({"num_attention_heads": -2}, "broken", "check the model folder"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0", AGAIN_FILE),
+    "less than no layers": ({"num_hidden_layers": -1}, "num_hidden_layers is -1", AGAIN_FILE),
+    "more layers than any model": ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000", AGAIN_FILE),
+    "half a layer": ({"num_hidden_layers": 2.5}, "num_hidden_layers", AGAIN_FILE),
+    "more layers than its weights": ({"num_hidden_layers": 5}, "27 tensors are missing", "check its files"),
+    "another width": ({"hidden_size": 32}, "not of the shapes", "copy weights and configuration of one model"),
+    "no width": ({"hidden_size": 0}, "broken", ";"),
+    "a width in a list": ({"hidden_size": [64]}, "hidden_size", AGAIN_FILE),
+    "a width beyond memory": ({"hidden_size": 10**12}, "broken", ";"),
+    "another vocabulary": ({"vocab_size": 100}, "not of the shapes", "copy weights and configuration of one model"),
+    "less than no vocabulary": ({"vocab_size": -5}, "broken", ";"),
+    "a vocabulary beyond memory": ({"vocab_size": 10**12}, "broken", ";"),
+    "a window in words": ({"max_position_embeddings": "long"}, "max_position_embeddings", AGAIN_FILE),
+    "an epsilon in words": ({"rms_norm_eps": "small"}, "rms_norm_eps", AGAIN_FILE),
+    "an unknown activation": ({"hidden_act": "magic"}, "magic", "check the model folder"),
+    "an unknown family": ({"model_type": "magic"}, "model type `magic`", "a family that transformers knows"),
+    "a number for a family": ({"model_type": 5}, "names no model_type", "is it the config"),
+    "a list for a family": ({"model_type": ["llama"]}, "names no model_type", "is it the config"),
+    "a translator": ({"model_type": "t5"}, "t5 is no causal language model", "LLaMA or BLOOM"),
+    "another family": ({"model_type": "bert"}, "tensors are missing", "check its files"),
+    "no shared heads": ({"num_key_value_heads": 0}, "broken", "check the model folder"),
+    "an unknown rotation": ({"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}}, "magic", ";"),
+    "a rotation in a list": ({"rope_parameters": [1]}, "rope_parameters", AGAIN_FILE),
+    "an end in words": ({"eos_token_id": "end"}, "eos_token_id", AGAIN_FILE),
+    "an unknown type": ({"dtype": "float99"}, "float99", AGAIN_FILE),
+    "heads of an odd size": ({"head_dim": 7}, CONFIG, AGAIN_FILE),
+    "a number for a quantisation": ({"quantization_config": 5}, CONFIG, AGAIN_FILE),
+    "padding beyond the vocabulary": ({"pad_token_id": 10**9}, "broken", ";"),
+}  # fmt: skip
+METAS: dict[str, tuple] = {  # a folder in Meta's layout, broken -> the words
+    "params: none": (gone(PARAMS), PARAMS, "check the path"),
+    **{f"params: {what}": (text(PARAMS, content), PARAMS, ";") for what, content in NO_SETTINGS.items()},
+    **{f"params: no {name}": (settings(PARAMS, **{name: None}), f"{name} is None", "copy the file again") for name in NUMBERS},
+    **{f"params: {name} in words": (settings(PARAMS, **{name: "4"}), f"{name} is '4'", "copy") for name in NUMBERS},
+    **{f"params: {name} is 0": (settings(PARAMS, **{name: 0}), f"{name} is 0", "copy the file again") for name in NUMBERS},
+    "params: layers without end": (settings(PARAMS, n_layers=10**12), "n_layers is 1000000000000", "copy the file again"),
+    "params: a layer too many": (settings(PARAMS, n_layers=3), "9 tensors are missing", "copy it again"),
+    "params: another width": (settings(PARAMS, dim=128), "64 of 128 rows", "copy all of its consolidated"),
+    "params: heads that do not fit": (settings(PARAMS, n_heads=5), "no multiple of n_heads 5", "copy the file again"),
+    "params: shared heads in words": (settings(PARAMS, n_kv_heads="2"), "n_kv_heads is '2'", "copy the file again"),
+    "params: a negative rotation": (settings(PARAMS, rope_theta=-1.0), "rope_theta is -1.0", "copy the file again"),
+    "params: an infinite epsilon": (settings(PARAMS, norm_eps=INFINITE), "norm_eps is inf", "copy the file again"),
+    "params: of Llama 3": (settings(PARAMS, use_scaled_rope=True), "Llama 3 is not read", "get it from the hub"),
+    "weights: cut off": (data("consolidated.00.pth", lambda d: d[:-1000]), "consolidated.00.pth", AGAIN),
+    "weights: a page of HTML": (data("consolidated.00.pth", lambda d: b"<html>"), "consolidated.00.pth", ";"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", ["finetune.py", "generate.py"])
+@pytest.mark.parametrize("what", CONFIGURATIONS)
+def test_configurations_that_cannot_be_loaded(refused, world, tmp_path, what, program):  # noqa: F811
+    broken, (changes, *words) = shutil.copytree(world["base"], tmp_path / "broken"), CONFIGURATIONS[what]
+    settings(CONFIG, **changes)(broken)
+    has(refused(program, f"--base_model {broken}"), words)
+
+
+@pytest.mark.parametrize("program", ["finetune.py", "generate.py"])
+def test_weights_that_are_no_numbers(refused, world, tmp_path, program):  # noqa: F811
+    broken = shutil.copytree(world["base"], tmp_path / "broken")
+    one(WEIGHTS, Q, lambda t: t.fill_(NAN))(broken)
+    has(refused(program, f"--base_model {broken}"), ("n", "check the"))
+
+
+@pytest.fixture(scope="module")
+def meta(world, tmp_path_factory):  # noqa: F811
+    """The good base in Meta's layout."""
+    folder = tmp_path_factory.mktemp("meta") / "out"
+    words = f"--base_model {world['base']} --output_type pth --output_dir {folder}"
+    assert run_cold("merge_weights.py", *words.split(), cwd=folder.parent).ok
+    return folder
+
+
+@pytest.mark.parametrize("what", METAS)
+def test_folders_of_metas_that_cannot_be_merged_into(refused, meta, tmp_path, what):  # noqa: F811
+    broken, (break_it, *words) = shutil.copytree(meta, tmp_path / "broken"), METAS[what]
+    break_it(broken)
+    has(refused("merge_weights.py", f"--base_model {broken}"), words)
 
 
 @pytest.mark.parametrize("what", BASES)

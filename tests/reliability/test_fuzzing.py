@@ -272,8 +272,8 @@ OWN = {"architecture": {"model_type": "llama"}, "tokenizer": None, "shapes": "0"
 @example({"kind": "train", "options": {}, "time": {"seconds": None}, "results": {"train_loss": math.nan}})
 @example({"kind": "train", "options": {}, "base": {"name": "a", "fingerprint": OWN | {"samples": {"a": [1.0]}}}})
 def test_any_lineage(tmp_path, step):
+    from utils.answerers import Answerer, choose_template, named_base
     from utils.chat_handlers import steps_of
-    from utils.generation import Answerer, choose_template, named_base
     from utils.steps import chain_folders
 
     (tmp_path / lineage.FILE).write_text(json.dumps(step), "utf-8")

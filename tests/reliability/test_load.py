@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,14 +43,27 @@ def command(*words: object) -> subprocess.Popen:
 
 
 class Visitor:
-    """One who talks on the page: calls what its send button calls, in a session of their own; the server keeps the talk."""
+    """One who talks on the page, in a session of their own; the server keeps the talk.
+
+    Calls what the send button calls, and then what the page calls when a question has been taken.
+    """
 
     def __init__(self, url: str, number: int):
         self.client, self.number = Client(url, verbose=False, httpx_kwargs={"timeout": 300}), number
-        buttons = {part["id"] for part in self.client.config["components"] if part["props"].get("elem_id") == "send"}
+        sends = {part["id"] for part in self.client.config["components"] if part["props"].get("elem_id") == "send"}
+        self.take = self.call_on(lambda part, event: part in sends)
+        self.grow = self.call_on(lambda part, event: event == "change" and self.is_state(part))
+
+    def call_on(self, wanted: Callable[[int, str], bool]) -> int:
+        """The number of the page's function that an event calls."""
         calls = self.client.config["dependencies"]
-        self.call = next(call["id"] for call in calls if any(target[0] in buttons for target in call["targets"]))
-        self.client.endpoints[self.call].is_valid = True  # it is the page's alone; the client library would not call it
+        number = next(call["id"] for call in calls if any(wanted(*target) for target in call["targets"]))
+        self.client.endpoints[number].is_valid = True  # it is the page's alone; the client library would not call it
+        return number
+
+    def is_state(self, number: int) -> bool:
+        """True for what no page shows."""
+        return any(part["id"] == number and part["type"] == "state" for part in self.client.config["components"])
 
     def question(self, turn: int) -> str:
         """What this visitor asks at a turn."""
@@ -59,7 +73,8 @@ class Visitor:
         """Ask once more; returns all messages on the page, as role and text."""
         knobs = (TOKENS, 1, False, 0.1, 0.75, 40, 1.0)  # in the order of chat_page.KNOBS
         adapter = ("f1", "f2")[self.number % 2]
-        shown, *_ = self.client.predict(self.question(turn), adapter, "", *knobs, fn_index=self.call)
+        self.client.predict(self.question(turn), adapter, "", *knobs, fn_index=self.take)
+        shown, *_ = self.client.predict(adapter, "", *knobs, fn_index=self.grow)
         return [(message["role"], text_of(message["content"])) for message in shown]
 
 
