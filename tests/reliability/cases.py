@@ -1,7 +1,7 @@
 """What the cases of bad input share: a small world of good things to break, and what every refusal must be.
 
 A case runs a script with good options, and after them those of the case (of an option given twice the last counts).
-With RELIABILITY=full each case is a process of its own, started cold, and `--durations=20` shows which were slowest;
+With RELIABILITY=full each case is a process of its own, started cold, and what that took is printed in the end;
 otherwise it is forked from the warm test process, which leaves the imports out.
 """
 
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ import tiny
 from scripting import ROOT, Ended, Script
 
 FULL = os.environ.get("RELIABILITY") == "full"
-HANGS = 60  # seconds after which a process counts as hanging, and is killed: far more than any case takes
+HANGS = 120  # seconds after which a process counts as hanging, and is killed: far more than any case takes
+SECONDS: list[tuple[float, str]] = []  # that refusals from a cold start took, and of which case
 PROGRESS = re.compile(r"\d+%\||\d+ ?records \[|\[\d\d:\d\d")
 RECORDS = [{"instruction": f"第{number}问？", "input": "", "output": f"答{number}。" * 3} for number in range(12)]
 GOOD = {
@@ -90,10 +92,12 @@ def cold_or_forked(script):
 
 def run_cold(name: str, *argv: object, cwd: Path, **env: str) -> Ended:
     """Run a script as a user does."""
-    command = [sys.executable, str(ROOT / name), *map(str, argv)]
+    command, began = [sys.executable, str(ROOT / name), *map(str, argv)], time.monotonic()
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=HANGS, check=False
     )
+    if done.returncode == 2:
+        SECONDS.append((time.monotonic() - began, os.environ["PYTEST_CURRENT_TEST"].partition("::")[2]))
     return Ended(done.returncode, done.stdout, done.stderr)
 
 

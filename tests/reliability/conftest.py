@@ -1,13 +1,27 @@
 """What the campaign shares: how much of it is run, the programs, and a folder for each."""
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import cases
 import killing
 import programs
 import pytest
+
+SLOWEST = 20  # of the refusals, that are printed
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print how long refusals took from a cold start, where that was measured."""
+    if cases.SECONDS:
+        seconds = [second for second, _ in cases.SECONDS]
+        middle, slow = statistics.median(seconds), sum(second > 5 for second in seconds)
+        terminalreporter.write_line(f"{len(seconds)} refusals, cold: median {middle:.1f} s, {slow} of them over 5 s")
+        for second, case in sorted(cases.SECONDS)[: -SLOWEST - 1 : -1]:
+            terminalreporter.write_line(f"{second:.1f} s {case}")
 
 
 @pytest.fixture(scope="session")
