@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.cli import option, run
 from utils.console import UserError
-from utils.prompter import find_template
+from utils.prompter import Prompter
 from utils.sources import check_base, is_hub_name
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def check_together(options: Options) -> None:
     check_base(options.base_model)
     login(options.auth)
     if options.prompt_template:
-        find_template(options.prompt_template)
+        Prompter(options.prompt_template)
 
 
 def login(auth: str) -> tuple[str, str] | None:

@@ -89,6 +89,46 @@ def test_templates(refused, broken):  # noqa: F811
     has(refused("finetune.py", f"--prompt_template_name {broken}"), ("broken.json",))
 
 
+BRACE = ("_no_input", "double a brace that is meant literally")
+GOOD_TEMPLATE = {
+    "prompt_input": "问：{instruction}\n文：{input}\n答：",
+    "prompt_no_input": "问：{instruction}\n答：",
+    "response_split": "答：",
+}
+TEMPLATES = {  # what differs from a good one (None: the key is missing) -> the words of the refusal
+    "no prompt with an input": ({"prompt_input": None}, ("key prompt_input is missing", "add it")),
+    "no prompt without an input": ({"prompt_no_input": None}, ("key prompt_no_input is missing", "add it")),
+    "no split": ({"response_split": None}, ("key response_split is missing", "add it")),
+    "a key too many": ({"system": "你好"}, ("key system is unknown", "keys are")),
+    "a number for a prompt": ({"prompt_input": 5}, ("a JSON object of texts", "see templates/README.md")),
+    "a list for a prompt": ({"prompt_no_input": ["问：{instruction}"]}, ("a JSON object of texts", "see templates/README.md")),
+    "an empty prompt": ({"prompt_no_input": ""}, ("prompt_no_input", ";")),
+    "a split that is not in it": ({"response_split": "Response:"}, ("does not contain the response_split", "add it")),
+    "no place for the instruction": ({"prompt_no_input": "问：\n答："}, ("prompt_no_input", "it must have {instruction}")),
+    "no place for the input": ({"prompt_input": "问：{instruction}\n答："}, ("it must have {input}, {instruction}",)),
+    "a place for nothing": ({"prompt_no_input": "{instruction}{output}答："}, ("unknown placeholder {output}", "use {instruction}")),
+    "a number for a place": ({"prompt_no_input": "{0}答："}, ("prompt_no_input", "{instruction}")),
+    "a place without a name": ({"prompt_no_input": "{}答："}, ("prompt_no_input", "{instruction}")),
+    "an attribute of a place": ({"prompt_no_input": "{instruction.__class__}答："}, ("prompt_no_input", "{instruction}")),
+    "an item of a place": ({"prompt_no_input": "{instruction[0]}答："}, ("prompt_no_input", "{instruction}")),
+    "a format of a place": ({"prompt_no_input": "{instruction:>99999999}答："}, ("prompt_no_input", "{instruction")),
+    "a conversion of a place": ({"prompt_no_input": "{instruction!r}答："}, ("prompt_no_input", "{instruction")),
+    "a brace that opens": ({"prompt_no_input": "{instruction} {答："}, BRACE),
+    "a brace that closes": ({"prompt_no_input": "{instruction} }答："}, BRACE),
+    "a brace in a later turn": ({"turn_no_input": "问：{instruction"}, BRACE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["finetune.py --prompt_template_name", "generate.py --prompt_template"])
+@pytest.mark.parametrize("what", TEMPLATES)
+def test_templates_of_another_form(refused, tmp_path, what, option):  # noqa: F811
+    changes, words = TEMPLATES[what]
+    texts = {key: text for key, text in (GOOD_TEMPLATE | changes).items() if text is not None}
+    (tmp_path / "mine.json").write_text(json.dumps(texts, ensure_ascii=False), "utf-8")
+    program, name = option.split()
+    has(refused(program, f"{name} {{tmp}}/mine.json"), ("mine.json", *words))
+
+
 OBJECTS = {"a JSON object over many lines", "an object of lists"}  # whose texts are as good as any
 
 
