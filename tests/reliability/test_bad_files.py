@@ -106,7 +106,7 @@ TEMPLATES = {  # what differs from a good one (None: the key is missing) -> the 
     "a split that is not in it": ({"response_split": "Response:"}, ("does not contain the response_split", "add it")),
     "no place for the instruction": ({"prompt_no_input": "问：\n答："}, ("prompt_no_input", "it must have {instruction}")),
     "no place for the input": ({"prompt_input": "问：{instruction}\n答："}, ("it must have {input}, {instruction}",)),
-    "a place for nothing": ({"prompt_no_input": "{instruction}{output}答："}, ("unknown placeholder {output}", "use {instruction}")),
+    "a place for nothing": ({"prompt_no_input": "{instruction}{output}答："}, ("{output}", "use {instruction}")),
     "a number for a place": ({"prompt_no_input": "{0}答："}, ("prompt_no_input", "{instruction}")),
     "a place without a name": ({"prompt_no_input": "{}答："}, ("prompt_no_input", "{instruction}")),
     "an attribute of a place": ({"prompt_no_input": "{instruction.__class__}答："}, ("prompt_no_input", "{instruction}")),
