@@ -28,9 +28,11 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
     """The base model and who answers on it, from the options and from the adapters' own records.
 
     Without adapters the base answers. Where `base_model` or `prompt_template` is "", the adapters' lineage says it.
-    Raises UserError where an adapter is missing or broken, where neither options nor adapters name a base, and
-    where what they say differs from what was given, or from each other.
+    Raises UserError where an adapter is missing or broken, where neither options nor adapters name a base, where
+    what they say differs from what was given, or from each other, and where the base is none that can be loaded.
     """
+    from utils.modeling import check_architecture
+
     names = labels(lora_weights)
     lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]
     for folder in lora_weights:
@@ -40,6 +42,7 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
         base_model = common_base({folder: named_base(*known) for folder, known in found.items()})
         say(f"base model: {base_model}, which the adapter was trained on")
     refuse_adapter(base_folder(base_model))
+    check_architecture(base_folder(base_model))  # before the tokenizer, whose library reads the same config.json
     if any(known and known.get("base") for _, known in found.values()):
         fingerprint = lineage.fingerprint(base_model)
         for folder, (_, known) in found.items():

@@ -15,10 +15,9 @@ from utils.answerers import BASE, Answerer
 from utils.console import UserError
 from utils.decoding import Ids, Settings, Step, decode
 from utils.encoding import encode_prompt
-from utils.modeling import Placement, check_architecture, check_vocabulary, load_base
+from utils.modeling import Placement, check_vocabulary, load_base
 from utils.prompter import Prompter
 from utils.tokenizer import load_tokenizer
-from utils.weights import base_folder
 
 CACHE_SHARE = 0.5  # of the memory that the weights leave: the rest is for activations, and for others
 
@@ -72,7 +71,6 @@ class Engine:
         self.base_model, self.placement = base_model, placement
         self.answerers = list(answerers)
         self.prompters = {one.name: Prompter(one.template) for one in self.answerers}
-        check_architecture(base_folder(base_model))  # before the tokenizer, whose library reads the same config.json
         self.tokenizers = {one.name: load_tokenizer(tokenizer_home(one, base_model)) for one in self.answerers}
         self.model = load_base(base_model, self.tokenizers[self.answerers[0].name], placement)
         if getattr(self.model, "_is_stateful", False):

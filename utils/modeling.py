@@ -25,7 +25,8 @@ warnings.filterwarnings("ignore", module="bitsandbytes")  # on the CPU it warns 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-MOST_LAYERS = 1000  # several times what the deepest models have; many more would take for ever to build
+# several times what the largest models have; many more would take for ever to build
+MOST = {"num_hidden_layers": 1000, "hidden_size": 200_000, "num_attention_heads": 2000, "vocab_size": 10_000_000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +146,9 @@ def check_architecture(folder: Path) -> None:
     except Exception as error:
         way_out = "copy the file again, or use a family that transformers knows"
         raise UserError(f"{path}: not understood ({reason(error)}); {way_out}") from None
-    layers = getattr(config, "num_hidden_layers", 1)
-    if not 1 <= layers <= MOST_LAYERS:
-        raise UserError(f"{path}: num_hidden_layers is {layers}, as in no model; copy the file again")
+    for name, most in MOST.items():
+        if not 1 <= getattr(config, name, 1) <= most:
+            raise UserError(f"{path}: {name} is {getattr(config, name)}, as in no model; copy the file again")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: {settings['model_type']} is no causal language model; choose one such as LLaMA or BLOOM")
 
