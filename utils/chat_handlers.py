@@ -1,6 +1,6 @@
 """What the chat page does: the functions behind its buttons and its API. Of the page's components they know the names only.
 
-What belongs to one visitor (the conversation) comes in with each call and goes out with it; nothing is kept here.
+What belongs to one visitor (the talk) comes in with each call; nothing is kept here.
 """
 
 import random
@@ -15,7 +15,7 @@ from utils import lineage
 from utils.answerers import BASE, Answerer
 from utils.chat_labels import Labels
 from utils.console import UserError
-from utils.conversations import Conversation, from_file, from_markdown
+from utils.conversations import Conversation, Talk, from_file, from_markdown
 from utils.decoding import Settings
 from utils.serving import Reply, Service, TooLong
 
@@ -54,82 +54,86 @@ class Handlers:
 
     # the conversation: a question is taken into it, and where that went well, an answer is wanted
 
-    def ask(self, conversation, wanted, question, adapter, template, **knobs) -> tuple:
+    def ask(self, talk, question, adapter, template, **knobs) -> tuple:
         """Take the question out of its box."""
-        return self.take(conversation, conversation.asked(question), wanted, "", adapter, template, **knobs)
+        return self.take(talk, talk.conversation.asked(question), "", adapter, template, **knobs)
 
-    def again(self, conversation, wanted, question, adapter, template, **knobs) -> tuple:
+    def again(self, talk, question, adapter, template, **knobs) -> tuple:
         """Take the last question anew."""
-        if not conversation.turns:
-            return conversation, wanted, [], question
-        earlier = conversation.asked_again(len(conversation.turns) - 1)
-        return self.take(conversation, earlier, wanted, question, adapter, template, **knobs)
+        if not talk.conversation.turns:
+            return gr.skip(), [], question
+        return self.take(talk, talk.conversation.asked_again(-1), question, adapter, template, **knobs)
 
-    def retry(self, event: gr.RetryData, *, conversation, wanted, question, adapter, template, **knobs) -> tuple:
+    def retry(self, event: gr.RetryData, *, talk, question, adapter, template, **knobs) -> tuple:
         """Take a question of the conversation anew; what came after it goes."""
-        earlier = conversation.asked_again(conversation.turn_of(event.index))
-        return self.take(conversation, earlier, wanted, question, adapter, template, **knobs)
+        earlier = talk.conversation.asked_again(talk.conversation.turn_of(event.index))
+        return self.take(talk, earlier, question, adapter, template, **knobs)
 
-    def edit(self, event: gr.EditData, *, conversation, wanted, question, adapter, template, **knobs) -> tuple:
+    def edit(self, event: gr.EditData, *, talk, question, adapter, template, **knobs) -> tuple:
         """Take a question that was changed; what came after it goes."""
-        earlier = conversation.asked_again(conversation.turn_of(event.index), from_markdown(event.value))
-        return self.take(conversation, earlier, wanted, question, adapter, template, **knobs)
+        earlier = talk.conversation.asked_again(talk.conversation.turn_of(event.index), from_markdown(event.value))
+        return self.take(talk, earlier, question, adapter, template, **knobs)
 
-    def take(self, before: Conversation, conversation: Conversation, wanted, box, adapter, template, **knobs) -> tuple:
-        """The conversation, the count of answers that were wanted, the messages, the text of the question box.
+    def take(self, talk: Talk, conversation: Conversation, box: str, adapter, template, **knobs) -> tuple:
+        """Have an answer wanted to the last question of `conversation`; returns its number, the messages, the question box.
 
-        Where there can be no answer, the page is as `before`, with the question in its box.
+        Where there can be no answer, the page stays as it is, with the question in its box.
         """
         try:
             self.service.fit(adapter, conversation.record(), self.settings(**knobs), template)
         except UserError as error:
             gr.Warning(self.reason(error))
-            return before, wanted, before.messages(), conversation.turns[-1][0]
-        return conversation, wanted + 1, conversation.messages(), box
+            return gr.skip(), talk.conversation.messages(), conversation.turns[-1][0]
+        talk.change(conversation)
+        return talk.changes, conversation.messages(), box
 
-    def grow(self, conversation, adapter, template, **knobs) -> Iterator[tuple]:
-        """Grow the answer to the last question; yields the conversation, its messages, the status."""
-        pace = Pace()
+    def grow(self, talk, adapter, template, **knobs) -> Iterator[tuple]:
+        """Grow the answer to the last question, until the conversation is changed; yields its messages, and the status."""
+        changes, conversation, pace = talk.changes, talk.conversation, Pace()
+        yield conversation.messages(), gr.skip()
         try:
             settings = self.settings(**knobs)
             for reply in self.service.reply(adapter, conversation.record(), settings, template):
+                if talk.changes != changes:
+                    return
                 self.tell_dropped(reply)
+                talk.conversation = conversation.answered(reply.text)
                 if pace.is_due(reply.done):
-                    messages = conversation.answered(self.text(reply, settings)).messages()
-                    yield conversation.answered(reply.text), messages, put(self.status(adapter, reply))
+                    shown = conversation.answered(self.text(reply, settings))
+                    yield shown.messages(), put(self.status(adapter, reply))
         except UserError as error:
             gr.Warning(self.reason(error))
 
-    def undo(self, conversation, question) -> tuple:
+    def undo(self, talk, question) -> tuple:
         """Take the last question back into its box."""
-        if not conversation.turns:
-            return conversation, [], question
-        earlier = conversation.until(len(conversation.turns) - 1)
-        return earlier, earlier.messages(), conversation.turns[-1][0]
+        if not talk.conversation.turns:
+            return [], question
+        question = talk.conversation.turns[-1][0]
+        talk.change(talk.conversation.until(-1))
+        return talk.conversation.messages(), question
 
-    def clear(self) -> tuple:
+    def clear(self, talk) -> list:
         """An empty conversation."""
-        return Conversation(), []
+        talk.change(Conversation())
+        return []
 
-    def save(self, conversation) -> str:
+    def save(self, talk) -> str:
         """The conversation as a file's text, which the browser saves."""
-        text = conversation.to_file()
+        text = talk.conversation.to_file()
         if not text:
             gr.Warning(self.labels.no_conversation)
         return text
 
-    def load(self, conversation, file) -> tuple:
+    def load(self, talk, file) -> list:
         """The conversation in a file's text, which the browser read."""
         try:
-            if not file:
-                return conversation, conversation.messages()
-            if len(file) > LARGEST_FILE:
+            if len(file or "") > LARGEST_FILE:
                 raise ValueError(f"> {LARGEST_FILE}")
-            loaded = from_file(file)
+            if file:
+                talk.change(from_file(file))
         except ValueError as error:
             gr.Warning(self.labels.not_a_conversation.format(reason=error))
-            return conversation, conversation.messages()
-        return loaded, loaded.messages()
+        return talk.conversation.messages()
 
     # several side by side, and single tasks
 

@@ -9,7 +9,7 @@ import gradio as gr
 
 from utils.chat_handlers import Handlers
 from utils.chat_labels import Labels
-from utils.conversations import Conversation
+from utils.conversations import Talk
 from utils.decoding import Settings
 from utils.prompter import TEMPLATES
 from utils.records import read_records
@@ -130,7 +130,7 @@ class Page:
     def draw_chat(self) -> None:
         """A conversation of many turns."""
         parts = self.parts
-        parts["conversation"], parts["wanted"] = gr.State(Conversation()), gr.State(0)
+        parts["talk"], parts["wanted"] = gr.State(Talk()), gr.State(0)
         parts["chat"] = gr.Chatbot(
             show_label=False,
             height="52vh",
@@ -155,18 +155,18 @@ class Page:
     def wire_chat(self, send: gr.Button, stop: gr.Button, again: gr.Button, clear: gr.Button, save: gr.Button, load: gr.Button):
         """What the buttons of the conversation do; whatever changes it stops the answer that is being written."""
         parts, do = self.parts, self.handlers
-        answering = self.wire(parts["wanted"].change, do.grow, ["conversation", "chat", "status"], **self.growing)
+        answering = self.wire(parts["wanted"].change, do.grow, ["chat", "status"], **self.growing)
         asking = ((both(send.click, parts["question"].submit), do.ask), (again.click, do.again))
         for event, function in (*asking, (parts["chat"].retry, do.retry), (parts["chat"].edit, do.edit)):
-            self.wire(event, function, ["conversation", "wanted", "chat", "question"], cancels=answering)
+            self.wire(event, function, ["wanted", "chat", "question"], cancels=answering)
         stop.click(None, cancels=answering, api_visibility="private")
         for event in (clear.click, parts["chat"].clear):
-            self.wire(event, do.clear, ["conversation", "chat"], cancels=answering)
-        self.wire(parts["chat"].undo, do.undo, ["conversation", "chat", "question"], cancels=answering)
+            self.wire(event, do.clear, ["chat"], cancels=answering)
+        self.wire(parts["chat"].undo, do.undo, ["chat", "question"], cancels=answering)
         parts["file"] = gr.Textbox(visible=False)
         self.wire(save.click, do.save, ["file"]).then(None, parts["file"], js=SAVE, api_visibility="private")
         picked = load.click(None, None, parts["file"], js=LOAD, api_visibility="private")
-        self.wire(picked.then, do.load, ["conversation", "chat"], cancels=answering)
+        self.wire(picked.then, do.load, ["chat"], cancels=answering)
 
     def draw_compare(self) -> None:
         """One question to several, their answers beside each other."""

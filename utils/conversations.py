@@ -22,7 +22,7 @@ class Conversation:
         return dataclasses.replace(self, turns=(*(turn for turn in self.turns if turn[1]), (question, "")))
 
     def asked_again(self, place: int, changed: str = "") -> "Conversation":
-        """Up to the question of a turn, as it was or changed, open."""
+        """Up to the question of a turn (-1: the last), as it was or changed, open."""
         return self.until(place).asked(changed or self.turns[place][0])
 
     def answered(self, answer: str) -> "Conversation":
@@ -63,6 +63,21 @@ class Conversation:
         if not whole:
             return ""
         return json.dumps([dataclasses.replace(self, turns=whole).record()], ensure_ascii=False, indent=1) + "\n"
+
+
+@dataclasses.dataclass
+class Talk:
+    """What the page keeps of a visitor: the conversation, and how often it was changed otherwise than by a growing answer.
+
+    An answer goes on growing only while that number stays as it was when it began.
+    """
+
+    conversation: Conversation = Conversation()
+    changes: int = 0
+
+    def change(self, conversation: Conversation) -> None:
+        """Have another conversation, and no more of the answer that grew in the one before."""
+        self.conversation, self.changes = conversation, self.changes + 1
 
 
 def as_markdown(text: str) -> str:

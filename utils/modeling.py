@@ -147,8 +147,9 @@ def check_architecture(folder: Path) -> None:
         way_out = "copy the file again, or use a family that transformers knows"
         raise UserError(f"{path}: not understood ({reason(error)}); {way_out}") from None
     for name, most in MOST.items():
-        if not 1 <= getattr(config, name, 1) <= most:
-            raise UserError(f"{path}: {name} is {getattr(config, name)}, as in no model; copy the file again")
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise UserError(f"{path}: {name} is {value}, as in no model; copy the file again")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: {settings['model_type']} is no causal language model; choose one such as LLaMA or BLOOM")
 

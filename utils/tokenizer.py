@@ -7,7 +7,9 @@ for runs of spaces. Other folders keep their own `tokenizer.json`.
 
 import functools
 import itertools
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from utils.console import UserError, reason, say
-from utils.files import read_json, write_json
+from utils.files import read_json, replacing_folder, write_json
 from utils.tokenizer_files import CONFIG, JSON, MODEL, check_numbers, copy_tokenizer, is_sentencepiece, read_settings
 from utils.weights import base_folder
 
@@ -70,6 +72,17 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the libraries check nothing, and fail wherever a file is not what they expect
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason(error)}); copy it again") from None
+
+
+def save_whole(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files into a folder that holds other things; none has its name before all are whole."""
+    aside = folder / ".tokenizer"
+    with replacing_folder(aside) as part:
+        tokenizer.save_pretrained(part)
+    for path in sorted(aside.iterdir()):
+        shutil.rmtree(folder / path.name, ignore_errors=True)  # a folder of further chat templates
+        os.replace(path, folder / path.name)
+    aside.rmdir()
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path, target: str | Path) -> None:

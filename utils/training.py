@@ -33,6 +33,7 @@ from utils.dataset import Encoded
 from utils.loss import returning_loss
 from utils.modeling import wants_fsdp
 from utils.runlog import RunLog
+from utils.tokenizer import save_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +273,7 @@ def finish(trainer: StepTrainer, tokenizer: PreTrainedTokenizerBase, take_best: 
     if is_main_process():
         config = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
         adapters.save(tensors, config, output_dir, trainer.job.base_model)
-        tokenizer.save_pretrained(output_dir)
+        save_whole(tokenizer, output_dir)
     return {
         "steps": state.global_step,
         "kept_step": step,
