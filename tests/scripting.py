@@ -5,9 +5,12 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,6 +59,7 @@ class Running:
             os.environ.update(env)
             os.chdir(cwd or os.getcwd())
             sys.argv = argv
+            tqdm.set_lock(threading.RLock())  # not the one that all forks share, which a killed one may have left locked
             runpy.run_path(argv[0], run_name="__main__")
             status = 0
         except SystemExit as end:
