@@ -10,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
