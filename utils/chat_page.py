@@ -155,7 +155,8 @@ class Page:
     def wire_chat(self, send: gr.Button, stop: gr.Button, again: gr.Button, clear: gr.Button, save: gr.Button, load: gr.Button):
         """What the buttons of the conversation do; whatever changes it stops the answer that is being written."""
         parts, do = self.parts, self.handlers
-        answering = self.wire(parts["wanted"].change, do.grow, ["chat", "status"], **self.growing)
+        growing = self.growing | {"trigger_mode": "multiple"}  # at once, not when the answer that is stopped has ended
+        answering = self.wire(parts["wanted"].change, do.grow, ["chat", "status"], **growing)
         asking = ((both(send.click, parts["question"].submit), do.ask), (again.click, do.again))
         for event, function in (*asking, (parts["chat"].retry, do.retry), (parts["chat"].edit, do.edit)):
             self.wire(event, function, ["wanted", "chat", "question"], cancels=answering)
