@@ -101,8 +101,7 @@ def main(options: Options) -> None:
     check_together(options)
     from utils import lineage, start  # here, because torch takes seconds to import
     from utils.files import digest, locked
-    from utils.modeling import check_architecture, place, precision
-    from utils.weights import base_folder
+    from utils.modeling import place, precision
 
     began = time.time()
     placement = place(options.load_8bit, options.load_4bit)
@@ -112,7 +111,6 @@ def main(options: Options) -> None:
     with locked(options.output_dir):
         origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
         base, parent = start.base_and_parent(origin, options.base_model)
-        check_architecture(base_folder(options.base_model))  # before the tokenizer, whose library reads the same config.json
         start.check_parent(origin, lora_options(options))
         tokenizer, train_data, val_data, data = prepare_data(options, origin)
         run_facts = {"options": what_rules(options), "base": digest(base), "parent": parent, "data": data["files"]}
@@ -176,9 +174,12 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
     """The tokenizer, the encoded records to train on and to validate with, and what the lineage says of them."""
     from utils import dataset
     from utils.files import sha256
+    from utils.modeling import check_architecture
     from utils.tokenizer import load_tokenizer
     from utils.tokenizer_files import tokenizer_hash
+    from utils.weights import base_folder
 
+    check_architecture(base_folder(options.base_model))  # before the tokenizer, whose library reads the same config.json
     prompter = Prompter(options.prompt_template_name)
     folder = tokenizer_folder(options, origin)
     tokenizer = load_tokenizer(folder)
@@ -243,11 +244,8 @@ def lora_options(options: Options) -> dict[str, Any]:
 def show(options: Options, placement: "Placement", half: str | None) -> None:
     """What --dry_run prints instead of training."""
     from utils import adapters, memory, report, start
-    from utils.modeling import check_architecture
-    from utils.weights import base_folder
 
     origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
-    check_architecture(base_folder(options.base_model))
     start.check_parent(origin, lora_options(options))
     tokenizer, train, *_ = prepare_data(options, origin)
     report.print_report(
