@@ -20,7 +20,7 @@ from utils.console import UserError, is_main_process, say
 from utils.files import check_folder
 from utils.prompter import Prompter
 from utils.records import read_records
-from utils.sources import check_base, data_files
+from utils.sources import check_base, check_validation, data_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -150,8 +150,10 @@ def check_together(options: Options) -> None:
             raise UserError(f"--report_to {name}: unknown; give tensorboard, wandb or none")
     check_base(options.base_model)
     Prompter(options.prompt_template_name)
-    for file in data_files(options.data_path):
+    files = data_files(options.data_path)
+    for file in files:
         next(read_records(file))  # so that one without any is refused before torch is imported
+    check_validation(options.val_set_size, files)
     if options.add_eos_token:
         say("--add_eos_token: the end of sequence is learned with or without it")
 

@@ -146,14 +146,15 @@ def test_a_misspelt_option_of_finetune_is_suggested(script, tmp_path):
         ({"batch_size": 10, "micro_batch_size": 4}, ["--batch_size 10", "--micro_batch_size 4", "give 8"]),
         ({"batch_size": 2, "micro_batch_size": 4}, ["--batch_size 2", "--micro_batch_size 4", "give 4"]),
         ({"bf16": True, "fp16": True}, ["--bf16", "--fp16"]),
-        ({"load_8bit": True, "load_4bit": True}, ["--load_8bit", "--load_4bit"]),
+        ({"load_8bit": True, "load_4bit": True, "val_set_size": 2}, ["--load_8bit", "--load_4bit"]),
         ({"wandb_project": "x"}, ["--wandb_project", "pip install wandb"]),
         ({"report_to": "[nothing]"}, ["--report_to nothing", "tensorboard"]),
         ({"base_model": "/no/such/folder"}, ["/no/such/folder", "no such folder"]),
         ({"data_path": "no.json"}, ["no.json"]),
         ({"prompt_template_name": "alpacca"}, ["alpacca", "alpaca_short"]),
         ({"val_set_size": 4000}, ["--val_set_size 4000", "30 records"]),
-        ({"cutoff_len": 4}, ["--cutoff_len 4", "leaves no answer"]),
+        ({"val_set_size": 1.0}, ["--val_set_size 1.0", "fraction"]),
+        ({"cutoff_len": 4, "val_set_size": 2}, ["--cutoff_len 4", "leaves no answer"]),
     ],
 )
 def test_mistakes_that_finetune_names(script, tmp_path, tiny_llama, changes, words):

@@ -599,12 +599,24 @@ def test_memory_stays_flat_however_long_the_file(tmp_path, name):
     assert grown < 25, f"{len(content.encode()) >> 20} MB were read with {grown} MB"
 
 
+def huge(size):
+    """A record of so many characters, of those that JSON escapes, too."""
+    return {"instruction": "x", "input": "", "output": "".join(random.Random(0).choices('一二三\n"\\', k=size - 1))}
+
+
 def test_huge_text_takes_linear_time_and_is_kept(tmp_path):
     path = tmp_path / "a.json"
-    long = random.Random(0).choices('一二三\n"\\', k=3_000_000)
-    record = {"instruction": "x", "input": "", "output": "".join(long)}
-    path.write_text(json.dumps([record] * 2, ensure_ascii=False), "utf-8")
-    assert list(read_records(path)) == [record] * 2
+    path.write_text(json.dumps([huge(1_000_000)] * 6, ensure_ascii=False), "utf-8")
+    assert list(read_records(path)) == [huge(1_000_000)] * 6
+
+
+def test_a_record_longer_than_any_window_is_dropped_and_counted(tmp_path, capfd):
+    path = tmp_path / "a.json"
+    pair, system = ["问" * 500_000, "答" * 500_000], "长" * 10**6
+    long = [huge(1_000_001), RECORDS[0] | {"history": [pair]}, RECORDS[0] | {"system": system}]
+    path.write_text(json.dumps([RECORDS[0], *long], ensure_ascii=False), "utf-8")
+    assert list(read_records(path)) == [RECORDS[0]]
+    assert "3 dropped, 1 kept: more than 1,000,000 characters; first: " in capfd.readouterr().out
 
 
 def test_broken_lines_do_not_join_their_neighbours(tmp_path):

@@ -27,7 +27,7 @@ from utils.encoding import IGNORED, encode
 from utils.files import digest, replacing
 from utils.prompter import Prompter
 from utils.records import read_records
-from utils.sources import sources, weighted
+from utils.sources import sources, validation_size, weighted
 
 CHUNK = 1000  # records encoded in one call to the tokenizer
 FEW = 4  # fewer chunks than this are not worth starting processes for
@@ -216,12 +216,7 @@ def split(numbers: np.ndarray, val_set_size: int | float, seed: int) -> tuple[np
     Raises UserError where nothing would be left to train on.
     """
     records = np.unique(numbers)
-    count = round(val_set_size * len(records)) if isinstance(val_set_size, float) else val_set_size
-    if count >= len(records):
-        raise UserError(
-            f"--val_set_size {val_set_size}: takes {count} of the {len(records)} records and leaves none to train on; "
-            "give fewer, or a fraction such as 0.1"
-        )
+    count = validation_size(val_set_size, len(records))
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).numpy()
     validation = records[np.sort(order[:count])]
     return numbers[~np.isin(numbers, validation)], validation

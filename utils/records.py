@@ -22,6 +22,7 @@ KEPT = ("category", "reference")
 ROLES = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
     ("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"
 )
+LONGEST = 1_000_000  # characters of a record: several times what any model's window holds, and seconds of a tokenizer's time
 KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a text"}
 
 
@@ -123,7 +124,7 @@ def all_good(batch: list[Item], convert: Callable[[Any], dict | Mended], need_ou
         return None
     needed = instructions + outputs if need_output else instructions
     joined = "".join(instructions + inputs + outputs)
-    if not all(needed) or any(map(str.isspace, needed)) or "\r" in joined or "\ufeff" in joined:
+    if len(joined) > LONGEST or not all(needed) or any(map(str.isspace, needed)) or "\r" in joined or "\ufeff" in joined:
         return None
     return [{"instruction": a, "input": b, "output": c} for a, b, c in zip(instructions, inputs, outputs, strict=True)]
 
@@ -185,7 +186,10 @@ def as_record(item: dict) -> dict:
 
 
 def checked(raw: dict, need_output: bool = True) -> dict:
-    """A record with the known fields of `raw` in their order. Raises Dirty where one is missing, empty or no text."""
+    """A record with the known fields of `raw` in their order.
+
+    Raises Dirty where one is missing, empty or no text, or where all together are longer than `LONGEST`.
+    """
     instruction, given, output = raw.get("instruction"), raw.get("input"), raw.get("output")
     if given is None:
         given = ""
@@ -207,7 +211,14 @@ def checked(raw: dict, need_output: bool = True) -> dict:
     for key in KEPT:
         if type(raw.get(key)) is str:
             record[key] = raw[key]
+    if sum(map(characters, record.values())) > LONGEST:
+        raise Dirty(f"more than {LONGEST:,} characters")
     return record
+
+
+def characters(texts: Any) -> int:
+    """How many a text has, or the texts in a list."""
+    return sum(map(characters, texts)) if isinstance(texts, list) else len(texts)
 
 
 def no_text(fields: dict[str, Any]) -> str:

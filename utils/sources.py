@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 import os
 import random
 import re
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from utils.console import UserError, reason, say
 from utils.files import check_plain
-from utils.formats import ENDINGS
+from utils.formats import ENDINGS, read_batches
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_INFO = ("dataset_info*.json", "dataset_dict.json", "state.json")  # files of a hub data set that hold no records
@@ -46,6 +47,34 @@ def weighted(source: Source, count: int, seed: str) -> list[int]:
     if source.weight != 1:
         say(f"{source.name}: weight {source.weight:g} makes {len(picked):,} of {count:,} records")
     return picked
+
+
+def check_validation(val_set_size: int | float, files: list[Path]) -> None:
+    """Raise UserError where files hold, good and bad together, no more records than are to be kept for validation.
+
+    It reads no more than it must. How many records can be used is known later, and `validation_size` asked again.
+    """
+    if isinstance(val_set_size, float):
+        if val_set_size >= 1:
+            raise UserError(f"--val_set_size {val_set_size}: takes all records; give a fraction such as 0.1, or a whole number")
+        return
+    held = 0
+    for batch in itertools.chain.from_iterable(map(read_batches, files)):
+        held += len(batch)
+        if held > val_set_size:
+            return
+    validation_size(val_set_size, held)
+
+
+def validation_size(val_set_size: int | float, records: int) -> int:
+    """How many of so many `records` are kept for validation. Raises UserError where none would be left to train on."""
+    count = round(val_set_size * records) if isinstance(val_set_size, float) else val_set_size
+    if count >= records:
+        raise UserError(
+            f"--val_set_size {val_set_size}: takes {count} of the {records} records and leaves none to train on; "
+            "give fewer, or a fraction such as 0.1"
+        )
+    return count
 
 
 def source_of(part: str, data_path: str) -> Source:

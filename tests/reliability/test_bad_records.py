@@ -6,10 +6,11 @@ How each cause is counted among good records is tested in tests/test_records.py.
 import json
 
 import pytest
-from cases import FULL, cold_or_forked, has, refused, world  # noqa: F401
+from cases import cold_or_forked, has, refused, world  # noqa: F401
 
 DEEP = "[" * 800 + "]" * 800
-LONG = "长" * (3_500_000 if FULL else 100_000)  # over 10 MB as UTF-8, which a tokenizer takes half a minute to read
+LONG = "长" * 100_000  # more than a model's window has tokens
+HUGE = "长" * 3_500_000  # over 10 MB as UTF-8
 RECORDS = {  # what is wrong -> the file's text, and why no record can be used
     "null": ("[null]", "null, not an object: 1"),
     "numbers": ("[1, 2.5]", "a number, not an object: 2"),
@@ -75,19 +76,31 @@ def test_nothing_to_compare(refused, tmp_path, what):  # noqa: F811
     has(refused("judge.py", "--answers three={tmp}/bad.json"), ("bad.json: no record in it can be used", cause, "see"))
 
 
-HUGE = {
-    "an instruction": {"instruction": LONG, "output": "b"},
-    "an input": {"instruction": "a", "input": LONG, "output": "b"},
-    "a system text": {"instruction": "a", "system": LONG, "output": "b"},
-    "an earlier turn": {"instruction": "a", "history": [[LONG, "c"]], "output": "b"},
-}
+def placed(text):
+    """A long text in each place that a record has for it."""
+    return {
+        "an instruction": {"instruction": text, "output": "b"},
+        "an input": {"instruction": "a", "input": text, "output": "b"},
+        "a system text": {"instruction": "a", "system": text, "output": "b"},
+        "an earlier turn": {"instruction": "a", "history": [[text, "c"]], "output": "b"},
+    }
 
 
-@pytest.mark.parametrize("what", HUGE)
-def test_megabytes_in_one_text(refused, tmp_path, what):  # noqa: F811
-    """They are no mistake in themselves; here nothing of the answer is left to learn, and the model's window is too short."""
-    (tmp_path / "huge.json").write_text(json.dumps([HUGE[what]], ensure_ascii=False))
-    has(refused("generate.py", "--test_input_path {tmp}/huge.json"), ("prompt 1: ", "the model's window is 2048", "shorten"))
+@pytest.mark.parametrize("place", ["finetune.py --data_path", "generate.py --test_input_path", "judge.py --answers three="])
+@pytest.mark.parametrize("what", [*placed(""), "an output"])
+def test_megabytes_in_one_text(refused, tmp_path, place, what):  # noqa: F811
+    record = (placed(HUGE) | {"an output": {"instruction": "a", "output": HUGE}})[what]
+    (tmp_path / "huge.json").write_text(json.dumps([record], ensure_ascii=False))
+    name, option = place.split(" ", 1)
+    line = refused(name, f"{option}{'' if option.endswith('=') else ' '}{{tmp}}/huge.json")
+    has(line, ("huge.json: no record in it can be used", "more than 1,000,000 characters: 1", "see"))
+
+
+@pytest.mark.parametrize("what", placed(""))
+def test_more_than_a_window_in_one_text(refused, tmp_path, what):  # noqa: F811
+    """It is no mistake in itself; here nothing of the answer is left to learn, and the model's window is too short."""
+    (tmp_path / "long.json").write_text(json.dumps([placed(LONG)[what]], ensure_ascii=False))
+    has(refused("generate.py", "--test_input_path {tmp}/long.json"), ("prompt 1: ", "the model's window is 2048", "shorten"))
     if what != "an earlier turn":  # whose own answer is learned
-        line = refused("finetune.py", "--data_path {tmp}/huge.json --val_set_size 0")
+        line = refused("finetune.py", "--data_path {tmp}/long.json --val_set_size 0")
         has(line, ("--cutoff_len 256: leaves no answer in any of 1 records", "or more"))
