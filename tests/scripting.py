@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+HANGS = 600  # seconds after which a process is given up: far more than any takes
 
 
 @dataclasses.dataclass
@@ -76,9 +77,13 @@ class Running:
         """Send a signal, if the process is still there."""
         os.kill(self.pid, number)
 
-    def wait(self) -> Ended:
-        """Wait for the end."""
+    def wait(self, seconds: float = HANGS) -> Ended:
+        """Wait for the end; a process that takes longer counts as hanging, and is killed."""
+        watch = threading.Timer(seconds, self.kill)
+        watch.start()
         _, status = os.waitpid(self.pid, 0)
+        assert watch.is_alive(), f"killed, for it hung: {self.out.read_text('utf-8')}\n{self.err.read_text('utf-8')}"
+        watch.cancel()
         code = os.waitstatus_to_exitcode(status)
         return Ended(code, self.out.read_text("utf-8"), self.err.read_text("utf-8"))
 

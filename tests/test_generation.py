@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, MistralConfig, MptConfig
 from utils import generation, lineage, switching
 from utils.answerers import BASE, labels, resolve
 from utils.console import UserError
-from utils.decoding import GrowingLayer, Settings, common_opening, decode, families, groups, narrow, noise
+from utils.decoding import Settings, decode, narrow, noise
 from utils.generation import Ending, Engine
 from utils.modeling import place
 from utils.prompter import TEMPLATES, Prompter
+from utils.rows import GrowingLayer, common_opening, families, groups
 from utils.tokenizer import load_tokenizer
 
 CPU = place(False, False)

@@ -9,7 +9,7 @@ from utils import adapters, lineage
 from utils.console import UserError, say
 from utils.prompter import PROMPTS, Prompter
 from utils.sources import is_hub_name
-from utils.weights import base_folder, refuse_adapter
+from utils.weights import base_folder, refuse_adapter, weight_files
 
 BASE = "base"  # what the model without an adapter is called
 
@@ -36,13 +36,15 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
     names = labels(lora_weights)
     lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]
     for folder in lora_weights:
-        adapters.find_weights(folder)
+        adapters.open_tensors(folder)  # so that a broken one is refused before the base is loaded
     found = {folder: (adapters.read_settings(folder), lineage.read(folder)) for folder in lora_weights}
     if not base_model:
         base_model = common_base({folder: named_base(*known) for folder, known in found.items()})
         say(f"base model: {base_model}, which the adapter was trained on")
-    refuse_adapter(base_folder(base_model))
-    check_architecture(base_folder(base_model))  # before the tokenizer, whose library reads the same config.json
+    base = base_folder(base_model)
+    refuse_adapter(base)
+    check_architecture(base)  # before the tokenizer, whose library reads the same config.json
+    weight_files(base)
     if any(known and known.get("base") for _, known in found.values()):
         fingerprint = lineage.fingerprint(base_model)
         for folder, (_, known) in found.items():

@@ -12,12 +12,13 @@ import torch
 from utils import lineage
 from utils.adapters import find_weights
 from utils.console import UserError, progress, say
-from utils.decoding import Ids, Settings
+from utils.decoding import Settings
 from utils.files import locked, read_json, sha256, write_json
 from utils.generation import Engine, is_out_of_memory
 from utils.journal import Journal
 from utils.prompts import Record, answered, check_output
 from utils.records import write_records
+from utils.rows import Ids
 
 Plan = list[list[int]]  # batches of positions among the distinct prompts
 ROWS = 128  # more than these at once make a step longer without making it worth more

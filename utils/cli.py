@@ -26,6 +26,7 @@ T = TypeVar("T")
 FLAG = re.compile(r"--?[A-Za-z]")
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust (tokenizers, safetensors) tell an OSError
+OTHER_PLACE = "free the place, get access to it, or name another, and start again"
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -74,12 +75,12 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
-        problem = f"{error.filename or 'output'}: {error.strerror}; free or change the place and start again"
+        problem = f"{error.filename or 'output'}: {error.strerror}; {OTHER_PLACE}"
     except Exception as error:
         found = OS_ERROR.search(str(error))
         if found is None or int(found[1]) not in NO_PLACE:
             raise
-        problem = f"output: {os.strerror(int(found[1]))}; free or change the place and start again"
+        problem = f"output: {os.strerror(int(found[1]))}; {OTHER_PLACE}"
     fail(script, problem)  # here, where the error is gone, and with it what it held open: progress bars, on the same line
 
 

@@ -129,13 +129,15 @@ def digest(value: Any) -> str:
 
 
 def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
-    """Raises UserError where `folder`, which `option` names, cannot be one: it is a file, or lies under one."""
+    """Raises UserError where `folder`, which `option` names, cannot be one: it is a file, under one, or may not be made."""
     if not str(folder):
         raise UserError(f"{option}: is empty; name a folder")
     path = Path(folder).absolute()
     above = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not above.is_dir():
         raise UserError(f"{above}: is not a folder; give another {option}")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{above}: cannot be written to; give another {option}")
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from utils import switching
 from utils.answerers import BASE, Answerer
 from utils.console import UserError
-from utils.decoding import Ids, Settings, Step, decode
+from utils.decoding import Settings, Step, decode
 from utils.encoding import encode_prompt
 from utils.modeling import Placement, check_vocabulary, load_base
 from utils.prompter import Prompter
+from utils.rows import Ids
 from utils.tokenizer import load_tokenizer
 
 CACHE_SHARE = 0.5  # of the memory that the weights leave: the rest is for activations, and for others

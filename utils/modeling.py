@@ -90,7 +90,7 @@ def load_base(
     """
     folder = base_folder(base_model)
     check_architecture(folder)
-    weight_files(folder)
+    weight_files(folder)  # the library's own words for what is missing or cannot be read mislead
     options: dict[str, Any] = {"dtype": placement.dtype, "device_map": {"": placement.device}}
     options["ignore_mismatched_sizes"] = True  # so that they are told below, by name
     if attn_implementation:

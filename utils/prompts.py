@@ -58,13 +58,15 @@ def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
             )
         if Path(output_path).is_dir():
             raise UserError(f"--output_path {output_path}: is a folder; name a file in it, such as {output_path}/{RESULT}")
-        check_folder(Path(output_path).absolute().parent, "--output_path")
-        return [Path(output_path)]
-    if not lora_weights:
+    elif not lora_weights:
         raise UserError("--output_path: missing; without --lora_weights there is no folder to put test.json into")
-    for name in filter(is_hub_name, lora_weights):
-        raise UserError(f"--lora_weights {name}: is on the hub, no folder of yours; give --output_path for the answers")
-    return [Path(folder) / RESULT for folder in lora_weights]
+    else:
+        for name in filter(is_hub_name, lora_weights):
+            raise UserError(f"--lora_weights {name}: is on the hub, no folder of yours; give --output_path for the answers")
+    paths = [Path(output_path)] if output_path else [Path(folder) / RESULT for folder in lora_weights]
+    for path in paths:
+        check_folder(path.absolute().parent, "--output_path")
+    return paths
 
 
 def check_output(path: Path, records: list[Record], overwrite: bool) -> None:

@@ -108,21 +108,29 @@ def kind(opened: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, in order. Raises UserError where there are none, or a shard is missing."""
+    """The files that hold a folder's weights, in order.
+
+    Raises UserError where there are none, a shard is missing, or one cannot be read.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path")
+    files = named_files(folder)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} of {len(files)} shards are missing ({missing[0]}, …); copy them again")
+    for file in files:
+        beginning(file)
+    return files
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The files that should hold a folder's weights, by their names. Raises UserError where there are none."""
     for name in (SAFETENSORS, PICKLED):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            files = [folder / Path(file).name for file in sorted(set(homes_in(index).values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise UserError(
-                    f"{folder}: {len(missing)} of {len(files)} shards are missing ({missing[0]}, …); copy them again"
-                )
-            return files
+            return [folder / Path(file).name for file in sorted(set(homes_in(index).values()))]
     raise UserError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLED}, whole or in shards; is it a model folder?")
 
 

@@ -12,8 +12,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,9 +90,9 @@ def cold_or_forked(script):
     return run
 
 
-def run_cold(name: str, *argv: object, cwd: Path, **env: str) -> Ended:
-    """Run a script as a user does."""
-    command, began = [sys.executable, str(ROOT / name), *map(str, argv)], time.monotonic()
+def run_cold(name: str, *argv: object, cwd: Path, before: Sequence[str] = (), **env: str) -> Ended:
+    """Run a script as a user does, with the words `before` it."""
+    command, began = [*before, sys.executable, str(ROOT / name), *map(str, argv)], time.monotonic()
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=HANGS, check=False
     )
@@ -103,13 +103,7 @@ def run_cold(name: str, *argv: object, cwd: Path, **env: str) -> Ended:
 
 def run_forked(script: Script, name: str, *argv: object, cwd: Path, **env: str) -> Ended:
     """Run a script as a fork of this process."""
-    running = script.start(name, *argv, cwd=cwd, **env)
-    watch = threading.Timer(HANGS, running.kill)
-    watch.start()
-    try:
-        return running.wait()
-    finally:
-        watch.cancel()
+    return script.start(name, *argv, cwd=cwd, **env).wait(HANGS)
 
 
 @pytest.fixture

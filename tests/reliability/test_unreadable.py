@@ -1,0 +1,76 @@
+"""Files and folders that the user has no right to read or to write; where the tests run as root, without root's rights."""
+
+import os
+import shlex
+import shutil
+
+import pytest
+from cases import GOOD, has, listing, run_cold, the_line, world  # noqa: F401
+
+ROOTLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+PARENT = "--resume_from_checkpoint {adapter}"
+UNREADABLE = [  # script, what cannot be read, further options
+    ("finetune.py", "data.json", ""),
+    ("finetune.py", "template.json", "--prompt_template_name {top}/template.json"),
+    ("finetune.py", "base/config.json", ""),
+    ("finetune.py", "base/tokenizer.json", ""),
+    ("finetune.py", "base/model.safetensors", ""),
+    ("finetune.py", "base", ""),
+    ("finetune.py", "adapter/adapter_config.json", PARENT),
+    ("finetune.py", "adapter/adapter_model.safetensors", PARENT),
+    ("finetune.py", "adapter", PARENT),
+    ("generate.py", "prompts.json", ""),
+    ("generate.py", "base/config.json", ""),
+    ("generate.py", "base/model.safetensors", ""),
+    ("generate.py", "adapter/adapter_config.json", ""),
+    ("generate.py", "adapter/adapter_model.safetensors", ""),
+    ("merge_weights.py", "base/model.safetensors", ""),
+    ("merge_weights.py", "base/tokenizer.json", ""),
+    ("merge_weights.py", "adapter/adapter_model.safetensors", ""),
+    ("judge.py", "one.json", ""),
+    ("extend_vocab.py", "text.txt", ""),
+    ("data/psyQA/prepare.py", "raw.json", "--raw {top}/raw.json --output_dir {tmp}/out"),
+    ("data/firefly/prepare.py", "raw", "--raw {top}/raw --output_dir {tmp}/out"),
+]
+
+
+@pytest.fixture
+def own(world, tmp_path):  # noqa: F811
+    """A world of the test's own, to take rights away in."""
+    top = shutil.copytree(world["top"], tmp_path / "world")
+    shutil.copy("templates/alpaca.json", top / "template.json")
+    (top / "raw.json").write_text("[]")
+    (top / "raw").mkdir()
+    return {name: top / path.relative_to(world["top"]) for name, path in world.items()}
+
+
+def refusal(own, tmp_path, script, options):
+    """The line with which a script refuses."""
+    words = shlex.split(f"{GOOD.get(script, '')} {options}")
+    before = listing(tmp_path)
+    ended = run_cold(script, *(word.format(tmp=tmp_path, **own) for word in words), cwd=tmp_path, before=ROOTLESS)
+    assert listing(tmp_path) == before, "something was written, or removed"
+    return the_line(ended)
+
+
+@pytest.mark.parametrize("script, thing, options", UNREADABLE, ids=[f"{row[0]} {row[1]}" for row in UNREADABLE])
+def test_what_cannot_be_read(own, tmp_path, script, thing, options):
+    place = own["top"] / thing
+    place.chmod(0)
+    try:
+        has(refusal(own, tmp_path, script, options), (thing, "Permission denied", ";"))
+    finally:
+        place.chmod(0o700)
+
+
+@pytest.mark.parametrize("script", GOOD)
+def test_where_nothing_can_be_written(own, tmp_path, script):
+    (tmp_path / "mine").mkdir(mode=0o500)
+    name, place = ("--output_path", "mine/a.json") if script == "generate.py" else ("--output_dir", "mine/out")
+    has(refusal(own, tmp_path, script, f"{name} {{tmp}}/{place}"), ("mine: cannot be written to", f"give another {name}"))
+
+
+def test_adapters_that_no_answers_can_be_put_beside(own, tmp_path):
+    own["adapter"].chmod(0o500)
+    line = refusal(own, tmp_path, "generate.py", "--output_path=")
+    has(line, ("adapter: cannot be written to", "give another --output_path"))
