@@ -1,6 +1,7 @@
 """Files that other programs read: written aside, renamed into place when whole, locked while in use."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -137,7 +138,8 @@ def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
     if not above.is_dir():
         raise UserError(f"{above}: is not a folder; give another {option}")
     if not os.access(above, os.W_OK):
-        raise UserError(f"{above}: cannot be written to; give another {option}")
+        number = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
+        raise UserError(f"{above}: cannot be written to ({os.strerror(number)}); give another {option}")
 
 
 @contextlib.contextmanager
