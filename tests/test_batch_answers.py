@@ -189,6 +189,7 @@ def test_running_out_of_memory_halves_the_batches_and_changes_no_answer(place):
     limit = (
         "import resource, sys, runpy; import utils.generation, utils.batch_answers as b; old = b.Task.answer_all\n"
         "def limited(*a):\n"
+        "    a[0].engine.loaded\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)\n"
         "    old(*a)\n"
@@ -201,6 +202,19 @@ def test_running_out_of_memory_halves_the_batches_and_changes_no_answer(place):
     found = (place / "a" / "test.json").read_bytes()
     run(*line[:-1], 1, "--overwrite")
     assert answers(place / "a" / "test.json") == json.loads(found)
+
+
+def test_prompts_are_measured_before_the_weights_are_loaded(models, place, tmp_path):
+    """Here these could not be: what is wrong with a prompt is told without the minutes that a large model takes."""
+    base = shutil.copytree(models / "base", tmp_path / "cut")
+    os.truncate(base / "model.safetensors", 1000)
+    long = write(tmp_path / "long.json", ["far too long " * 2000])
+    line = ("--lora_weights", place / "a", "--base_model", base, "--output_path", tmp_path / "out.json")
+    with pytest.raises(UserError, match="the model's window is"):
+        run(*line, "--test_input_path", long)
+    with pytest.raises(UserError, match="cut: cannot be loaded"):
+        run(*line, "--test_input_path", place / "prompts.json")
+    assert not list(tmp_path.glob("*out.json*"))
 
 
 @pytest.mark.parametrize(

@@ -309,13 +309,13 @@ def test_a_larger_vocabulary_has_to_be_merged_first(folder, tmp_path):
     large = tiny.llama(tmp_path / "large", vocab_size=400)
     tiny.adapter(large, tmp_path / "wide", 1, modules_to_save=["embed_tokens", "lm_head"])
     with pytest.raises(UserError, match=r"400 tokens.*merge_weights.py"):
-        Engine(str(folder / "llama"), resolve(str(folder / "llama"), [str(tmp_path / "wide")], "")[1], CPU)
+        Engine(str(folder / "llama"), resolve(str(folder / "llama"), [str(tmp_path / "wide")], "")[1], CPU).loaded  # noqa: B018
 
 
 def test_an_adapter_of_another_family_is_refused(folder):
     """Pitfall 2."""
     with pytest.raises(UserError, match="does not fit"):
-        Engine(str(folder / "bloom"), resolve(str(folder / "bloom"), [str(folder / "a")], "")[1], CPU)
+        Engine(str(folder / "bloom"), resolve(str(folder / "bloom"), [str(folder / "a")], "")[1], CPU).loaded  # noqa: B018
 
 
 def test_labels_are_short_and_distinct():

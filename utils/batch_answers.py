@@ -78,9 +78,10 @@ class Task:
         doubles = len(self.records) - len(self.prompts)
         if doubles:
             say(f"{doubles} of {len(self.records)} prompts are equal to an earlier one and answered with it")
+        room = self.engine.room  # which loads the model, before there is a journal
         journal = self.open_journal(overwrite)
         if "plan" not in journal.values:
-            journal.put("plan", plan(self.prompts, self.settings, self.engine.room, batch_size))
+            journal.put("plan", plan(self.prompts, self.settings, room, batch_size))
         known = sum(str(place) in journal.values for place in range(len(self.prompts)))
         if known:
             say(f"{journal.path}: {known} of {len(self.prompts)} answers are there already; going on")

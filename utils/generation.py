@@ -1,6 +1,7 @@
 """The engine behind batch and page: one base, any number of adapters on it, and one way to an answer."""
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Generator, Iterator, Sequence
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import switching
 from utils.answerers import BASE, Answerer
@@ -19,6 +21,7 @@ from utils.modeling import Placement, check_vocabulary, load_base
 from utils.prompter import Prompter
 from utils.rows import Ids
 from utils.tokenizer import load_tokenizer
+from utils.weights import base_folder
 
 CACHE_SHARE = 0.5  # of the memory that the weights leave: the rest is for activations, and for others
 
@@ -65,6 +68,7 @@ class Ending:
 class Engine:
     """A base with its adapters, ready to answer as any of them; the base itself is always one of them.
 
+    The weights are loaded when they are first needed: what can be told from tokenizer and configuration comes before.
     Raises UserError where base, tokenizer or an adapter is broken, or they do not fit each other.
     """
 
@@ -73,23 +77,39 @@ class Engine:
         self.answerers = list(answerers)
         self.prompters = {one.name: Prompter(one.template) for one in self.answerers}
         self.tokenizers = {one.name: load_tokenizer(tokenizer_home(one, base_model)) for one in self.answerers}
-        self.model = load_base(base_model, self.tokenizers[self.answerers[0].name], placement)
-        if getattr(self.model, "_is_stateful", False):
-            kind = self.model.config.model_type
+        self.config = AutoConfig.from_pretrained(base_folder(base_model))
+
+    @functools.cached_property
+    def loaded(self) -> tuple[PreTrainedModel, PeftModel | None]:
+        """The base, and it with the adapters where there are any."""
+        base = load_base(self.base_model, self.tokenizers[self.answerers[0].name], self.placement)
+        if getattr(base, "_is_stateful", False):
+            kind = self.config.model_type
             raise UserError(
-                f"{base_model}: {kind} keeps a state instead of a cache, which is not supported; choose another base"
+                f"{self.base_model}: {kind} keeps a state instead of a cache, which is not supported; choose another base"
             )
         folders = {one.name: one.folder for one in self.answerers if one.folder}
-        self.adapters = switching.attach(self.model, folders, base_model) if folders else None
+        adapters = switching.attach(base, folders, self.base_model) if folders else None
         for name, tokenizer in self.tokenizers.items():
-            self.use(name)
-            check_vocabulary(self.model, tokenizer, base_model)
-        self.model.eval()
+            if adapters:
+                switching.activate(adapters, name if name != BASE else None)
+            check_vocabulary(base, tokenizer, self.base_model)
+        return base.eval(), adapters
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The base, which computes as the answerer in use."""
+        return self.loaded[0]
+
+    @property
+    def adapters(self) -> PeftModel | None:
+        """The base with its adapters, to switch between them."""
+        return self.loaded[1]
 
     @property
     def window(self) -> int | None:
         """The longest text, in tokens, that the model was made for; None where it has no such limit, as BLOOM."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def room(self) -> int:

@@ -34,7 +34,7 @@ def decide(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool)
     what the same command finds after a kill. Another folder is a parent; "auto" means none.
     Raises UserError where the run is finished already, or the named folder holds no adapter.
     """
-    from utils.adapters import find_weights
+    from utils.adapters import open_tensors
 
     folder = Path(output_dir)
     named = None if resume_from_checkpoint in (None, "", "None", "False", "auto") else Path(resume_from_checkpoint or "")
@@ -43,7 +43,7 @@ def decide(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool)
     own = named is not None and named.resolve().parent == folder.resolve() and checkpoints.step_of(named) >= 0
     parent = None if own else named
     if parent is not None:
-        find_weights(parent)
+        open_tensors(parent)  # so that a broken one is refused before the base is loaded
         if parent.resolve() == folder.resolve():
             raise UserError(f"--resume_from_checkpoint {parent}: is the output folder itself; choose another --output_dir")
     if overwrite:

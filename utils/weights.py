@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from utils.console import UserError, reason, say
 from utils.files import read_json
+
+warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # of what is then refused, in our own words
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 MAPPED_AT_MOST = 2**26
