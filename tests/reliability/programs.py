@@ -19,7 +19,7 @@ import orjson
 import tiny
 import torch
 from api_server import Server, asked, fair
-from test_prepare import firefly_items, lines, write_coig
+from raw_sets import firefly_items, lines, write_coig
 from transformers import Trainer  # noqa: F401
 
 import utils.batch_answers
