@@ -2,7 +2,7 @@
 
 What is broken is a named function that breaks a copy of a whole folder. Merging reads everything without loading a
 model, so most are merged; those that only transformers would look at are trained on or asked. Further ones stand beside
-the rooms they belong to: tests/test_merging.py, tests/test_start.py, tests/test_generation.py.
+the rooms they belong to: tests/test_merging_*.py, tests/test_start.py, tests/test_generation.py.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Files and requests that mean harm: nothing of them runs, nothing is read, written or deleted outside.
 
-Elsewhere: pickled adapters that are merged or trained on (tests/test_merging.py, tests/test_start.py); files asked from the
-page, uploads, and script in questions (tests/test_chat.py); control characters in raw files (tests/test_prepare.py).
+Elsewhere: pickled adapters that are merged or trained on (tests/test_merging_refusals.py, tests/test_start.py); files asked
+from the page, uploads, and script in questions (tests/test_chat.py); control characters in raw files (tests/test_prepare.py).
 """
 
 import json
