@@ -16,7 +16,7 @@ import pytest
 import tiny
 from scripting import Script
 
-pytest.register_assert_rewrite("raw_sets")  # so that what it checks is told as a test tells it
+pytest.register_assert_rewrite("raw_sets", "browsing")  # so that what they check is told as a test tells it
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all its children, would ignore it
 
 

@@ -1,7 +1,8 @@
 """Files and requests that mean harm: nothing of them runs, nothing is read, written or deleted outside.
 
 Elsewhere: pickled adapters that are merged or trained on (tests/test_merging_refusals.py, tests/test_start.py); files asked
-from the page, uploads, and script in questions (tests/test_chat.py); control characters in raw files (tests/test_prepare.py).
+from the page, and uploads (tests/test_chat.py); script in questions (tests/test_page.py); control characters in raw files
+(tests/test_prepare.py).
 """
 
 import json
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsing import fixture_browser, fixture_engine, fixture_folder, fixture_service, fixture_url, fixture_visit  # noqa: F401
 from cases import FULL, GOOD, ROOT, cold_or_forked, has, refused, world  # noqa: F401
 from playwright.sync_api import expect
-from test_chat import browser, engine, folder, service, url, visit  # noqa: F401
 
 from utils import checkpoints
 from utils.files import read_json, write_json
@@ -252,7 +253,7 @@ def test_records_are_no_templates(template):
 # ---- the page
 
 
-def post(url, path, value, **headers):  # noqa: F811
+def post(url, path, value, **headers):
     """Send JSON; returns status and text."""
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     request = urllib.request.Request(f"{url}gradio_api/{path}", body, {"Content-Type": "application/json"} | headers)
@@ -263,7 +264,7 @@ def post(url, path, value, **headers):  # noqa: F811
         return error.code, error.read().decode("utf-8", "replace")
 
 
-def called(url, data, name="answer"):  # noqa: F811
+def called(url, data, name="answer"):
     """Call the API as gradio's clients do; returns all that comes back."""
     status, text = post(url, f"call/{name}", {"data": data})
     if status != 200:
@@ -293,7 +294,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize("place", range(len(GOOD_CALL)))
-def test_wrong_types_to_the_api(url, place):  # noqa: F811
+def test_wrong_types_to_the_api(url, place):
     """Each argument as everything that it is not: an error, or an answer; never a file, a traceback, a path of ours."""
     assert "event: complete" in called(url, GOOD_CALL)
     for value in VALUES:
@@ -302,7 +303,7 @@ def test_wrong_types_to_the_api(url, place):  # noqa: F811
     assert "event: complete" in called(url, GOOD_CALL), "the page still answers"
 
 
-def test_wrong_requests_to_the_api(url):  # noqa: F811
+def test_wrong_requests_to_the_api(url):
     bodies = [b"", b"{", b"[]", b"null", {"data": None}, {"data": []}, {"data": GOOD_CALL * 9}, {"data": {"instruction": FILE}}]
     bodies += [
         {"data": GOOD_CALL, "fn_index": 0, "session_hash": "../../x"},
@@ -316,7 +317,7 @@ def test_wrong_requests_to_the_api(url):  # noqa: F811
     assert "event: complete" in called(url, GOOD_CALL)
 
 
-def test_what_is_not_part_of_the_api_cannot_be_called(url):  # noqa: F811
+def test_what_is_not_part_of_the_api_cannot_be_called(url):
     """The page's own functions work on a session's state, and take no conversation from outside."""
     config = json.loads(urllib.request.urlopen(f"{url}config").read())
     for dependency in config["dependencies"]:
@@ -327,7 +328,7 @@ def test_what_is_not_part_of_the_api_cannot_be_called(url):  # noqa: F811
         assert SECRET not in post(url, "run/predict", body)[1]
 
 
-def test_nobody_reads_anothers_session(visit, url):  # noqa: F811
+def test_nobody_reads_anothers_session(visit, url):
     """What one visitor said is in no answer to another who knows, or guesses, names of sessions."""
     page, hashes = visit(url), set()
     page.on("request", lambda request: hashes.update(json.loads(request.post_data or "{}").get("session_hash", "").split()))
@@ -367,7 +368,7 @@ class Listener:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-def test_html_script_and_images_in_answers_are_shown_as_text(visit, url, tmp_path):  # noqa: F811
+def test_html_script_and_images_in_answers_are_shown_as_text(visit, url, tmp_path):
     """In a conversation that is loaded, as in one that a model writes: no script runs, no address elsewhere is asked."""
     listener = Listener()
     answers = [
