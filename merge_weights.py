@@ -14,7 +14,7 @@ import gc
 import time
 
 from utils.cli import option, run
-from utils.console import say
+from utils.console import UserError, say
 from utils.files import check_folder, locked, replacing_folder
 
 
@@ -37,6 +37,9 @@ def main(options: Options) -> None:
     """Check that everything goes together, then compute, write, read back, describe, and only then name the folder."""
     began = time.time()
     check_folder(options.output_dir)
+    twice = [name for number, name in enumerate(options.lora_model) if name in options.lora_model[:number]]
+    if twice:
+        raise UserError(f"--lora_model {twice[0]}: named twice, and would be added twice; name each once")
     gc.set_threshold(100_000)  # looking for garbage among all that is imported took a tenth of a merge's time
     from utils import merge_plan, merging
 

@@ -18,6 +18,7 @@ from utils.serving import Service
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 FLAGS += ("--disable-component-update", "--disable-sync")
+PATIENCE = 180_000  # milliseconds for what is to appear on the page: a busy machine takes its time
 LOCAL = chat.Address("127.0.0.1", None, None, False)
 
 
@@ -75,6 +76,7 @@ def fixture_url(service):
 def fixture_browser():
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     assert path, "no Chromium here; install Debian's package chromium"
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=list(FLAGS))
         yield browser
@@ -88,6 +90,7 @@ def fixture_visit(browser):
 
     def visit(url, **options):
         contexts.append(browser.new_context(viewport={"width": 1280, "height": 900}, **options))
+        contexts[-1].set_default_timeout(PATIENCE)
         page = contexts[-1].new_page()
         page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
         page.goto(url)
@@ -106,7 +109,7 @@ def ask(page, question, tokens=None):
     before = page.locator("#chat .bot.message").count()
     page.locator("#question textarea").fill(question)
     page.locator("#send").click()
-    expect(page.locator("#chat .bot.message")).to_have_count(before + 1, timeout=30_000)
+    expect(page.locator("#chat .bot.message")).to_have_count(before + 1)
     settled(page)
 
 

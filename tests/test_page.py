@@ -8,6 +8,7 @@ import time
 import gradio as gr
 import pytest
 from browsing import (
+    PATIENCE,
     answer_of,
     ask,
     choose,
@@ -84,8 +85,8 @@ def test_a_question_asked_while_an_answer_grows_ends_that_answer(visit, url, eng
     for number, question in enumerate(questions):
         page.locator("#question textarea").fill(question)
         page.locator("#send").click()
-        expect(page.locator("#chat .bot.message")).to_have_count(number + 1, timeout=20_000)
-        expect(page.locator("#chat .bot.message").last).to_have_text(re.compile(r"\w"), timeout=20_000)
+        expect(page.locator("#chat .bot.message")).to_have_count(number + 1)
+        expect(page.locator("#chat .bot.message").last).to_have_text(re.compile(r"\w"))
     engine.pause = 0
     settled(page)
     assert page.locator("#chat .user.message").all_inner_texts() == questions
@@ -143,9 +144,9 @@ def test_beams_answer_at_once_and_say_so(visit, url, engine, service):
     page.locator("#question textarea").fill("你好")
     engine.pause = 0.1
     page.locator("#send").click()
-    expect(page.locator("#chat .bot.message")).to_contain_text("束搜索进行中", timeout=20_000)
+    expect(page.locator("#chat .bot.message")).to_contain_text("束搜索进行中")
     engine.pause = 0
-    expect(page.locator("#chat .bot.message")).not_to_contain_text("束搜索进行中", timeout=30_000)
+    expect(page.locator("#chat .bot.message")).not_to_contain_text("束搜索进行中")
     assert engine.asked[-1][1].num_beams == 3
     expected = answer_of(service, "f2", {"instruction": "你好"}, 60, beams=3)
     assert plain(page.locator("#chat .bot.message").inner_text()) == plain(expected)
@@ -211,7 +212,7 @@ def test_wrong_input_is_told_and_changes_nothing(visit, url):
     assert page.locator("#chat .message").count() == 0
     page.locator("#question textarea").fill("长" * 9000)
     page.locator("#send").click()
-    expect(page.get_by_text("问题太长")).to_be_visible(timeout=20_000)
+    expect(page.get_by_text("问题太长")).to_be_visible()
     assert page.locator("#chat .message").count() == 0
     expect(page.locator("#question textarea")).to_have_value("长" * 9000)
     ask(page, "<img src=x onerror=alert(1)><script>alert(2)</script>", tokens=3)
@@ -303,18 +304,18 @@ def test_twenty_sessions_at_once_keep_apart(browser, url, service):
     for page in pages:
         page.goto(url, wait_until="commit")
     for number, page in enumerate(pages):
-        page.locator("#question textarea").wait_for(timeout=60_000)
+        page.locator("#question textarea").wait_for(timeout=PATIENCE)
         put(page, "max_new_tokens", 2048 if number == 0 else 10 + number)
         page.locator("#question textarea").fill(f"我是第{number}个人")
     for page in pages:
         page.locator("#send").click()
-    pages[0].locator("#chat .bot.message").wait_for(timeout=60_000)
+    pages[0].locator("#chat .bot.message").wait_for(timeout=PATIENCE)
     pages[0].locator("#stop").click()
     for number, page in enumerate(pages[1:], 1):
         *_, reply = service.reply(
             "f2", {"instruction": f"我是第{number}个人"}, Settings(num_beams=1, max_new_tokens=10 + number)
         )
-        expect(page.locator("#status")).to_contain_text(f" {reply.tokens} 个词元", timeout=60_000)
+        expect(page.locator("#status")).to_contain_text(f" {reply.tokens} 个词元")
         assert page.locator("#chat .user.message").all_inner_texts() == [f"我是第{number}个人"]
         expect(page.locator("#chat .bot.message")).to_have_count(1)
         assert plain(page.locator("#chat .bot.message").inner_text()) == plain(reply.text)

@@ -28,7 +28,7 @@ import readme_tables
 
 torch.set_num_threads(1)
 READMES = [ROOT / "README.md", ROOT / "README_EN.md"]
-PAPERS = [*READMES, *ROOT.glob("*/README.md"), ROOT / "CONTRIBUTING.md"]
+PAPERS = [*READMES, *ROOT.glob("[!.]*/README.md"), ROOT / "CONTRIBUTING.md"]
 SCRIPTS = ("finetune.py", "generate.py", "merge_weights.py", "extend_vocab.py", "judge.py")
 
 

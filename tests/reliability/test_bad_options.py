@@ -118,6 +118,7 @@ GENERATE = cases(
 MERGE = cases(
     "merge_weights.py",
     ("no output", "--output_dir ''", "--output_dir", "missing"),
+    ("an adapter twice", "--lora_model {adapter},{adapter}", "named twice", "name each once"),
     ("an unknown layout", "--output_type gguf", "--output_type gguf", "huggingface, pth"),
     ("an unknown type", "--dtype float8", "--dtype float8", "bfloat16"),
     ("shards of nothing", "--max_shard_size 0", "--max_shard_size 0", "500MB"),
