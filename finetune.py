@@ -112,6 +112,7 @@ def main(options: Options) -> None:
         origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
         base, parent = start.base_and_parent(origin, options.base_model)
         start.check_parent(origin, lora_options(options))
+        check_layers(options)
         tokenizer, train_data, val_data, data = prepare_data(options, origin)
         run_facts = {"options": what_rules(options), "base": digest(base), "parent": parent, "data": data["files"]}
         start.check_unchanged(origin, run_facts)
@@ -170,6 +171,15 @@ def what_rules(options: Options) -> dict[str, Any]:
         "save_total_limit", "report_to", "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model", "num_workers",
     }  # fmt: skip
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in free}
+
+
+def check_layers(options: Options) -> None:
+    """Raises UserError where a layer that an option names is not in the model; its weights need not be loaded for that."""
+    named = {name: getattr(options, name) for name in ("lora_target_modules", "modules_to_save")}
+    if any(named.values()):
+        from utils import adapters, memory
+
+        adapters.check_layers(memory.skeleton(options.base_model), **named)
 
 
 def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "Encoded | None", dict[str, Any]]:

@@ -128,6 +128,16 @@ def linear_layers(model: nn.Module) -> list[str]:
     )
 
 
+def check_layers(model: nn.Module, **options: Any) -> None:
+    """Raises UserError where an option (None: not given; a text: a pattern) names a layer that the model has not."""
+    names = {name.split(".")[-1] for name, _ in model.named_modules()}
+    for option, wanted in options.items():
+        missing = sorted(set(wanted or []) - names) if not isinstance(wanted, str) else []
+        if missing:
+            layers = ", ".join(linear_layers(model))
+            raise UserError(f"--{option}: the model has no layer {', '.join(missing)}; its linear layers are {layers}")
+
+
 def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
     """A fresh adapter on `model`: its weights in float32, the only ones that train (a count that is checked).
 
@@ -135,12 +145,7 @@ def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
     """
     from peft import get_peft_model
 
-    names = {name.split(".")[-1] for name, _ in model.named_modules()}
-    for option, wanted in (("lora_target_modules", config.target_modules), ("modules_to_save", config.modules_to_save)):
-        missing = sorted(set(wanted or []) - names) if not isinstance(wanted, str) else []
-        if missing:
-            layers = ", ".join(linear_layers(model))
-            raise UserError(f"--{option}: the model has no layer {', '.join(missing)}; its linear layers are {layers}")
+    check_layers(model, lora_target_modules=config.target_modules, modules_to_save=config.modules_to_save)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging unties them, and says so
         wrapped = get_peft_model(model, config)
