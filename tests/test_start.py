@@ -198,6 +198,19 @@ def test_a_half_written_checkpoint_is_never_taken_for_whole(script, bases, data,
     assert checkpoints.newest_whole(unfinished) != newest
 
 
+def test_killed_after_its_last_step_amid_an_epoch(script, bases, data, tmp_path):  # noqa: F811
+    """It goes on without a step more, and deletes the checkpoints that it had no time to delete."""
+    common = {"max_steps": 3, "save_steps": 1}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "out", save_total_limit=3, **common)).ok  # noqa: B018
+    whole = tensors(tmp_path / "out")
+    for name in (lineage.FILE, "adapter_model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    out = script("finetune.py", *options(bases["llama"], data, tmp_path / "out", save_total_limit=1, **common)).ok
+    assert "going on with this run" in out and lineage.read(tmp_path / "out")["results"]["steps"] == 3
+    assert [folder.name for folder in checkpoints.in_order(tmp_path / "out")] == ["checkpoint-3"]
+    assert same(tensors(tmp_path / "out"), whole) and len(losses(tmp_path / "out")) == 3
+
+
 def test_the_best_adapter_is_kept_unless_the_last_is_asked_for(script, bases, data, tmp_path):  # noqa: F811
     """With so high a rate the second step makes the validation loss worse than the first did."""
     common = {"val_set_size": 8, "learning_rate": 0.5, "max_steps": 2, "eval_steps": 1, "lr_scheduler_type": "constant"}

@@ -103,6 +103,11 @@ class StepTrainer(Trainer):
             generator=torch.Generator().manual_seed(self.args.seed),  # loading draws none of dropout's random numbers
         )
 
+    def _run_epoch(self, **epoch: Any) -> None:
+        """Not one step more: the library (5.23) takes one where a run goes on from its last step amid an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**epoch)
+
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward through the micro-batches of one step; processes exchange gradients at the last one.
 
@@ -261,6 +266,8 @@ def finish(trainer: StepTrainer, tokenizer: PreTrainedTokenizerBase, take_best: 
     Raises UserError where nothing was learned.
     """
     state, output_dir = trainer.state, Path(trainer.args.output_dir)
+    if is_main_process():  # a run that was killed between its last checkpoint and this has no other occasion
+        checkpoints.rotate(output_dir, trainer.job.keep, state.best_global_step)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     evaluations = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     step = state.best_global_step if take_best else state.global_step

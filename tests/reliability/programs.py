@@ -51,7 +51,7 @@ class Program:
 
 
 def training(folder: Path) -> Program:
-    """Incremental training on an adapter: eight steps with dropout, a validation set, checkpoints that come and go."""
+    """Incremental training on an adapter: seven steps with dropout, the last amid an epoch, validation, checkpoints that go."""
     base = tiny.llama(folder / "base")
     parent = tiny.adapter(base, folder / "parent", scale=0.02)
     numbers = random.Random(0)
@@ -61,8 +61,8 @@ def training(folder: Path) -> Program:
     ]
     data = write(folder / "records.json", records)
     words = f"finetune.py --base_model {base} --resume_from_checkpoint {parent} --data_path {data} --val_set_size 8"
-    words += " --batch_size 8 --micro_batch_size 2 --num_epochs 2 --cutoff_len 128 --learning_rate 1e-2 --save_steps 3"
-    words += " --eval_steps 3 --save_total_limit 2 --output_dir {place}/out"
+    words += " --batch_size 8 --micro_batch_size 2 --num_epochs 2 --max_steps 7 --cutoff_len 128 --learning_rate 1e-2"
+    words += " --save_steps 3 --eval_steps 3 --save_total_limit 2 --output_dir {place}/out"
     return Program("training", words.split())
 
 
