@@ -50,6 +50,7 @@ def main(options: Options) -> None:
 
     base_model, answerers = resolve(options.base_model, options.lora_weights, "")
     engine = Engine(base_model, answerers, place(False, False))
+    engine.loaded  # noqa: B018, not in the time of the recipe that comes first
     records = read_prompts(options.test_input_path)
     records = records[:: max(1, len(records) // options.prompts)][: options.prompts] if options.prompts else records
     prompts = [engine.encode(answerers[0].name, record) for record in records]
