@@ -186,12 +186,12 @@ def prepare_data(options: Options, origin: "Start") -> tuple[Any, "Encoded", "En
     """The tokenizer, the encoded records to train on and to validate with, and what the lineage says of them."""
     from utils import dataset
     from utils.files import sha256
-    from utils.modeling import check_architecture
+    from utils.modeling import read_architecture
     from utils.tokenizer import load_tokenizer
     from utils.tokenizer_files import tokenizer_hash
     from utils.weights import base_folder
 
-    check_architecture(base_folder(options.base_model))  # before the tokenizer, whose library reads the same config.json
+    read_architecture(base_folder(options.base_model))  # before the tokenizer, whose library reads the same config.json
     prompter = Prompter(options.prompt_template_name)
     folder = tokenizer_folder(options, origin)
     tokenizer = load_tokenizer(folder)

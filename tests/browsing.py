@@ -102,13 +102,18 @@ def fixture_visit(browser):
         context.close()
 
 
+def send(page, question):
+    """Write a question and send it, without waiting."""
+    page.locator("#question textarea").fill(question)
+    page.locator("#send").click()
+
+
 def ask(page, question, tokens=None):
     """Ask and wait for the whole answer."""
     if tokens:
         put(page, "max_new_tokens", tokens)
     before = page.locator("#chat .bot.message").count()
-    page.locator("#question textarea").fill(question)
-    page.locator("#send").click()
+    send(page, question)
     expect(page.locator("#chat .bot.message")).to_have_count(before + 1)
     settled(page)
 

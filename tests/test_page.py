@@ -21,6 +21,7 @@ from browsing import (
     plain,
     put,
     reads,
+    send,
     served,
     settled,
 )
@@ -51,8 +52,7 @@ def test_answers_stream(visit, url, engine):
     page = visit(url)
     put(page, "max_new_tokens", 60)
     engine.pause = 0.1
-    page.locator("#question textarea").fill("写一首诗")
-    page.locator("#send").click()
+    send(page, "写一首诗")
     seen = set()
     until = time.time() + 20
     while time.time() < until and len(seen) < 6:
@@ -64,8 +64,7 @@ def test_answers_stream(visit, url, engine):
 def test_stop_ends_the_computation_within_a_token(visit, url, engine):
     page = visit(url)
     put(page, "max_new_tokens", 2048)
-    page.locator("#question textarea").fill("讲一个很长的故事")
-    page.locator("#send").click()
+    send(page, "讲一个很长的故事")
     page.locator("#chat .bot.message").wait_for()
     page.locator("#stop").click()
     time.sleep(1)
@@ -83,8 +82,7 @@ def test_a_question_asked_while_an_answer_grows_ends_that_answer(visit, url, eng
     engine.pause = 0.5  # seconds a token: no answer comes to its end by itself before the next question
     questions = [f"第{number}问" for number in range(4)]
     for number, question in enumerate(questions):
-        page.locator("#question textarea").fill(question)
-        page.locator("#send").click()
+        send(page, question)
         expect(page.locator("#chat .bot.message")).to_have_count(number + 1)
         expect(page.locator("#chat .bot.message").last).to_have_text(re.compile(r"\w"))
     engine.pause = 0
@@ -98,8 +96,7 @@ def test_a_question_asked_while_an_answer_grows_ends_that_answer(visit, url, eng
 def test_a_closed_tab_ends_the_computation(visit, url, engine):
     page = visit(url)
     put(page, "max_new_tokens", 2048)
-    page.locator("#question textarea").fill("再讲一个很长的故事")
-    page.locator("#send").click()
+    send(page, "再讲一个很长的故事")
     page.locator("#chat .bot.message").wait_for()
     page.close()
     time.sleep(2)
@@ -206,12 +203,10 @@ def test_a_single_task_has_an_input(visit, url, service):
 
 def test_wrong_input_is_told_and_changes_nothing(visit, url):
     page = visit(url)
-    page.locator("#question textarea").fill("   ")
-    page.locator("#send").click()
+    send(page, "   ")
     expect(page.get_by_text("没能回答")).to_be_visible()
     assert page.locator("#chat .message").count() == 0
-    page.locator("#question textarea").fill("长" * 9000)
-    page.locator("#send").click()
+    send(page, "长" * 9000)
     expect(page.get_by_text("问题太长")).to_be_visible()
     assert page.locator("#chat .message").count() == 0
     expect(page.locator("#question textarea")).to_have_value("长" * 9000)

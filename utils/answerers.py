@@ -31,7 +31,7 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
     Raises UserError where an adapter is missing or broken, where neither options nor adapters name a base, where
     what they say differs from what was given, or from each other, and where the base is none that can be loaded.
     """
-    from utils.modeling import check_architecture
+    from utils.modeling import read_architecture
 
     names = labels(lora_weights)
     lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]
@@ -43,7 +43,7 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
         say(f"base model: {base_model}, which the adapter was trained on")
     base = base_folder(base_model)
     refuse_adapter(base)
-    check_architecture(base)  # before the tokenizer, whose library reads the same config.json
+    read_architecture(base)  # before the tokenizer, whose library reads the same config.json
     weight_files(base)
     if any(known and known.get("base") for _, known in found.values()):
         fingerprint = lineage.fingerprint(base_model)

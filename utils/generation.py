@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import switching
 from utils.answerers import BASE, Answerer
 from utils.console import UserError
 from utils.decoding import Settings, Step, decode
 from utils.encoding import encode_prompt
-from utils.modeling import Placement, check_vocabulary, load_base
+from utils.modeling import Placement, check_vocabulary, load_base, read_architecture
 from utils.prompter import Prompter
 from utils.rows import Ids
 from utils.tokenizer import load_tokenizer
@@ -77,7 +77,7 @@ class Engine:
         self.answerers = list(answerers)
         self.prompters = {one.name: Prompter(one.template) for one in self.answerers}
         self.tokenizers = {one.name: load_tokenizer(tokenizer_home(one, base_model)) for one in self.answerers}
-        self.config = AutoConfig.from_pretrained(base_folder(base_model))
+        self.config = read_architecture(base_folder(base_model))
 
     @functools.cached_property
     def loaded(self) -> tuple[PreTrainedModel, PeftModel | None]:
@@ -90,9 +90,7 @@ class Engine:
             )
         folders = {one.name: one.folder for one in self.answerers if one.folder}
         adapters = switching.attach(base, folders, self.base_model) if folders else None
-        for name, tokenizer in self.tokenizers.items():
-            if adapters:
-                switching.activate(adapters, name if name != BASE else None)
+        for tokenizer in self.tokenizers.values():
             check_vocabulary(base, tokenizer, self.base_model)
         return base.eval(), adapters
 

@@ -6,11 +6,11 @@ import sys
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from utils.console import say
 from utils.loss import CHUNK
-from utils.modeling import Placement, check_architecture
+from utils.modeling import Placement, read_architecture
 from utils.weights import base_folder
 
 BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.53}  # 4 bit: half a byte and the scales
@@ -39,11 +39,10 @@ class Estimate:
 
 
 def skeleton(base_model: str) -> PreTrainedModel:
-    """The model without its weights: its layers and their shapes alone. Raises UserError as `check_architecture` does."""
-    folder = base_folder(base_model)
-    check_architecture(folder)
+    """The model without its weights: its layers and their shapes alone. Raises UserError as `read_architecture` does."""
+    config = read_architecture(base_folder(base_model))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def estimate(model: nn.Module, placement: Placement, half: str | None, tokens: int, checkpointing: bool) -> Estimate:

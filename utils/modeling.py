@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
 from utils.console import UserError, reason, say
 from utils.files import read_json
@@ -89,7 +89,7 @@ def load_base(
     row for.
     """
     folder = base_folder(base_model)
-    check_architecture(folder)
+    read_architecture(folder)
     weight_files(folder)  # the library's own words for what is missing or cannot be read mislead
     options: dict[str, Any] = {"dtype": placement.dtype, "device_map": {"": placement.device}}
     options["ignore_mismatched_sizes"] = True  # so that they are told below, by name
@@ -133,8 +133,8 @@ def check_report(report: dict[str, Any], base_model: str) -> None:
         say(f"{base_model}: {len(report['unexpected_keys'])} tensors of its files are not part of the model ({name}, …)")
 
 
-def check_architecture(folder: Path) -> None:
-    """Raises UserError where `config.json` is missing, of an unknown family, or wants code of its own to be run."""
+def read_architecture(folder: Path) -> PreTrainedConfig:
+    """What `config.json` says. Raises UserError where it is missing, of an unknown family, or wants its own code to be run."""
     path = folder / "config.json"
     settings = read_json(path)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
@@ -152,6 +152,7 @@ def check_architecture(folder: Path) -> None:
             raise UserError(f"{path}: {name} is {value}, as in no model; copy the file again")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: {settings['model_type']} is no causal language model; choose one such as LLaMA or BLOOM")
+    return config
 
 
 def quantisation(placement: Placement) -> BitsAndBytesConfig:

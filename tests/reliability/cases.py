@@ -13,13 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
-from scripting import ROOT, Ended, Script
+from scripting import ROOT, Ended
 
 FULL = os.environ.get("RELIABILITY") == "full"
 HANGS = 120  # seconds after which a process counts as hanging, and is killed: far more than any case takes
@@ -85,7 +85,7 @@ def cold_or_forked(script):
     def run(name: str, *argv: object, cwd: Path, **env: str) -> Ended:
         if FULL:
             return run_cold(name, *argv, cwd=cwd, **env)
-        return run_forked(script, name, *argv, cwd=cwd, **env)
+        return script.start(name, *argv, cwd=cwd, **env).wait(HANGS)
 
     return run
 
@@ -101,11 +101,6 @@ def run_cold(name: str, *argv: object, cwd: Path, before: Sequence[str] = (), **
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def run_forked(script: Script, name: str, *argv: object, cwd: Path, **env: str) -> Ended:
-    """Run a script as a fork of this process."""
-    return script.start(name, *argv, cwd=cwd, **env).wait(HANGS)
-
-
 @pytest.fixture
 def refused(cold_or_forked, tmp_path, world):
     """Runs a script that must refuse; returns its one line, after checking that nothing is left behind.
@@ -114,16 +109,21 @@ def refused(cold_or_forked, tmp_path, world):
     """
 
     def run(name: str, options: str = "", good: bool = True, **env: str) -> str:
-        words = shlex.split((GOOD.get(name, "") + " " if good else "") + options)
-        cwd = tmp_path / "cwd"
-        cwd.mkdir(exist_ok=True)
-        before = listing(tmp_path) | listing(world["top"])
-        ended = cold_or_forked(name, *(word.format(tmp=tmp_path, **world) for word in words), cwd=cwd, **env)
-        line = the_line(ended)
-        assert listing(tmp_path) | listing(world["top"]) == before, "something was written, or removed"
-        return line
+        words = f"{GOOD.get(name, '') if good else ''} {options}"
+        return refusal(cold_or_forked, name, words, tmp_path, world, **env)
 
     return run
+
+
+def refusal(run: Callable[..., Ended], name: str, words: str, tmp_path: Path, world: dict[str, Path], **more: Any) -> str:
+    """The one line with which a script refuses what is broken in `tmp_path` or `world`, after checking that nothing is
+    left behind."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir(exist_ok=True)
+    before = listing(tmp_path) | listing(world["top"])
+    line = the_line(run(name, *(word.format(tmp=tmp_path, **world) for word in shlex.split(words)), cwd=cwd, **more))
+    assert listing(tmp_path) | listing(world["top"]) == before, "something was written, or removed"
+    return line
 
 
 def the_line(ended: Ended) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browsing import fixture_browser, fixture_engine, fixture_folder, fixture_service, fixture_url, fixture_visit  # noqa: F401
+from browsing import fixture_browser, fixture_engine, fixture_folder, fixture_service, fixture_url, fixture_visit, send  # noqa: F401
 from cases import FULL, GOOD, ROOT, cold_or_forked, has, refused, world  # noqa: F401
 from playwright.sync_api import expect
 
@@ -333,8 +333,7 @@ def test_nobody_reads_anothers_session(visit, url):
     page, hashes = visit(url), set()
     page.on("request", lambda request: hashes.update(json.loads(request.post_data or "{}").get("session_hash", "").split()))
     page.locator("#max_new_tokens input[type=number]").fill("5")
-    page.locator("#question textarea").fill("我的密码是四二四二")
-    page.locator("#send").click()
+    send(page, "我的密码是四二四二")
     page.locator("#chat .bot.message").wait_for()
     page.wait_for_timeout(1500)
     assert hashes, "the page names its session in its requests"

@@ -1,11 +1,10 @@
 """Files and folders that the user has no right to read or to write; where the tests run as root, without root's rights."""
 
 import os
-import shlex
 import shutil
 
 import pytest
-from cases import GOOD, has, listing, run_cold, the_line, world  # noqa: F401
+from cases import GOOD, has, refusal, run_cold, world  # noqa: F401
 
 ROOTLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
 PARENT = "--resume_from_checkpoint {adapter}"
@@ -44,33 +43,34 @@ def own(world, tmp_path):  # noqa: F811
     return {name: top / path.relative_to(world["top"]) for name, path in world.items()}
 
 
-def refusal(own, tmp_path, script, options):
-    """The line with which a script refuses."""
-    words = shlex.split(f"{GOOD.get(script, '')} {options}")
-    before = listing(tmp_path)
-    ended = run_cold(script, *(word.format(tmp=tmp_path, **own) for word in words), cwd=tmp_path, before=ROOTLESS)
-    assert listing(tmp_path) == before, "something was written, or removed"
-    return the_line(ended)
+@pytest.fixture
+def refused(own, tmp_path):
+    """Runs a script that must refuse, without root's rights; returns its one line."""
+
+    def run(script, options):
+        return refusal(run_cold, script, f"{GOOD.get(script, '')} {options}", tmp_path, own, before=ROOTLESS)
+
+    return run
 
 
 @pytest.mark.parametrize("script, thing, options", UNREADABLE, ids=[f"{row[0]} {row[1]}" for row in UNREADABLE])
-def test_what_cannot_be_read(own, tmp_path, script, thing, options):
+def test_what_cannot_be_read(refused, own, script, thing, options):
     place = own["top"] / thing
     place.chmod(0)
     try:
-        has(refusal(own, tmp_path, script, options), (thing, "Permission denied", ";"))
+        has(refused(script, options), (thing, "Permission denied", ";"))
     finally:
         place.chmod(0o700)
 
 
 @pytest.mark.parametrize("script", GOOD)
-def test_where_nothing_can_be_written(own, tmp_path, script):
+def test_where_nothing_can_be_written(refused, tmp_path, script):
     (tmp_path / "mine").mkdir(mode=0o500)
     name, place = ("--output_path", "mine/a.json") if script == "generate.py" else ("--output_dir", "mine/out")
-    has(refusal(own, tmp_path, script, f"{name} {{tmp}}/{place}"), ("mine: cannot be written to", f"give another {name}"))
+    has(refused(script, f"{name} {{tmp}}/{place}"), ("mine: cannot be written to", f"give another {name}"))
 
 
-def test_adapters_that_no_answers_can_be_put_beside(own, tmp_path):
+def test_adapters_that_no_answers_can_be_put_beside(refused, own):
     own["adapter"].chmod(0o500)
-    line = refusal(own, tmp_path, "generate.py", "--output_path=")
+    line = refused("generate.py", "--output_path=")
     has(line, ("adapter: cannot be written to", "give another --output_path"))
