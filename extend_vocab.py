@@ -32,10 +32,10 @@ class Options:
 def main(options: Options) -> None:
     """Read the tokenizer and the new pieces, and write the extended tokenizer."""
     check_together(options)
-    from utils import vocabulary
     from utils.files import locked, replacing_folder
-    from utils.tokenizer import read_tokenizer
-    from utils.weights import base_folder
+    from utils.models import vocabulary
+    from utils.models.tokenizer import read_tokenizer
+    from utils.models.weights import base_folder
 
     base = base_folder(options.base_model)
     with locked(options.output_dir):
@@ -51,7 +51,7 @@ def main(options: Options) -> None:
 
 
 def check_together(options: Options) -> None:
-    """Raises UserError where the options do not go together, or the output exists."""
+    """Raises UserError if the options do not go together, or the output exists."""
     if bool(options.sp_model) == bool(options.text):
         raise UserError("--sp_model and --text: give one of them, a model with the new pieces or a text to learn them from")
     check_folder(options.output_dir)
@@ -59,10 +59,10 @@ def check_together(options: Options) -> None:
     if output.resolve() == Path(options.base_model).resolve():
         raise UserError(f"--output_dir {output}: is the base model's folder; choose another one")
     if output.exists() and not (options.overwrite and (output / "tokenizer_config.json").is_file()):
-        way_out = (
+        fix = (
             "holds no tokenizer; choose another folder" if options.overwrite else "exists; choose another, or give --overwrite"
         )
-        raise UserError(f"--output_dir {output}: {way_out}")
+        raise UserError(f"--output_dir {output}: {fix}")
 
 
 if __name__ == "__main__":

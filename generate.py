@@ -4,8 +4,11 @@
 
     python generate.py --lora_weights output/run-1,output/rerun-1 --is_ui False --test_input_path test_data
 
+    python generate.py --lora_weights output/run-1 --is_ui False --test_input_path test_data --api_base http://gpu:8000/v1
+
 The base model and the template are those that the adapter was trained with (its lineage.json), or give --base_model
-(or $BASE_MODEL) and --prompt_template. The batch mode writes test.json beside the weights.
+(or $BASE_MODEL) and --prompt_template. The batch mode writes test.json beside the weights; with --api_base another
+program computes the answers: vLLM, llama.cpp, Ollama, or this script elsewhere (its key: OPENAI_API_KEY).
 """
 
 import dataclasses
@@ -13,116 +16,177 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import option, run
-from utils.console import UserError
-from utils.prompter import Prompter
-from utils.sources import check_base, is_hub_name
+from utils.cli import option, run, write_options
+from utils.console import UserError, say
+from utils.datasets.sources import check_base_model, is_hub_name
+from utils.datasets.templates import check_template
+from utils.inference.sampling_params import SamplingParams
+from utils.models.hubs import HUBS, named_on
 
 if TYPE_CHECKING:
-    from utils.decoding import Settings
-    from utils.generation import Engine
+    from utils.datasets.prompts import Record
+    from utils.inference.engine import Engine
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of this script; names and defaults are those of alpaca-lora where it has them."""
+class Answering:
+    """Who answers, and what; how to decode (SamplingParams) and the page's options come after these."""
 
-    base_model: str = option("", "base model: a folder, or a name on the Hugging Face hub", heading="Model")
+    base_model: str = option("", "base model: a folder, or a name on a hub", heading="Model")
     lora_weights: list[str] = option([], "adapter: a folder, or a name on the hub; several (a,b); none: the base model alone")
-    prompt_template: str = option("", "template: a name in templates/, or a .json file (the adapter's own, or alpaca)")
+    prompt_template: str = option("", "template: a name in templates/, a .json file, or chat (the adapter's own)")
+    enable_thinking: bool | None = option(None, "passed to chat templates that know it (their own default)")
+    stop: list[str] = option([], "texts that end an answer")
     load_8bit: bool = option(False, "base in 8 bit")
     load_4bit: bool = option(False, "base in 4 bit (NF4)")
     gpu_id: int = option(0, "which GPU", least=0)
+    dtype: str = option(
+        "", "compute dtype (by default what is fast on this machine)", choices=("", "float32", "bfloat16", "float16")
+    )
+    hub: str = option("huggingface", "where a base model's name is looked up", choices=HUBS)
+    device_map: str = option("", "auto: spread the base over all GPUs, main memory and the disk", choices=("", "auto"))
 
-    is_ui: bool = option(True, "False: answer --test_input_path and end", heading="Batch")
+    is_ui: bool | str = option(
+        True,
+        "False: answer --test_input_path and end; api: OpenAI's protocol alone; terminal: chat here",
+        choices=("True", "False", "api", "terminal"),
+        heading="Batch",
+    )
     test_input_path: list[str] = option([], "prompts: a file of texts or records, several (a,b:0.5), a folder, a hub name")
     output_path: str = option("", "file for the answers (test.json beside the LoRA weights)")
     overwrite: bool = option(False, "replace answers to other prompts, or those of an unfinished run")
     batch_size: int | str = option("auto", "prompts answered at once (auto: by length and memory)", least=1, choices=("auto",))
 
-    num_beams: int | None = option(
-        None, "beams of the search (4; the page starts with 1)", least=1, most=64, heading="Decoding"
+    api_base: str = option("", "have this server answer, such as http://localhost:8000/v1", heading="Another server")
+    api_model: str = option("", "its name of the model (the adapter's, or the only one there)")
+    api_route: str = option(
+        "",
+        "completions: token ids with our template; chat: messages with the server's (by whether a tokenizer is known)",
+        choices=("", "completions", "chat"),
     )
-    max_new_tokens: int = option(2048, "longest answer, in tokens", least=1)
-    do_sample: bool = option(False, "draw tokens by chance, with the three that follow")
-    temperature: float = option(0.1, "flattens (above 1) or sharpens the scores", least=0)
-    top_p: float = option(0.75, "draw from the likeliest tokens that make up this share", least=0, most=1)
-    top_k: int = option(40, "draw from so many tokens at most (0: all)", least=0)
-    seed: int = option(42, "rules what is drawn", least=0)
-    repetition_penalty: float = option(1.0, "above 1: tokens of the text so far are less likely", least=0.01)
-    no_repeat_ngram_size: int = option(0, "no run of so many tokens occurs twice (0: any may)", least=0)
+    concurrency: int = option(4, "concurrent requests", least=1, most=1000)
 
-    server_name: str = option("127.0.0.1", "address that the page listens on", heading="Page")
-    server_port: int | None = option(None, "port of the page (the first free one from 7860)", least=1, most=65535)
+
+@dataclasses.dataclass(frozen=True)
+class Options(SamplingParams, Answering):
+    """The options of this script; names and defaults are those of alpaca-lora where it has them."""
+
+    server_name: str = option("127.0.0.1", "address to listen on", heading="Page")
+    server_port: int | None = option(None, "port to listen on (the first free one from 7860)", least=1, most=65535)
     share_gradio: bool = option(False, "a public link to the page, through Gradio's servers")
-    auth: str = option("", "user:password that the page asks for")
+    auth: str = option("", "user:password required by the page")
+    api_key: str = option("", "key that API clients must send (required unless only this machine can reach the address)")
+    adapters_dir: str = option("", "folder of adapters that programs may load while the server runs")
+    feedback_dir: str = option("feedback", "folder for votes and thumbs given on the page (none: '')")
     lang: str = option("zh", "language of the page", choices=("zh", "en"))
 
 
 def main(options: Options) -> None:
     """Load what answers, then answer."""
+    named = named_on(options.hub, options.base_model or os.environ.get("BASE_MODEL", ""))
+    options = dataclasses.replace(options, base_model=named)
     check_together(options)
     if options.is_ui:
-        from utils import chat
-
-        address = chat.Address(options.server_name, options.server_port, login(options.auth), options.share_gradio)
-        chat.serve(load_engine(options), decoding(options), options.lang, address)
-        return
-    from utils.prompts import check_output, output_paths, read_prompts
+        return talk(options)
+    from utils.datasets.prompts import check_output, output_paths, read_prompts
 
     outputs = output_paths(options.lora_weights, options.output_path)
     records = read_prompts(options.test_input_path, options.seed)
     for path in outputs:
         check_output(path, records, options.overwrite)
-    engine = load_engine(options)
-    from utils import batch_answers
+    if options.api_base:
+        have_answered(options, outputs, records)
+    else:
+        engine = load_engine(options)
+        from utils.inference import batch
 
-    batch_size = options.batch_size if isinstance(options.batch_size, int) else 0
-    batch_answers.run(engine, outputs, records, decoding(options), batch_size, options.overwrite)
+        batch_size = options.batch_size if isinstance(options.batch_size, int) else 0
+        batch.run(engine, outputs, records, decoding(options), batch_size, options.overwrite)
+    for path in outputs:
+        write_options(dataclasses.asdict(options), Path(path).with_suffix(".yaml"))
+
+
+def have_answered(options: Options, outputs: list[Path], records: list["Record"]) -> None:
+    """Have the server at --api_base answer."""
+    from utils.inference import remote
+    from utils.inference.requests import RequestLimits
+
+    limits = RequestLimits(options.concurrency)
+    stops, thinking = options.stop, options.enable_thinking
+    asking = remote.Asking(options.api_base, options.api_model, options.api_route, decoding(options), stops, limits, thinking)
+    remote.run(asking, options.base_model, options.lora_weights, options.prompt_template, outputs, records, options.overwrite)
+
+
+def talk(options: Options) -> None:
+    """Answer people or programs, until the program is stopped."""
+    if options.is_ui == "terminal":
+        from utils.chat import terminal
+
+        return terminal.talk(load_engine(options), decoding(options))
+    from utils.chat.address import Address
+
+    login_of = login(options.auth)
+    address = Address(options.server_name, options.server_port, login_of, options.share_gradio, options.api_key).taken()
+    if options.is_ui == "api" and address.is_open and not options.api_key:
+        raise UserError(f"--server_name {options.server_name}: others can reach it; give --api_key KEY, which they must send")
+    engine = load_engine(options)
+    from utils.chat import server
+
+    if options.is_ui == "api":
+        server.serve_api(engine, decoding(options), address, options.adapters_dir)
+    else:
+        server.serve(engine, decoding(options), options.lang, address, options.adapters_dir, options.feedback_dir)
 
 
 def check_together(options: Options) -> None:
-    """Raises UserError where options exclude each other, or name what is not there."""
+    """Raises UserError if options exclude each other, or name what is not there."""
     if options.load_8bit and options.load_4bit:
         raise UserError("--load_8bit and --load_4bit: both given; choose one")
+    if (options.load_8bit or options.load_4bit) and options.api_base:
+        raise UserError("--api_base: the server has the weights; leave --load_8bit and --load_4bit out")
+    if (options.api_model or options.api_route) and not options.api_base:
+        raise UserError("--api_model and --api_route: are for another server; name it with --api_base, or leave them out")
+    if options.is_ui and options.api_base:
+        raise UserError("--api_base: is for the batch mode; add --is_ui False")
     if options.is_ui and (options.test_input_path or options.output_path):
         raise UserError("--test_input_path and --output_path are for the batch mode; add --is_ui False, or leave them out")
     for folder in options.lora_weights:
         if not Path(folder).is_dir() and not is_hub_name(folder):
             raise UserError(f"--lora_weights {folder}: no such folder; name the folder of an adapter")
-    check_base(options.base_model)
+    check_base_model(options.base_model)
     login(options.auth)
+    if options.adapters_dir and not Path(options.adapters_dir).is_dir():
+        raise UserError(f"--adapters_dir {options.adapters_dir}: no such folder; name one that holds folders of adapters")
     if options.prompt_template:
-        Prompter(options.prompt_template)
+        check_template(options.prompt_template)
 
 
 def login(auth: str) -> tuple[str, str] | None:
-    """The user and the password that the page asks for, if any. Raises UserError where one of them is missing."""
+    """The user and the password that the page asks for, if any. Raises UserError if one of them is missing."""
     user, _, password = auth.partition(":")
     if auth and not (user and password):
-        raise UserError("--auth: not of the form user:password; write both, parted by a colon")
+        raise UserError("--auth: not of the form user:password; write both, separated by a colon")
     return (user, password) if auth else None
 
 
 def load_engine(options: Options) -> "Engine":
     """The base model with the adapters on it."""
-    from utils.answerers import resolve, with_base
+    from utils.inference.answerers import resolve, with_base
 
-    base_model = options.base_model or os.environ.get("BASE_MODEL", "")
-    base_model, answerers = resolve(base_model, options.lora_weights, options.prompt_template)
+    base_model, answerers = resolve(options.base_model, options.lora_weights, options.prompt_template)
+    say(f"loading {base_model}")
     answerers = with_base(answerers) if options.is_ui else answerers
-    from utils.generation import Engine  # here, because these take seconds to import
-    from utils.modeling import place
+    from utils.inference.engine import Engine  # here, because these take seconds to import
+    from utils.models.loading import measured, place
 
-    return Engine(base_model, answerers, place(options.load_8bit, options.load_4bit, options.gpu_id))
+    placement = place(options.load_8bit, options.load_4bit, options.gpu_id, options.dtype, options.device_map)
+    placement = placement if options.dtype else measured(placement, base_model)
+    return Engine(base_model, answerers, placement, options.stop, options.enable_thinking)
 
 
-def decoding(options: Options) -> "Settings":
-    """The options of the same names."""
-    from utils.decoding import Settings
-
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
-    return Settings(**{name: value for name, value in values.items() if value is not None})
+def decoding(options: Options) -> SamplingParams:
+    """The options of how to decode."""
+    return SamplingParams(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingParams)})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""Compare the answers of several systems: with a judge, with measures that need none, or step by step along a chain.
+"""Compare several systems: with a judge, with measures that need none, by questions with choices, or along a chain.
 
     python judge.py --answers f1=output/f1 --answers f2=output/f2 --judge_model gpt-4o --output_dir output/judged
 
     python judge.py --chain output/f2 --output_dir output/chain
 
+    python judge.py --choices datasets/cmmlu/test.json --shots 5 --lora_weights output/f1,output/f2 --output_dir output/cmmlu
+
     python judge.py --answer_with gpt-4o --output_dir output/gpt-4o
 
 The judge is any model behind an OpenAI-compatible API (--api_base; the key is read from OPENAI_API_KEY); --answer_with
-has such a model answer the prompts itself. Each request is kept in the output folder: the same command goes on where it
+has such a model answer the prompts itself. Each request is kept in the output folder: the same command resumes where it
 was stopped, and pays nothing twice.
 """
 
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +24,7 @@ from utils.console import UserError, say
 from utils.files import check_folder
 
 if TYPE_CHECKING:
-    from utils.api import Service
-    from utils.endpoint import Terms
-    from utils.prompts import Record
-    from utils.tables import Table
-
-TEST_DATA = Path(__file__).parent / "test_data"
+    from utils.evaluation.report import Findings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,183 +32,150 @@ class Options:
     """Options of judge.py."""
 
     output_dir: str = option(help="folder for tables, picture and journal")
+    report: bool = option(False, "also write all that is found, with every question, as one report.html")
+    title: str = option("", "title of the report [the folder's name]")
 
-    answers: list[str] = option([], "NAME=PATH of a system's test.json; once for each system", many=True, heading="Systems")
+    answers: list[str] = option(
+        [],
+        "NAME=PATH of a system's test.json; once for each system, again for each further sample",
+        many=True,
+        heading="Systems",
+    )
     chain: str = option("", "an adapter's folder: all steps of its chain are systems, and what each gained and lost is shown")
+    held_out: list[str] = option(
+        [], "STEP=FILE: records to see what the chain forgets of a step [its validation set]", many=True
+    )
 
     judge_model: str = option("", "the model that scores the answers", heading="Judge")
-    repeats: int = option(1, "times that each prompt is judged", least=1)
-    seed: int = option(42, "rules the order in which the judge sees the systems")
+    repeats: int = option(1, "how often each prompt is judged", least=1)
+    pairwise: bool = option(False, "compare two answers at a time, in both orders, instead of scoring them")
+    second_judge: str = option("", "another model behind the same API that compares, too, to see how far both agree")
+    votes: list[str] = option([], "people's votes as another judge: preference records on the systems' answers")
+    show_references: bool | None = option(None, "show the judge the prompts' references (with --pairwise it does)")
+    seed: int = option(42, "random seed of the order in which the judge sees the systems")
 
     answer_with: str = option("", "a model that answers the prompts, into test.json in the output folder", heading="Answering")
     test_input_path: list[str] = option([], "the prompts: a file, several, or a folder; also for references [test_data]")
 
     api_base: str = option("", "address of the API, such as http://localhost:8000/v1 [OpenAI's]", heading="Requests")
-    concurrency: int = option(4, "requests under way at once", least=1, most=1000)
-    budget: int | None = option(None, "most requests to send, failed ones and those of earlier starts included", least=1)
-    timeout: float = option(
-        600.0, "seconds that one request may take (one given up may have to be paid all the same)", least=0.1
-    )
-    temperature: float | None = option(0.0, "None: the server's own", least=0)
-    max_tokens: int | None = option(1024, "most tokens of one reply; None: the server's own", least=1)
-    price_in: float = option(0.0, "price of a million tokens sent, to total the cost", least=0)
-    price_out: float = option(0.0, "price of a million tokens received", least=0)
+    concurrency: int = option(4, "concurrent requests", least=1, most=1000)
+    budget: int | None = option(None, "maximum number of requests, including failed ones and those of earlier runs", least=1)
+    timeout: float = option(600.0, "timeout of one request in seconds (a request given up may still be billed)", least=0.1)
+    temperature: float | None = option(0.0, "None: the server's default", least=0)
+    max_tokens: int | None = option(1024, "maximum tokens of one reply; None: the server's default", least=1)
+    price_in: float = option(0.0, "price of a million prompt tokens, to compute the cost", least=0)
+    price_out: float = option(0.0, "price of a million completion tokens", least=0)
+    max_cost: float | None = option(None, "send nothing more when the run, earlier starts included, has cost so much", least=0)
 
+    run_code: bool = option(
+        False, "run the code in the answers against the problems' tests (Linux; no network, bounds on time, memory, files)"
+    )
     metrics: bool = option(False, "compute what needs no judge (with --chain and no judge: always)", heading="Without a judge")
     likelihood: bool = option(True, "with them, the log-likelihood of the references under each system that is an adapter")
     base_model: str = option("", "the adapters' base model [as their lineage.json says]")
     load_8bit: bool = option(False, "load the base model in 8 bit")
 
+    choices: list[str] = option([], "choice records to score base model and adapters on: files or folders", heading="Choices")
+    lora_weights: list[str] = option([], "adapters to score beside their base model (or give --chain)")
+    shots: int = option(0, "worked examples before each question", least=0, most=5)
+    shots_path: str = option("", "choice records that the examples are taken from [dev.json beside the questions]")
+    choices_by: str = option(
+        "letter",
+        "the likelihood of a choice's letter or of its text, or the generated answer",
+        choices=("letter", "text", "answer"),
+    )
+    choices_template: str = option(
+        "plain", "plain: as benchmarks ask base models; own: with each adapter's template", choices=("plain", "own")
+    )
+
 
 def main(options: Options) -> None:
-    """Have prompts answered, or answers judged and measured, and write the tables."""
-    from utils.answers import complete, side_by_side
+    """Have prompts answered, or answers judged, compared and measured, or choices scored; write and show what was found."""
+    check(options)
+    from utils.evaluation import setup
+    from utils.evaluation.answers import add_references, side_by_side
     from utils.files import locked
 
-    check(options)
     if options.answer_with:
-        answer_prompts(options)
-        return
-    files, steps = find_answers(options)
-    prompts, answers = side_by_side(files)
-    prompts = complete(prompts, read_prompts(options))
+        return setup.answer_prompts(options)
+    if options.choices:
+        return show(options, setup.have_chosen(options))
+    files, steps = setup.find_answers(options)
+    prompts, answers = side_by_side(files) if files else ([], {})
+    prompts = add_references(prompts, setup.read_prompts(options))
+    findings = setup.start_findings(prompts, answers, files, steps)
     with locked(options.output_dir):
-        tables = have_judged(options, prompts, answers) if options.judge_model else []
-        if options.metrics or not options.judge_model:
-            tables += have_measured(options, prompts, answers, files)
-        show_gains(options, tables, steps)
+        if options.judge_model and not options.pairwise:
+            setup.have_judged(options, findings, prompts, answers)
+        if options.pairwise or options.votes:
+            setup.have_compared(options, findings, prompts, answers)
+        if options.run_code:
+            setup.have_run(options, findings, prompts, answers)
+        if files and (options.metrics or not (options.judge_model or options.votes or options.run_code)):
+            setup.have_measured(options, findings, prompts, answers, files)
+        if options.chain:
+            setup.have_remembered(options, findings, steps)
+        show(options, findings)
 
 
 def check(options: Options) -> None:
-    """Raises UserError where options that need or exclude each other do not agree."""
+    """Raises UserError if options that need or exclude each other do not agree."""
     check_folder(options.output_dir)
     if options.answer_with and (options.judge_model or options.answers or options.chain or options.metrics):
         raise UserError("--answer_with: makes answers, which the other options compare; run one after the other")
+    if options.choices:
+        return check_choices(options)
     if not (options.answer_with or options.answers or options.chain):
         raise UserError("--answers or --chain: missing; say what to compare, or give --answer_with to make answers")
-    if not (options.answer_with or options.judge_model or options.metrics or options.chain):
-        raise UserError("--judge_model or --metrics: missing; say how to compare")
+    if not (
+        options.answer_with or options.judge_model or options.votes or options.metrics or options.run_code or options.chain
+    ):
+        raise UserError("--judge_model, --votes or --metrics: missing; say how to compare")
+    if options.held_out and not options.chain:
+        raise UserError("--held_out: names records of the steps of a --chain; give both, or leave it out")
+    if options.pairwise and not options.judge_model:
+        raise UserError("--pairwise: needs a --judge_model to compare; for people's votes alone give --votes without it")
+    if options.second_judge and not options.pairwise:
+        raise UserError("--second_judge: is for --pairwise; give both, or leave it out")
+    if options.max_cost is not None and not (options.price_in or options.price_out):
+        raise UserError("--max_cost: needs the prices; give --price_in and --price_out, for a million tokens")
     if options.answer_with or options.judge_model:
+        from utils.evaluation.setup import service
+
         service(options)
 
 
-def service(options: Options) -> "Service":
-    """The model behind the API. Raises UserError where the address is none, or a key is missing."""
-    from utils.api import Service
-
-    model = options.answer_with or options.judge_model
-    return Service(model, options.api_base, options.temperature, options.max_tokens, options.timeout)
-
-
-def terms(options: Options) -> "Terms":
-    """The options about the number of requests and their price."""
-    from utils.endpoint import Terms
-
-    return Terms(options.concurrency, options.budget, options.price_in, options.price_out)
+def check_choices(options: Options) -> None:
+    """Raises UserError if --choices is given with what it excludes, or names no model."""
+    if options.answers or options.answer_with or options.judge_model or options.metrics:
+        raise UserError("--choices: scores models, and the other options answers; run one after the other")
+    if options.chain and options.lora_weights:
+        raise UserError("--chain and --lora_weights: both given; --chain scores all steps of its chain")
+    if not (options.chain or options.lora_weights or options.base_model):
+        raise UserError("--choices: give the model to score as --base_model, --lora_weights or --chain")
 
 
-def read_prompts(options: Options) -> list["Record"]:
-    """The prompts to answer, or to take categories and references from."""
-    from utils.prompts import read_prompts
+def show(options: Options, findings: "Findings") -> None:
+    """Print each table once: of the steps of a chain with the change from step to step, which is written and drawn, too. Write
+    the report, if it is asked for."""
+    from utils.evaluation import report
+    from utils.evaluation.answers import sample_notes
+    from utils.evaluation.charts import draw_chain
+    from utils.evaluation.tables import markdown, write_gains
 
-    return read_prompts(options.test_input_path or [str(TEST_DATA)])
-
-
-def find_answers(options: Options) -> tuple[dict[str, Path], list[str]]:
-    """The answer files of all systems by name, and which of the systems are the steps of the chain, in order."""
-    from utils.answers import answer_files
-    from utils.prompts import RESULT
-
-    files = answer_files(options.answers)
-    steps: dict[str, Path] = {}
-    if options.chain:
-        from utils.steps import chain_folders
-
-        steps = {name: folder / RESULT for name, folder in chain_folders(options.chain).items()}
-        missing = ",".join(str(file.parent) for file in steps.values() if not file.is_file())
-        if missing:
-            command = f"python generate.py --is_ui False --test_input_path test_data --lora_weights {missing}"
-            raise UserError(f"{missing}: without a {RESULT}; make it with {command}")
-        for name in files.keys() & steps.keys():
-            raise UserError(f"--answers {name}=…: also the name of a step of the chain; choose another")
-    files |= steps
-    if options.judge_model and not 2 <= len(files) <= 8:
-        raise UserError(f"--judge_model: a judge is shown 2 to 8 systems, not {len(files)}; give as many --answers")
-    return files, list(steps)
-
-
-def have_judged(options: Options, prompts: list["Record"], answers: dict[str, list[str]]) -> list["Table"]:
-    """Have the answers scored; write and print the scores, the picture, and how even the judge was."""
-    from utils import tables, verdicts
-    from utils.answers import key_of
-    from utils.endpoint import asking
-    from utils.files import write_json
-    from utils.judging import judge_all
-    from utils.lineage import digest
-    from utils.picture import draw
-
-    folder = Path(options.output_dir)
-    header = {"seed": options.seed, "prompts and answers": digest([[key_of(prompt) for prompt in prompts], answers])}
-    with asking(service(options), terms(options), folder / "judge.jsonl", header) as endpoint:
-        judgements = judge_all(endpoint, prompts, answers, options.repeats, options.seed)
-    table = verdicts.tabulate(f"scores by {options.judge_model}", prompts, list(answers), judgements)
-    notes = verdicts.notes(prompts, table, judgements)
-    write_json(folder / "judgements.json", [verdicts.as_record(one, prompts[one.prompt]) for one in judgements])
-    tables.write(folder / "scores", [table], notes, verdicts.facts(judgements))
-    draw(table, folder / "scores.png")
-    say("\n".join([tables.markdown(table), *notes]))
-    return [table]
-
-
-def have_measured(
-    options: Options, prompts: list["Record"], answers: dict[str, list[str]], files: dict[str, Path]
-) -> list["Table"]:
-    """Compute what needs no judge; write and print it."""
-    from utils import tables
-    from utils.answers import by_category
-    from utils.metrics import measure
-
-    members = by_category(prompts)
-    found = measure(prompts, members, answers)
-    referenced = sum("reference" in prompt for prompt in prompts)
-    note = f"{referenced} of {len(prompts)} prompts have a reference"
-    adapters = {name: file.parent for name, file in files.items() if (file.parent / "adapter_config.json").is_file()}
-    if options.likelihood and adapters and referenced:
-        from utils.likelihood import table_where_possible
-
-        found += table_where_possible(options.base_model, adapters, prompts, members, options.load_8bit)
-    tables.write(Path(options.output_dir) / "metrics", found, [note])
-    say("\n".join(f"{table.title}\n{tables.markdown(table)}" for table in found) + note)
-    return found
-
-
-def show_gains(options: Options, tables: list["Table"], steps: list[str]) -> None:
-    """Write and print how the values change from step to step of a chain."""
+    folder, steps = Path(options.output_dir), findings.steps
+    over_samples = sample_notes(findings.tables)
+    say("\n".join(over_samples))
+    findings.notes += over_samples
+    for table in findings.tables:
+        if not steps or not set(table.systems) <= set(steps):
+            say(f"{table.title}\n{markdown(table)}")
     if steps:
-        from utils.answerers import BASE
-        from utils.tables import write_gains
-
-        say(write_gains(Path(options.output_dir) / "chain.md", tables, [BASE, *steps]))
-
-
-def answer_prompts(options: Options) -> None:
-    """Have the model behind the API answer the prompts, into a test.json of its own."""
-    from utils.endpoint import asking
-    from utils.files import locked
-    from utils.judging import answer_all
-    from utils.lineage import digest
-    from utils.prompts import RESULT
-    from utils.records import write_records
-
-    prompts, folder = read_prompts(options), Path(options.output_dir)
-    with locked(folder):
-        if (folder / RESULT).exists() and not (folder / "answers.jsonl").exists():
-            raise UserError(f"{folder / RESULT}: was not made by --answer_with; choose another --output_dir")
-        header = {"prompts": digest(prompts)}
-        with asking(service(options), terms(options), folder / "answers.jsonl", header) as endpoint:
-            records = answer_all(endpoint, prompts)
-        write_records(folder / RESULT, records)
-    say(f"{folder / RESULT}: {len(records)} answers of {options.answer_with}")
+        say(write_gains(folder / "chain.md", findings.tables, steps))
+        draw_chain(findings.tables, steps, folder / "chain.png")
+        findings.pictures.append(("chain", folder / "chain.png"))
+    if options.report:
+        report.write(folder, options.title or folder.resolve().name, shlex.join(sys.argv), findings)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,13 @@ def child(*arguments: str | Path) -> Figures:
     its figures are added. Its failure ends the benchmark.
     """
     command = [sys.executable, "-c", LAUNCHER, sys.executable, *map(str, arguments)]
-    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    ended = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
     if ended.returncode:
         sys.exit(f"{' '.join(map(str, arguments))}: failed\n{ended.stdout}")
     *lines, last = ended.stdout.strip().splitlines()

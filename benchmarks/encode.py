@@ -1,4 +1,5 @@
-"""Encoding 100,000 records: one by one with `map` as alpaca-lora does, and this toolkit, each in a process of its own.
+"""Encoding 100,000 records: one by one with `map` as alpaca-lora does, in batches with `map`, and this toolkit, each in a
+process of its own.
 
     python benchmarks/encode.py --base_model models/smollm2-135m
 
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import random
 import sys
 import tempfile
@@ -33,7 +35,7 @@ class Options:
     base_model: str = option(help="the model whose tokenizer encodes")
     records: int = option(100_000, "records to encode", least=1)
     repeats: int = option(1, "runs of each recipe", least=1)
-    recipe: str = option("", "used by the benchmark itself: run this one", choices=("", "plain", "ours"))
+    recipe: str = option("", "used by the benchmark itself: run this one", choices=("", "plain", "batched", "ours"))
     data: str = option("", "used by the benchmark itself: the records")
 
 
@@ -44,21 +46,25 @@ def main(options: Options) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         recipes: dict[str, Callable[[], Figures]] = {}
-        for name, count in [("plain", options.records)] + [("ours", options.records // part) for part in (1, 10, 100)]:
+        counts = {"plain": (1,), "batched": (1,), "ours": (1, 10, 100)}
+        for name, count in [(name, options.records // part) for name, parts in counts.items() for part in parts]:
             data = Path(folder) / f"{count}.json"
             write_data(data, count)
             arguments = ("--base_model", options.base_model, "--data", data, "--recipe", name)
             recipes[f"{name}, {count} records"] = functools.partial(child, __file__, *arguments)
         medians = interleave(recipes, options.repeats)
-    plain, ours, *fewer = medians.values()
-    if plain["ids"] != ours["ids"]:
+    plain, batched, our, *fewer = medians.values()
+    if len({plain["ids"], batched["ids"], our["ids"]}) > 1 or batched["supervised"] != our["supervised"]:
         sys.exit("the recipes' ids differ")
     ratios = {
-        "encoding, records a second, ours / plain": plain["encoding_seconds"] / ours["encoding_seconds"],
-        f"peak memory, {options.records} records / {options.records // 10}": ours["peak_mb"] / fewer[0]["peak_mb"],
-        f"peak memory, {options.records} records / {options.records // 100}": ours["peak_mb"] / fewer[1]["peak_mb"],
+        "encoding, records a second, ours / plain": plain["encoding_seconds"] / our["encoding_seconds"],
+        "encoding, records a second, ours / batched map": batched["encoding_seconds"] / our["encoding_seconds"],
+        "processor time, batched map / ours": batched["cpu_seconds"] / our["cpu_seconds"],
+        "peak memory, batched map / ours": batched["peak_mb"] / our["peak_mb"],
+        f"peak memory, {options.records} records / {options.records // 10}": our["peak_mb"] / fewer[0]["peak_mb"],
+        f"peak memory, {options.records} records / {options.records // 100}": our["peak_mb"] / fewer[1]["peak_mb"],
     }
-    labels = plain["supervised"] - ours["supervised"]
+    labels = plain["supervised"] - our["supervised"]
     for figures in medians.values():
         figures.pop("ids")
     report(medians, ratios, ("datasets", "tokenizers", "transformers"), labels_more_in_plain=labels)
@@ -66,7 +72,7 @@ def main(options: Options) -> None:
 
 def write_data(path: Path, count: int) -> None:
     """Chinese records whose lengths are spread as real ones are (log-normal), each with its number in it."""
-    from utils.records import read_records
+    from utils.datasets.records import read_records
 
     files = sorted(ROOT.glob("test_data/*.json")) + sorted(ROOT.glob("data/demo/f*.json"))
     texts = "".join(r["instruction"] + r["output"] for file in files for r in read_records(file, need_output=False))
@@ -87,13 +93,13 @@ def measure(options: Options) -> dict[str, float]:
     """Seconds of encoding, a number made of all ids, and how many tokens are supervised."""
     import datasets
 
-    from utils.tokenizer import load_tokenizer
+    from utils.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.base_model)
     with tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = Path(cache)
         start = time.perf_counter()
-        table = (ours if options.recipe == "ours" else plain)(options, tokenizer, cache)
+        table = {"ours": ours, "plain": plain, "batched": batched}[options.recipe](options, tokenizer, cache)
         seconds = time.perf_counter() - start
         found, supervised = hashlib.sha256(), 0
         for row in table.select_columns(["input_ids", "labels"]).iter(1000):
@@ -104,18 +110,38 @@ def measure(options: Options) -> dict[str, float]:
 
 def ours(options: Options, tokenizer: Any, _: str) -> Any:
     """This toolkit, with its cache empty."""
-    from utils import dataset
-    from utils.prompter import Prompter
+    from utils.datasets import dataset
+    from utils.datasets.templates import Prompter
 
     encoder = dataset.Encoder(Prompter("alpaca_short"), tokenizer, "none", CUTOFF, False)
     return dataset.encode_all(encoder, options.data, {options.data: "none"}, 42, keep=True)[0]
+
+
+def batched(options: Options, tokenizer: Any, cache: str) -> Any:
+    """The library's pool around this toolkit's encoding: `map` in batches, a process a core."""
+    from datasets import load_dataset
+
+    from utils.datasets.dataset import CHUNK
+    from utils.datasets.encoding import encode
+    from utils.datasets.templates import Prompter
+
+    prompter = Prompter("alpaca_short")
+
+    def encoded(columns: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        records: Any = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        found = encode(records, prompter, tokenizer, CUTOFF, False)
+        return {"input_ids": [one.input_ids for one in found], "labels": [one.labels for one in found]}
+
+    records = load_dataset("json", data_files=options.data, cache_dir=cache)["train"]
+    cores = len(os.sched_getaffinity(0))
+    return records.map(encoded, batched=True, batch_size=CHUNK, num_proc=cores, remove_columns=records.column_names)
 
 
 def plain(options: Options, tokenizer: Any, cache: str) -> Any:
     """alpaca-lora's way: each record's whole text and its prompt are encoded, a record a call."""
     from datasets import load_dataset
 
-    from utils.prompter import Prompter
+    from utils.datasets.templates import Prompter
 
     prompter = Prompter("alpaca_short")
 
@@ -127,7 +153,7 @@ def plain(options: Options, tokenizer: Any, cache: str) -> Any:
         result["labels"] = result["input_ids"].copy()
         return result
 
-    def whole(record: dict[str, str]) -> dict[str, list[int]]:
+    def whole(record: Any) -> dict[str, list[int]]:
         (turn,) = prompter.turns(record)
         full, asked = encode(turn.prompt + turn.answer, True), len(encode(turn.prompt, False)["input_ids"])
         full["labels"] = [-100] * asked + full["labels"][asked:]

@@ -1,4 +1,4 @@
-"""Answering all of test_data: one prompt at a time as alpaca-lora does, transformers' continuous batching, and this toolkit.
+"""Answering all of test_data: one prompt at a time as alpaca-lora does, transformers' own batches, and this toolkit.
 
     python benchmarks/generate.py --base_model models/smollm2-135m-instruct
 
@@ -24,6 +24,7 @@ from utils.cli import option, run
 from utils.console import say
 
 TOLERANCE = 1e-3
+ROWS = 32  # of a left-padded batch, beams counted; 64 took as long
 Answers = list[list[int]]
 
 
@@ -43,10 +44,10 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure each number of beams; print all figures as one object."""
-    from utils.answerers import resolve
-    from utils.generation import Engine
-    from utils.modeling import place
-    from utils.prompts import read_prompts
+    from utils.datasets.prompts import read_prompts
+    from utils.inference.answerers import resolve
+    from utils.inference.engine import Engine
+    from utils.models.loading import place
 
     base_model, answerers = resolve(options.base_model, options.lora_weights, "")
     engine = Engine(base_model, answerers, place(False, False))
@@ -72,6 +73,7 @@ def main(options: Options) -> None:
 def measure(engine: Any, prompts: Answers, beams: int, options: Options) -> tuple[dict[str, Figures], dict[str, Answers]]:
     """Run the recipes in turn; their figures and their answers."""
     recipes = {f"plain, {beams} beams": one_by_one, f"ours, {beams} beams": in_batches}
+    recipes[f"left-padded batches, {beams} beams"] = padded
     if options.continuous and beams == 1:
         recipes["continuous batching, 1 beam"] = continuous
     answers: dict[str, Answers] = {}
@@ -115,17 +117,48 @@ def one_by_one(engine: Any, prompts: Answers, beams: int, length: int) -> Answer
 
 def in_batches(engine: Any, prompts: Answers, beams: int, length: int) -> Answers:
     """This toolkit, without stop strings, which the plain recipe does not have."""
-    from utils.batch_answers import plan
-    from utils.decoding import Settings, decode
+    from utils.inference.batch import plan
+    from utils.inference.decoding import decode
+    from utils.inference.sampling_params import SamplingParams
 
-    settings, end = Settings(num_beams=beams, max_new_tokens=length), engine.model.config.eos_token_id
+    settings, end = SamplingParams(num_beams=beams, max_new_tokens=length), engine.model.config.eos_token_id
     answers: Answers = [[] for _ in prompts]
     with engine.merged(engine.answerers[0].name):
-        for batch in plan(prompts, settings, engine.room, 0):
+        for batch in plan(prompts, settings.num_beams, settings.max_new_tokens, engine.room, 0):
             chosen, limits = [prompts[place] for place in batch], [length] * len(batch)
             for step in decode(engine.model, chosen, limits, settings, lambda ids: ids[-1] == end, [0] * len(batch)):
                 for row, ids in step.finished.items():
                     answers[batch[row]] = ids
+    return answers
+
+
+def padded(engine: Any, prompts: Answers, beams: int, length: int) -> Answers:
+    """The library's batches: prompts of similar length, padded on the left, through `model.generate`."""
+    import torch
+
+    model, end, pad = engine.model, engine.model.config.eos_token_id, engine.model.config.pad_token_id
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    answers: Answers = [[] for _ in prompts]
+    size = ROWS // beams
+    with engine.merged(engine.answerers[0].name), torch.inference_mode():
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            width = len(prompts[places[0]])
+            padding = [width - len(prompts[place]) for place in places]
+            ids = [[pad or 0] * left + prompts[place] for left, place in zip(padding, places, strict=True)]
+            mask = [[0] * left + [1] * (width - left) for left in padding]
+            device = model.device
+            output = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                num_beams=beams,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=pad,
+                max_new_tokens=length,
+            )
+            for place, row in zip(places, output[:, width:].tolist(), strict=True):
+                answers[place] = until_end(row, end)
     return answers
 
 
@@ -151,7 +184,7 @@ def until_end(ids: list[int], end: int) -> list[int]:
 
 
 def compare(engine: Any, prompts: Answers, plain: Answers, ours: Answers, beams: int, name: str) -> float:
-    """The share of identical answers; shows what separates the others, and ends the program where it is no rounding."""
+    """The share of identical answers; shows what separates the others, and ends the program where it is not rounding."""
     same, wrong = 0, 0
     for prompt, one, other in zip(prompts, plain, ours, strict=True):
         if one == other:

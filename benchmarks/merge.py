@@ -128,7 +128,7 @@ def differences(base: Path) -> dict[str, float]:
     """
     import torch
 
-    from utils.weights import Weights
+    from utils.models.weights import Weights
 
     stored, ours, plain = (Weights(base.with_name(name)) for name in ("base", "ours", "plain"))
     if ours.names != plain.names:

@@ -2,7 +2,7 @@
 # Run all benchmarks here (or those named: bash benchmarks/run.sh data), and write benchmarks/RESULTS.md of them. It takes long.
 # $MODEL_DIR/smollm2-135m is the model where one is needed; where a SentencePiece tokenizer is, that of any model there.
 source "$(dirname "$0")/../scripts/env.sh"
-export PYTHONPATH="$ROOT"
+export PYTHONPATH="$ROOT:${PYTHONPATH:-}"
 
 if [ $# = 0 ]; then
     for file in "$ROOT"/benchmarks/*.py; do
@@ -15,6 +15,10 @@ measured=()
 trap 'rm -rf "$logs"' EXIT
 for name in "$@"; do
     command=(-m "benchmarks.$name")
+    if [ "$name" = preferences ] && ! "$PYTHON" -c "import trl" 2> /dev/null; then
+        echo "== $name: left out, trl is not installed (pip install trl in an environment of its own)"
+        continue
+    fi
     help="$("$PYTHON" "${command[@]}" --help)"
     case "$help" in
         *--base_model*'(required)'*)

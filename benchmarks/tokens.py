@@ -29,7 +29,7 @@ def main(options: Options) -> None:
     from sentencepiece import SentencePieceProcessor
     from transformers import AutoTokenizer
 
-    from utils.tokenizer import load_tokenizer
+    from utils.models.tokenizer import load_tokenizer
 
     texts = records()
     ours, library = load_tokenizer(options.tokenizer), AutoTokenizer.from_pretrained(options.tokenizer)
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
 
 def records() -> list[str]:
     """1,000 texts of instructions and answers."""
-    from utils.vocabulary import read_texts
+    from utils.models.vocabulary import read_texts
 
     files = sorted([*ROOT.glob("data/demo/f*.json"), *ROOT.glob("test_data/*.json")])
     texts = [text for file in files for text in read_texts(file)]

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import Figures, child, interleave, report
 from utils.cli import option, run
 
-RECIPES = ("plain", "plain grouped", "order", "logits", "memory", "all")
+RECIPES = ("plain", "plain grouped", "order", "logits", "all")
 SENTENCES = 4000
 
 
@@ -76,10 +76,10 @@ def main(options: Options) -> None:
 
 def encoded_records(options: Options) -> list[dict[str, list[int]]]:
     """Chinese records whose lengths are spread as real ones are (log-normal), encoded, enough for all steps."""
-    from utils.encoding import encode
-    from utils.prompter import Prompter
-    from utils.records import read_records
-    from utils.tokenizer import load_tokenizer
+    from utils.datasets.encoding import encode
+    from utils.datasets.records import Record, read_records
+    from utils.datasets.templates import Prompter
+    from utils.models.tokenizer import load_tokenizer
 
     root = Path(__file__).parent.parent
     files = sorted((root / "test_data").glob("*.json")) + sorted((root / "data/demo").glob("f*.json"))
@@ -93,7 +93,7 @@ def encoded_records(options: Options) -> list[dict[str, list[int]]]:
         return made[:length]
 
     count = options.steps * options.batch_size
-    records = [{"instruction": text(20), "input": "", "output": text(75)} for _ in range(count)]
+    records: list[Record] = [{"instruction": text(20), "input": "", "output": text(75)} for _ in range(count)]
     tokenizer = load_tokenizer(options.base_model)
     encoded = encode(records, Prompter("alpaca_short"), tokenizer, options.cutoff_len, train_on_inputs=False)
     return [{"input_ids": one.input_ids, "labels": one.labels} for one in encoded]
@@ -104,17 +104,13 @@ def measure(options: Options) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, set_seed
 
-    from utils import memory
-
     records = json.loads(Path(options.data).read_text("utf-8"))
-    if options.recipe in ("memory", "all"):
-        memory.keep_freed()
     set_seed(42)
     base = AutoModelForCausalLM.from_pretrained(options.base_model)
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(base, lora)
     warm_up(model, records[: options.micro_batch_size])
-    runner = train_plain if options.recipe.startswith("plain") or options.recipe == "memory" else train_ours
+    runner = train_plain if options.recipe.startswith("plain") else train_ours
     times, losses, computed = runner(options, model, records)
     seconds = times[-1] - times[0]
     real = sum(len(record["input_ids"]) for record in records)
@@ -130,7 +126,7 @@ def measure(options: Options) -> dict[str, float]:
 
 def warm_up(model: Any, records: list[dict]) -> None:
     """Compute the beginnings of one micro-batch, which takes less memory than what is measured, and forget it."""
-    from utils.batching import pad
+    from utils.training.batching import pad
 
     model(**pad([{name: ids[:32] for name, ids in record.items()} for record in records], 1)).loss.backward()
     model.zero_grad()
@@ -179,7 +175,7 @@ def train_plain(options: Options, model: Any, records: list[dict]) -> tuple[list
     """
     from transformers import DataCollatorForSeq2Seq, Trainer
 
-    from utils.tokenizer import load_tokenizer
+    from utils.models.tokenizer import load_tokenizer
 
     size = options.batch_size
     if options.recipe == "plain grouped":
@@ -207,27 +203,28 @@ def train_plain(options: Options, model: Any, records: list[dict]) -> tuple[list
 
 def train_ours(options: Options, model: Any, records: list[dict]) -> tuple[list[float], list[float], dict[str, int]]:
     """The Trainer of this project, or one of its measures alone."""
-    from utils import batching, loss, training
+    from utils.training import batching, loss
+    from utils.training.trainer import RunConfig, StepTrainer, train
 
     data, size = Records(records), options.batch_size
-    batching.Steps.order = lambda self: list(range(len(records)))  # type: ignore[method-assign]
+    batching.StepBatchSampler.order = lambda self: list(range(len(records)))  # type: ignore[method-assign]
     if options.recipe == "logits":
         micro = options.micro_batch_size
-        batching.deal = (
+        batching.pack_micro_batches = (
             lambda indices, lengths, most: [  # type: ignore[assignment]
                 sorted(indices)[s : s + micro] for s in range(0, len(indices), micro)
             ]
         )
     if options.recipe == "order":
         loss.is_decoder_and_head = lambda *_: False  # type: ignore[assignment]
-    plan = batching.Plan(size, options.micro_batch_size * options.cutoff_len)
+    plan = batching.BatchConfig(size, options.micro_batch_size * options.cutoff_len)
     args = training_arguments(options)
-    trainer = training.StepTrainer(model, args, training.Job(plan, options.base_model, {}, 10**9, 1), data, None)  # type: ignore[arg-type]
+    trainer = StepTrainer(model, args, RunConfig(plan, options.base_model, {}, 10**9, 1), data, None)  # type: ignore[arg-type]
     clock = Clock()
     trainer.add_callback(clock.callback())
-    training.train(trainer, None)
+    train(trainer, None)
     computed = {"tokens": 0, "logits": 0, "squares": 0}
-    for step in list(batching.Steps(data.lengths, data.supervised, plan)):
+    for step in list(batching.StepBatchSampler(data.lengths, data.supervised, plan)):
         for batch in step:
             length = max(data.lengths[number] for number in batch.records)
             computed["tokens"] += length * len(batch.records)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by every script here: where things are, and the few words that the scripts are written in.
-# What the environment says stands; what it leaves open is said here, and may be edited.
+# Variables that are set already are kept; the defaults for the others are here, and may be edited.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 NAME="$(basename "$0" .sh)"                      # the step, and the output folder of that name
@@ -12,6 +12,8 @@ gpus=""                                          # which GPUs, such as 0,1; empt
 [ -z "$gpus" ] || export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-$gpus}"
 [ ! -x "$ROOT/.venv/bin/python" ] || PATH="$ROOT/.venv/bin:$PATH"
 PYTHON="${PYTHON:-python}"
+# shellcheck disable=SC2034  # used by setup.sh and offline_bundle.sh
+TORCH_FOR_CPU=https://download.pytorch.org/whl/cpu
 # TRAIN_OPTIONS and ANSWER_OPTIONS are further options for all training and answering steps, for whole chains;
 # PLAN=1 prints what a script would run; SKIP_DONE=1 skips a step whose result is there. chain.sh uses both.
 
@@ -26,6 +28,12 @@ published=(
 demo=(
     --prompt_template_name alpaca_short --batch_size 10 --micro_batch_size 10 --val_set_size 0
     --lora_r 8 --lora_alpha 16 --lora_dropout 0.05
+)
+# and those of the demo on the base model's own chat template
+# shellcheck disable=SC2034
+demo_chat=(
+    --prompt_template_name chat --num_epochs 8 --learning_rate 2e-3 --lora_target_modules '[q_proj,v_proj]'
+    --train_on_inputs False
 )
 
 needs=()   # pairs: a path, and what to do where it is missing
@@ -134,4 +142,9 @@ is_there() {
     [ -e "$1" ] || {
         [ "${1##*/}" = lineage.json ] && [ -e "${1%/*}/adapter_config.json" ] && ! compgen -G "${1%/*}/checkpoint-*" > /dev/null
     }
+}
+
+# answers ADDRESS: within ten seconds
+answers() {
+    python3 - "$1" <<< "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)" 2> /dev/null
 }

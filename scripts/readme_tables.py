@@ -1,9 +1,9 @@
-"""Fill in what the READMEs compute: the options of each script, and the memory that training takes.
+"""Fill in what docs/ computes: the options of each script, and the memory that training takes.
 
     python scripts/readme_tables.py
 
 A table stands between `<!-- options of finetune.py -->` (or `<!-- memory -->`) and `<!-- end -->`. options_zh.json holds
-the Chinese of each line of help; a line that is not there stays English, which is said.
+the Chinese of each line of help; a line that is not there stays English; that is printed.
 """
 
 import importlib
@@ -18,20 +18,25 @@ from utils.cli import describe
 from utils.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = {"zh": ROOT / "README.md", "en": ROOT / "README_EN.md"}
+FILES = {"zh": ("options.md", "experiments.md"), "en": ("options_EN.md", "experiments_EN.md")}  # in docs/
 HEADS = {"zh": "| 选项 | 值 | 默认 | 说明 |", "en": "| option | value | default | meaning |"}
 BLOCK = re.compile(r"(<!-- (?:options of (\w+)\.py|memory) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite both files."""
-    for language, path in READMES.items():
+    """Rewrite the files in both languages."""
+    for path, language in tables():
         with replacing(path) as aside:
             aside.write_text(filled(path.read_text("utf-8"), language), "utf-8")
 
 
+def tables() -> list[tuple[Path, str]]:
+    """The files with tables, each with its language."""
+    return [(ROOT / "docs" / name, language) for language, names in FILES.items() for name in names]
+
+
 def filled(text: str, language: str) -> str:
-    """A README with its tables as they should be."""
+    """A file with its tables as they should be."""
 
     def table(match: re.Match[str]) -> str:
         body = options_table(match[2], language) if match[2] else memory_table(language)
@@ -60,13 +65,13 @@ def options_table(script: str, language: str) -> str:
 
 
 def memory_table(language: str) -> str:
-    """GB to train with the published settings, by utils/memory.py, on skeletons of the real sizes."""
+    """GB to train with the published settings, by utils/training/memory.py, on skeletons of the real sizes."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
-    from utils.memory import estimate
-    from utils.modeling import Placement
+    from utils.models.loading import DeviceConfig
+    from utils.training.memory import estimate
 
     seven = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     thirteen = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
@@ -84,12 +89,10 @@ def memory_table(language: str) -> str:
             base = AutoModelForCausalLM.from_config(config)
         model = get_peft_model(base, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
         cells = []
-        for quantise in kinds.values():
-            placement = Placement(torch.device("cuda"), torch.bfloat16, quantise)
-            without, with_it = (
-                estimate(model, placement, "bfloat16", 8 * 512, checkpointing).total / 1e9 for checkpointing in (False, True)
-            )
-            cells.append(f"{without:.0f} / {with_it:.0f}")
+        for quantize in kinds.values():
+            placement = DeviceConfig(torch.device("cuda"), torch.bfloat16, quantize)
+            needed = estimate(model, placement, 8, 512)
+            cells.append(f"{needed.total(False) / 1e9:.0f} / {needed.total(True) / 1e9:.0f}")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

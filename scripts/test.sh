@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
-# Set up if needed, then lint, types and tests. Further words go to pytest: bash scripts/test.sh -k merging
-bash "$(dirname "$0")/setup.sh" dev || exit
+# Set up if needed, then lint, types and tests: bash scripts/test.sh [--fast | --all] [words for pytest, such as -k merging]
+# --fast leaves out what starts programs or a browser, --all adds what takes long (marked slow).
+# VERSIONS=newest takes the newest versions in range (see setup.sh).
+case "${1:-}" in
+    --fast) tier=(-m "not (slow or page or cli or reliability or demo)") && shift ;;
+    --all) tier=() && shift ;;
+    *) tier=(-m "not slow") ;;
+esac
+bash "$(dirname "$0")/setup.sh" dev ${VERSIONS:+"$VERSIONS"} || exit
 source "$(dirname "$0")/env.sh"
 cd "$ROOT"
 
@@ -16,4 +23,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# two processes, each with whole modules, whose fixtures are shared; a third gains nothing on two cores
+python -m pytest -n 2 --dist loadscope ${tier[@]+"${tier[@]}"} "$@"

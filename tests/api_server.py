@@ -8,6 +8,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 Behave = Callable[[int, dict[str, Any]], "str | dict[str, Any]"]
 
 
@@ -22,6 +24,7 @@ class Server:
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.keys: list[str | None] = []
+        self.models = ["m"]
         lock = threading.Lock()
         server = self
 
@@ -30,6 +33,10 @@ class Server:
 
             def log_message(self, *_: object) -> None:
                 pass
+
+            def do_GET(self) -> None:
+                data = [{"id": name, "object": "model", "created": 1, "owned_by": "x"} for name in server.models]
+                self.send({"body": json.dumps({"object": "list", "data": data}).encode()})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -91,3 +98,17 @@ def shown(body: dict[str, Any]) -> list[tuple[int, float]]:
 def fair(number: int, body: dict[str, Any]) -> str:
     """A judge that gives each answer what it is worth."""
     return "\n".join(f"System{system} {worth:g}分；System{system} 解释：第{system}个回答。" for system, worth in shown(body))
+
+
+@pytest.fixture
+def serve():
+    """Starts servers, `serve(behave)`, and closes them in the end."""
+    servers = []
+
+    def start(behave):
+        servers.append(Server(behave))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

@@ -9,17 +9,17 @@ import pytest
 import tiny
 from playwright.sync_api import expect, sync_playwright
 
-from utils import chat
-from utils.answerers import resolve, with_base
-from utils.decoding import Settings
-from utils.generation import Engine
-from utils.modeling import place
-from utils.serving import Service
+from utils.chat import server
+from utils.chat.sessions import ChatService
+from utils.inference.answerers import resolve, with_base
+from utils.inference.engine import Engine
+from utils.inference.sampling_params import SamplingParams
+from utils.models.loading import place
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 FLAGS += ("--disable-component-update", "--disable-sync")
 PATIENCE = 180_000  # milliseconds for what is to appear on the page: a busy machine takes its time
-LOCAL = chat.Address("127.0.0.1", None, None, False)
+LOCAL = server.Address("127.0.0.1", None, None, False)
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -37,29 +37,33 @@ def fixture_engine(folder):
     """A base and two adapters; it counts the tokens that it computes, and notes the settings that reach it."""
     base, answerers = resolve("", [str(folder / "f1"), str(folder / "f2")], "")
     engine = Engine(base, with_base(answerers), place(False, False))
-    engine.computed, engine.asked, engine.pause, plain = 0, [], 0.0, engine.answer
+    engine.computed, engine.asked, engine.pause = 0, [], 0.0
 
     def count(*_):
         engine.computed += 1
         time.sleep(engine.pause)
 
-    def noting(name, prompts, settings, template=""):
-        engine.asked.append((name, settings, template))
-        return plain(name, prompts, settings, template)
-
     engine.model.register_forward_hook(count)
-    engine.answer = noting
     return engine
 
 
 @pytest.fixture(name="service", scope="module")
 def fixture_service(engine):
-    return Service(engine, 2048)
+    service = ChatService(engine, 2048)
+    plain = service.scheduler.submit
+
+    def noting(request, changed):
+        engine.asked.append((request.name, request.settings, request.template))
+        return plain(request, changed)
+
+    service.scheduler.submit = noting
+    yield service
+    service.scheduler.close()
 
 
 @contextmanager
-def served(service, lang="zh", address=LOCAL):
-    page = chat.start(service, Settings(), lang, address)
+def served(service, lang="zh", address=LOCAL, feedback=""):
+    page = server.start(service, SamplingParams(), lang, address, feedback_dir=feedback)
     try:
         yield page
     finally:
@@ -128,6 +132,12 @@ def settled(page):
         time.sleep(0.05)
 
 
+def said(message):
+    """An answer's text, without the line below it that says who gave it."""
+    by = message.locator(".by")
+    return message.inner_text().removesuffix(by.inner_text() if by.count() else "")
+
+
 def put(page, name, value):
     """Write a number into a setting."""
     box = page.locator(f"#{name} input[type=number]")
@@ -142,7 +152,7 @@ def choose(page, name, option):
 
 def answer_of(service, name, record, tokens, beams=1):
     """What the engine answers when it is asked directly."""
-    *_, reply = service.reply(name, record, Settings(num_beams=beams, max_new_tokens=tokens))
+    *_, reply = service.reply(name, record, SamplingParams(num_beams=beams, max_new_tokens=tokens))
     return reply.text
 
 

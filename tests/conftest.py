@@ -16,7 +16,9 @@ import pytest
 import tiny
 from scripting import Script
 
-pytest.register_assert_rewrite("raw_sets", "browsing")  # so that what they check is told as a test tells it
+pytest_plugins = ["api_server", "merges", "raw_sets", "trainings"]  # fixtures; what else has some is named by its tests
+pytest.register_assert_rewrite("browsing")  # so that what they check is told as a test tells it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has all children ignore
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all its children, would ignore it
 
 
@@ -30,3 +32,13 @@ def script(tmp_path):
 def tiny_llama(tmp_path_factory):
     """The folder of a LLaMA of two layers."""
     return tiny.llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what starts a browser (page), what starts programs (cli), and the campaign of tests/reliability."""
+    for item in items:
+        marks = {"browser": "page", "script": "cli"}
+        for fixture in marks.keys() & set(item.fixturenames):
+            item.add_marker(marks[fixture])
+        if item.path.parent.name == "reliability":
+            item.add_marker("reliability")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import merge_weights
-from utils.adapters import read_config
+from utils.adapters.settings import read_config
 from utils.cli import parse
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -44,7 +44,7 @@ def with_peft(base: Path, *adapters: Path):
 
 @torch.no_grad()
 def same_logits(one, other, atol=2e-3) -> bool:
-    ids = torch.randint(4, one.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(4, one.config.get_text_config().vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     first, second = one(ids).logits, other(ids).logits
     return first.shape == second.shape and torch.allclose(first, second, atol=atol, rtol=1e-3)
 

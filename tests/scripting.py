@@ -1,6 +1,7 @@
 """Runs the scripts as real processes, forked from this warm one so that importing torch costs nothing."""
 
 import dataclasses
+import importlib
 import os
 import runpy
 import signal
@@ -33,11 +34,16 @@ class Ended:
         assert len(lines) == 1 and "Traceback" not in self.err, self.err
         return lines[0]
 
-    @property
     def ok(self) -> str:
         """What was printed; checks that all went well."""
         assert self.status == 0, f"status {self.status}\n{self.out}\n{self.err}"
         return self.out
+
+
+def warm(*modules: str) -> None:
+    """Import what the forked scripts need, so that they need not import it each."""
+    for module in modules:
+        importlib.import_module(module)
 
 
 class Running:
@@ -60,6 +66,8 @@ class Running:
             os.environ.update(env)
             os.chdir(cwd or os.getcwd())
             sys.argv = argv
+            if "torch" in sys.modules:  # its pool of threads did not survive the fork, and only one thread may make it anew
+                sys.modules["torch"].set_num_threads(1)
             tqdm.set_lock(threading.RLock())  # not the one that all forks share, which a killed one may have left locked
             runpy.run_path(argv[0], run_name="__main__")
             status = 0

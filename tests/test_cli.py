@@ -87,7 +87,7 @@ def test_every_way_to_write_an_option(argv, expected):
         (["--name", "n", "--parts", "{a:1}"], []),
     ],
 )
-def test_mistakes_are_named_with_the_way_out(argv, words):
+def test_mistakes_are_named_with_the_fix(argv, words):
     if not words:
         assert parse(Options, argv).parts == ["{a:1}"]
         return
@@ -183,3 +183,83 @@ def test_a_reader_that_has_seen_enough_ends_the_program_without_a_word():
     line = f"'{sys.executable}' generate.py --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "" and done.returncode == 141
+
+
+# --config
+
+CONFIG = """
+name: 甲
+count: 5
+rate: 1e-4
+flag: false
+auto:
+parts: [q_proj, v_proj]
+answers: [a=1, b=2]
+"""
+
+
+def config(folder, text) -> str:
+    (folder / "run.yaml").write_text(text, "utf-8")
+    return str(folder / "run.yaml")
+
+
+def test_options_from_a_file_are_typed_and_the_line_wins(tmp_path):
+    path = config(tmp_path, CONFIG)
+    plain = Options("甲", 5, 1e-4, False, None, 2000, ["q_proj", "v_proj"], ["a=1", "b=2"])
+    assert parse(Options, ["--config", path]) == plain
+    for argv in (["--config", path, "--count=7", "--answers", "c=3"], ["--count=7", "--answers", "c=3", f"--config={path}"]):
+        assert parse(Options, argv) == dataclasses.replace(plain, count=7, answers=["c=3"])
+
+
+def test_what_a_run_writes_is_what_it_was_given(tmp_path):
+    made = Options("a: b", 5, 1e-4, False, True, 0.25, [], ["x"])
+    cli.write_options(dataclasses.asdict(made), tmp_path / "run.yaml")
+    assert parse(Options, ["--config", str(tmp_path / "run.yaml")]) == made
+    cli.write_options({"auth": "me:secret", "api_key": "k", "name": "a"}, tmp_path / "run.yaml")
+    assert (tmp_path / "run.yaml").read_text() == "name: a\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("cuont: 5", "run.yaml: cuont: no such option; did you mean count?"),
+        ("count: x", "--count x: not a whole number"),
+        ("count: 12", "too large"),
+        ("count: {a: 1}", "not a plain value"),
+        ("parts: [[a]]", "not a plain value"),
+        ("a: b: c", "is not YAML"),
+        ("- a", "holds no options"),
+        ("", "holds no options"),
+        ("count: !!python/object/apply:os.system [true]", "is not YAML"),
+        ("a: &x [1]\nb: " + "*x, " * 400_000, "larger than a megabyte"),
+    ],
+)
+def test_a_file_of_options_that_is_wrong_is_named(tmp_path, text, words):
+    with pytest.raises(UserError) as error:
+        parse(Options, ["--name", "a", "--config", config(tmp_path, text)])
+    assert words in str(error.value) and "run.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_options_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no\.yaml: cannot be read"):
+        parse(Options, ["--config", str(tmp_path / "no.yaml")])
+
+
+# Terminals
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1", "ascii"])
+def test_a_terminal_that_lacks_a_character_shows_an_escape(tmp_path, encoding):
+    (tmp_path / "run.yaml").write_text("😀: 1", "utf-8")
+    done = subprocess.run(
+        [sys.executable, "finetune.py", "--config", tmp_path / "run.yaml"],
+        cwd=ROOT, capture_output=True, env={"PYTHONIOENCODING": encoding, "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2 and b"\\U0001f600: no such option" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_help_fits_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = cli.help_text(finetune.Options, "").splitlines()
+    assert max(map(len, lines)) <= columns and any("--lr_scheduler_type" in line for line in lines)

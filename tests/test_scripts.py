@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from scripting import ROOT, Script
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from scripting import ROOT, Script, warm
 
-import utils.batch_answers
-import utils.memory
-import utils.merging
-import utils.training  # noqa: F401 (these four are warm for the forks)
 from utils import lineage
 from utils.cli import parse
+
+warm("utils.inference.batch", "utils.merging.merge", "utils.training.memory", "utils.training.trainer")
 
 torch.set_num_threads(1)
 SCRIPTS = ROOT / "scripts"
@@ -100,7 +100,14 @@ def test_soak_goes_on_for_its_time_and_says_how_to_repeat_a_failure():
 
 def test_names():
     """Every script is a step by the naming rule, or one of the tools; every adapter can be talked to and answers prompts."""
-    tools = {"env", "setup", "quickstart", "test", "soak", "chain", "get-smollm2-135m"}
+    tools = {"env", "setup", "quickstart", "test", "soak", "gpu_check", "offline_bundle", "chain", "get-smollm2-135m"}
+    tools |= {
+        "demo-chat-1",
+        "demo-chat-2",
+        "get-gemma3-270m",
+        "expert",
+        *(f"expert-{name}" for name in ("counsellor", "assistant", "tutor")),
+    }
     assert {file.stem for file in SCRIPTS.glob("*.sh")} == tools | set(STEPS)
     merges = {f"merge-{size}-{kind}" for size in ("7b", "13b") for kind in ("llama", "alpaca")}
     assert merges < set(STEPS)
@@ -157,17 +164,17 @@ def test_the_plan_of_a_chain(chain):
 
 
 @pytest.mark.parametrize(
-    ("step", "missing", "way_out"),
+    ("step", "missing", "fix"),
     [
         ("merge-7b-llama", "M/llama-7b", "README.md"),
         ("rerun-2-alpaca-13b-3", "M/chinese-alpaca-13b", "bash scripts/merge-13b-alpaca.sh"),
         ("save-generate-5-bloom-7b1-1", "M/bloom-7b1", "README.md"),
     ],
 )
-def test_a_missing_model_is_one_line(tmp_path, step, missing, way_out):
+def test_a_missing_model_is_one_line(tmp_path, step, missing, fix):
     ended = bash(f"{step}.sh", cwd=tmp_path)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert missing in ended.stderr and way_out in ended.stderr and not list(tmp_path.iterdir())
+    assert missing in ended.stderr and fix in ended.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_missing_adapter_or_data_set_is_one_line(tmp_path):
@@ -272,7 +279,7 @@ def world(tmp_path_factory):
     tiny.bloom(world.models / "bloom-7b1")
     tiny.llama(world.models / "smollm2-135m", seed=7)
     for name, raw in write_raw(world.folder / "raw").items():
-        world.script(f"data/{name}/prepare.py", "--raw", raw, DATA_DIR=str(world.data)).ok  # noqa: B018
+        world.script(f"data/{name}/prepare.py", "--raw", raw, DATA_DIR=str(world.data)).ok()
     return world
 
 
@@ -338,6 +345,7 @@ def test_a_chain_runs_from_merge_to_answers(world, chain):
     assert not {".journal", ".part"} & {file.suffix for file in world.output.rglob(".*")}
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_where_another_one_ended(world):
     """What D13b-2-2-2 made is not made again for D13b-2-3; a second start makes nothing."""
     check_chain(world, "D13b-2-2-2", world("chain.sh", "D13b-2-2-2"))
@@ -374,3 +382,22 @@ def test_a_published_adapter_counts_as_done_and_an_unfinished_run_does_not(world
     assert needs not in bash("save-generate-4-alpaca-7b-1.sh", PLAN="1", OUTPUT_DIR=str(tmp_path)).stdout
     (folder / "checkpoint-3").mkdir()
     assert needs in bash("save-generate-4-alpaca-7b-1.sh", PLAN="1", OUTPUT_DIR=str(tmp_path)).stdout
+
+
+def test_set_up_refuses_an_unknown_word_before_anything_is_installed():
+    ended = bash("setup.sh", "dev", "newset")
+    assert (
+        ended.returncode == 2
+        and ended.stderr == "setup: error: newset: unknown; bash scripts/setup.sh [dev] [newest] [--offline FILE]\n"
+    )
+
+
+def test_the_tested_versions_are_in_range():
+    """Each requirement has one version in constraints.txt, and its range holds it."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / file).read_text().splitlines():
+            if line and not line.startswith("#"):
+                needed = Requirement(line.partition("#")[0])
+                assert needed.specifier.contains(pinned[canonicalize_name(needed.name)]), line

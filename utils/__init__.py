@@ -1,1 +1,1 @@
-"""The rooms that the scripts share; README.md beside this file says what each one knows."""
+"""The modules that the scripts share; README.md beside this file says what each one knows."""

@@ -2,31 +2,41 @@
 
 Options are the fields of a dataclass, each made by `option`; they are written in any of Fire's ways
 (`--x 1`, `--x=1`, `--flag`, `--flag False`, `--noflag`, `--x '[a,b]'`). Of an option given twice the last
-counts, so that a shell script can pass "$@" on; an option made with `many=True` collects.
+counts, so that a shell script can pass "$@" on; an option made with `many=True` collects. `--config run.yaml` reads
+options from a file; those on the command line win.
 """
 
 import dataclasses
 import difflib
 import errno
+import io
 import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.console import UserError, harmless
+from utils.console import UserError, harmless, reason
+from utils.files import check_names, replacing
+from utils.memory import is_out_of_memory
 
 T = TypeVar("T")
 FLAG = re.compile(r"--?[A-Za-z]")
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust (tokenizers, safetensors) tell an OSError
-OTHER_PLACE = "free the place, get access to it, or name another, and start again"
+LESS_MEMORY = "give --load_8bit or --load_4bit, fewer tokens or records at once, or use a machine with more"
+OTHER_PLACE = "free disk space, fix the permissions, or choose another path, then rerun"
+CONFIG = "config"  # the one option that all scripts have
+LARGEST_CONFIG = 2**20
+SECRETS = ("auth", "api_key")  # never written to a file
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -52,8 +62,11 @@ def option(
 
 def run(main: Callable[[Any], None], options: type, argv: list[str] | None = None) -> None:
     """Parse the command line into `options`, call `main` with them, and exit with 0, or 2 with one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        read_names_as_utf8()
+        argv = sys.argv[1:]
     script = Path(sys.argv[0]).name
+    show_any_character()
     module = sys.modules[main.__module__]
     # threads that wait without spinning: many times faster where other programs use the processor too; set before torch
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -77,11 +90,35 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
             raise
         problem = f"{error.filename or 'output'}: {error.strerror}; {OTHER_PLACE}"
     except Exception as error:
-        found = OS_ERROR.search(str(error))
-        if found is None or int(found[1]) not in NO_PLACE:
-            raise
-        problem = f"output: {os.strerror(int(found[1]))}; {OTHER_PLACE}"
+        if is_out_of_memory(error):
+            problem = f"out of memory ({reason(error)}); {LESS_MEMORY}"
+        else:
+            found = OS_ERROR.search(str(error))
+            if found is None or int(found[1]) not in NO_PLACE:
+                raise
+            problem = f"output: {os.strerror(int(found[1]))}; {OTHER_PLACE}"
     fail(script, problem)  # here, where the error is gone, and with it what it held open: progress bars, on the same line
+
+
+def show_any_character() -> None:
+    """Print what a terminal's encoding (GBK, Latin-1, ASCII) lacks as an escape instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+
+
+def read_names_as_utf8() -> None:
+    """Start again with names of files read as UTF-8, as they are on all disks of today, where the locale has another encoding.
+
+    What is printed keeps the encoding of the locale, which is the terminal's.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode or not sys.stdout:
+        return
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def fail(script: str, text: str) -> typing.NoReturn:
@@ -99,12 +136,22 @@ def parse(options: type[T], argv: list[str]) -> T:
     """
     fields = {field.name: field for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     kinds = typing.get_type_hints(options)
+    given = list(_pairs(argv, fields, kinds))
     values: dict[str, Any] = {}
-    for name, raw in _pairs(argv, fields, kinds):
+    for config in [raw for name, raw in given if name == CONFIG]:
+        for name, raw in _read_config(config, fields):
+            try:
+                values[name] = _convert(name, raw, kinds[name], fields[name].metadata)
+            except UserError as error:
+                raise UserError(f"{config}: {error}") from None
+    from_line: dict[str, Any] = {}
+    for name, raw in given:
+        check_names(raw)
+        if name == CONFIG:
+            continue
         value = _convert(name, raw, kinds[name], fields[name].metadata)
-        if fields[name].metadata["many"]:
-            value = values.get(name, []) + value
-        values[name] = value
+        from_line[name] = from_line.get(name, []) + value if fields[name].metadata["many"] else value
+    values |= from_line
     missing = [f"--{name}" for name, field in fields.items() if _is_required(field) and not values.get(name)]
     if missing:
         raise UserError(f"{', '.join(missing)}: missing; give {'it' if len(missing) == 1 else 'them'}, or see --help")
@@ -129,19 +176,61 @@ def _pairs(argv: list[str], fields: dict, kinds: dict) -> typing.Iterator[tuple[
         if negated and not equals and kinds[name.removeprefix("no").lstrip("_")] in (bool, bool | None):
             yield name.removeprefix("no").lstrip("_"), "False"
             continue
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, 0.6)
-            way_out = f"did you mean --{near[0]}?" if near else "see --help for all options"
-            raise UserError(f"--{name}: no such option; {way_out}")
+        if name not in fields and name != CONFIG:
+            raise UserError(_no_such_option(f"--{name}", name, fields, "--"))
+        stands_alone = name != CONFIG and bool in (kinds[name], *typing.get_args(kinds[name]))
         if not equals:
             if index < len(argv) and not FLAG.match(argv[index]):
                 raw = argv[index]
                 index += 1
-            elif bool in (kinds[name], *typing.get_args(kinds[name])):
+            elif stands_alone:
                 raw = "True"
             else:
                 raise UserError(f"--{name}: has no value; write --{name} VALUE")
         yield name, raw
+
+
+def _no_such_option(shown: str, name: str, fields: dict, dashes: str) -> str:
+    near = difflib.get_close_matches(name, fields, 1, 0.6)
+    return f"{shown}: no such option; " + (f"did you mean {dashes}{near[0]}?" if near else "see --help for all options")
+
+
+def _read_config(path: str, fields: dict) -> typing.Iterator[tuple[str, str]]:
+    """The options of a YAML file as pairs of name and raw value; one without a value counts as not given.
+
+    Raises UserError if the file cannot be read, is not a mapping of plain values and lists, or names an unknown option.
+    """
+    import yaml
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_CONFIG + 1)
+        if len(text) > LARGEST_CONFIG:
+            raise UserError(f"--{CONFIG} {path}: is larger than a megabyte; name a file of options")
+        options = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"--{CONFIG} {path}: cannot be read ({error.strerror}); name a YAML file of options") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--{CONFIG} {path}: is not YAML ({reason(error)}); write one option a line, name: value") from None
+    if not isinstance(options, dict):
+        raise UserError(f"--{CONFIG} {path}: holds no options; write one a line, name: value")
+    for name, value in options.items():
+        if name not in fields:
+            raise UserError(_no_such_option(f"{path}: {name!s:.80}", str(name), fields, ""))
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, (str, int, float)) for part in parts):
+            raise UserError(f"{path}: {name}: not a plain value or a list of these; see --help")
+        if value is not None:
+            yield name, repr([str(part) for part in value]) if isinstance(value, list) else str(value)
+
+
+def write_options(options: dict[str, Any], path: str | Path) -> None:
+    """Write the options of a run, by name, as YAML that `--config` reads again; passwords and keys are left out."""
+    import yaml
+
+    options = {name: value for name, value in options.items() if name not in SECRETS}
+    with replacing(Path(path)) as aside:
+        aside.write_text(yaml.safe_dump(options, allow_unicode=True, sort_keys=False), "utf-8")
 
 
 def _convert(name: str, raw: str, kind: Any, bounds: typing.Mapping[str, Any]) -> Any:
@@ -158,8 +247,9 @@ def _convert(name: str, raw: str, kind: Any, bounds: typing.Mapping[str, Any]) -
         raw = raw if len(raw) <= 80 else f"{raw[:80]}…"
         raise UserError(f"--{name} {raw}: not {names}; see --help")
     least, most, choices = bounds["least"], bounds["most"], bounds["choices"]
-    if choices and isinstance(value, str) and value not in choices:
-        raise UserError(f"--{name} {raw}: not one of {', '.join(choices)}; choose one of these")
+    for one in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
+        if choices and one not in choices:
+            raise UserError(f"--{name} {one}: not one of {', '.join(choices)}; choose one of these")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if least is not None and value < least:
             raise UserError(f"--{name} {raw}: too small; give at least {least}")
@@ -182,6 +272,10 @@ def _read_as(kind: Any, raw: str) -> Any:
             value = DefaultParseValue(raw) if raw.startswith(("[", "(")) else parts
         except (ValueError, RecursionError, MemoryError):  # what Python's own parser raises
             return None
+        if raw.startswith("[") and raw.endswith("]") and isinstance(value, str):  # names with dots, and patterns
+            value = list(filter(None, map(str.strip, raw[1:-1].split(","))))
+        elif raw.startswith("(") and not isinstance(value, (list, tuple)):
+            value = parts
         return [str(item) for item in value] if isinstance(value, (list, tuple)) else None
     if kind in (int, float):
         try:
@@ -209,7 +303,9 @@ def describe(options: type) -> list[tuple[str, str, str, str, str]]:
     for field in dataclasses.fields(options):
         kind = kinds[field.name]
         plain = [k for k in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) if k is not type(None)]
-        value = "|".join(field.metadata["choices"]) or "|".join(PLACEHOLDERS[k] for k in plain)
+        choices = field.metadata["choices"]
+        several = list[str] in plain and choices
+        value = f"'[{','.join(choices)}]'" if several else "|".join(choices) or "|".join(PLACEHOLDERS[k] for k in plain)
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         if isinstance(default, list):
             default = f"[{','.join(default)}]" if default else ""
@@ -219,12 +315,16 @@ def describe(options: type) -> list[tuple[str, str, str, str, str]]:
 
 
 def help_text(options: type, docstring: str) -> str:
-    """The script's docstring and its options, a line or two each."""
+    """The script's docstring and its options, a line or two each, as wide as the terminal but not over 100 columns."""
+    width = max(60, min(100, shutil.get_terminal_size().columns))
     lines = [docstring.strip()]
-    for heading, name, value, default, help in describe(options):
+    config = ("Options", f"--{CONFIG}", "FILE.yaml", "", "read options from a file; those on the command line win")
+    for heading, name, value, default, help in (config, *describe(options)):
         if heading:
             lines.append(f"\n{heading}:")
         suffix = f" ({default})" if default == "required" else f" [{default}]" if default else ""
-        head = f"  {name} {value}"
-        lines.append(f"{head:<38}  {help}{suffix}" if len(head) <= 38 else f"{head}\n{'':40}{help}{suffix}")
+        head, told = f"  {name} {value}", textwrap.wrap(f"{help}{suffix}", width - 30)
+        if len(head) <= 28:
+            head = f"{head:<30}{told.pop(0)}"
+        lines += [*textwrap.wrap(head, width, subsequent_indent="      "), *(f"{'':30}{line}" for line in told)]
     return "\n".join(lines)

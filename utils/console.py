@@ -1,17 +1,20 @@
 """What a user reads while a script runs: notices, progress bars, and the one-line error."""
 
+import functools
 import os
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from tqdm.auto import tqdm
 
+TERMINALS = [number for number in (1, 2) if os.isatty(number)]  # once one has hung up, it cannot be told any more
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and the ends of lines
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; its text is one line: the thing, what is wrong, the way out.
+    """An error the user can fix, in one line: what, what is wrong, how to fix it.
 
     `utils.cli.run` prints it to stderr and ends the script with exit status 2.
     """
@@ -32,10 +35,29 @@ def harmless(text: str) -> str:
     return CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], text)
 
 
+def wants_color() -> bool:
+    """True if standard output is a terminal that shows colors; NO_COLOR says no (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def leave_terminal() -> None:
+    """Write to nowhere from now on where the output is a terminal: one that has hung up refuses all that is written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in TERMINALS:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 def say(text: str) -> None:
     """Print one notice, from the main process only."""
     if is_main_process():
         tqdm.write(harmless(text))
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print one notice, the first time only: a file may be read several times in a run."""
+    say(text)
 
 
 def progress(items: Iterable[Any] | None = None, **options: Any) -> Any:

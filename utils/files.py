@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import itertools
@@ -14,14 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from utils.console import UserError, is_main_process, say
+import psutil
+
+from utils.console import UserError, is_main_process, say, say_once
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what network disks without locks say
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it becomes `path` only if the block ends without an error.
 
-    What killed processes of this machine left aside is removed first.
+    Leftovers of killed processes of this machine are removed first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +50,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; it becomes `path` (the old one goes) if the block ends without an error.
 
-    What an earlier, killed attempt left aside is removed first.
+    Leftovers of an earlier, killed attempt are removed first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,26 +74,20 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 def is_running(process: int) -> bool:
     """True if this machine has a process of that number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # another user's
-    return True
+    return psutil.pid_exists(process)
 
 
 def sync(path: Path) -> None:
-    """Have the bytes of `path` on the disk, readable as other new files are, before its name says that it is whole."""
+    """Flush the bytes of `path` to disk, readable as other new files are, before its name says that it is complete."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors leaves its files to their owner alone
-    with open(path, "rb") as file:
+    with open(path, "rb+" if os.name == "nt" else "rb") as file:
         os.fsync(file.fileno())
 
 
 def check_plain(path: str | Path) -> None:
-    """Raises UserError where `path` is a pipe, a device or the like, which may give no end, or nothing ever."""
+    """Raises UserError if `path` is a pipe, a device or the like, which may give no end, or nothing ever."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"{path}: is not a plain file; save what it gives to a file first")
 
@@ -93,29 +95,29 @@ def check_plain(path: str | Path) -> None:
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file (UTF-8, a byte-order mark is allowed).
 
-    Raises UserError where the file is missing, unreadable, not UTF-8 or not JSON; the line and column are named.
+    Raises UserError if the file is missing, unreadable, not UTF-8 or not JSON; the line and column are named.
     """
     check_plain(path)
     try:
         return json.loads(Path(path).read_text("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); mend the file") from None
+        raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); fix the file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
     except (RecursionError, ValueError):  # Python reads integers of up to 4300 digits
-        raise UserError(f"{path}: nested too deeply, or a number in it too long, to be read; mend the file") from None
+        raise UserError(f"{path}: nested too deeply, or a number in it too long, to be read; fix the file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as UTF-8 JSON, indent 1, whole or not at all."""
+    """Write `value` as UTF-8 JSON, indent 1, completely or not at all."""
     with replacing(path) as aside:
         aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises UserError where the file cannot be read."""
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises UserError if the file cannot be read."""
     check_plain(path)
     try:
         with open(path, "rb") as file:
@@ -130,7 +132,7 @@ def digest(value: Any) -> str:
 
 
 def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
-    """Raises UserError where `folder`, which `option` names, cannot be one: it is a file, under one, or may not be made."""
+    """Raises UserError if `folder`, which `option` names, cannot be one: it is a file, under one, or may not be made."""
     if not str(folder):
         raise UserError(f"{option}: is empty; name a folder")
     path = Path(folder).absolute()
@@ -138,8 +140,18 @@ def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
     if not above.is_dir():
         raise UserError(f"{above}: is not a folder; give another {option}")
     if not os.access(above, os.W_OK):
-        number = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
+        is_read_only = hasattr(os, "statvfs") and os.statvfs(above).f_flag & os.ST_RDONLY
+        number = errno.EROFS if is_read_only else errno.EACCES
         raise UserError(f"{above}: cannot be written to ({os.strerror(number)}); give another {option}")
+
+
+def check_names(*paths: str) -> None:
+    """Raises UserError if a path is not UTF-8, as those out of archives from Chinese Windows are: no record could hold it."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: the name is not UTF-8; rename the file or folder") from None
 
 
 @contextlib.contextmanager
@@ -147,7 +159,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Keep `folder` (which need not exist yet) for this process while the block runs.
 
     The lock is the kernel's, on a file beside the folder, so it ends with the process, however that ends. Of several
-    processes that train together only the main one holds it. Folders that are made for it go again where they stay empty.
+    processes that train together only the main one holds it. Folders created for it are removed if they stay empty.
     Raises UserError, naming the other's host and process id, where another run holds it; also where the file is another
     machine's, since not every shared folder passes the kernel's locks on.
     """
@@ -172,10 +184,27 @@ def locked(folder: str | Path) -> Iterator[None]:
                     parent.rmdir()
 
 
-def take(file: IO[str], folder: str | Path, name: Path) -> None:
-    """Lock the opened lock file `name` of `folder`, and write into it who has it; raises as `locked` does."""
+def lock(file: IO[str], folder: str | Path) -> bool:
+    """Take the kernel's lock on an opened file; False if there are none here. Raises BlockingIOError if another has it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    say_once(f"{Path(folder).absolute().parent}: has no file locks; do not start two runs with one output folder at once")
+    return False
+
+
+def take(file: IO[str], folder: str | Path, name: Path) -> None:
+    """Lock the opened lock file `name` of `folder`, and write into it who has it; raises as `locked` does.
+
+    Where the system or the disk has no locks, which is printed, the process that the file names counts as long as it runs.
+    """
+    has_locks = False
+    try:
+        has_locks = lock(file, folder)
         if not (name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat())):
             raise BlockingIOError  # its holder removed the name between our two calls
     except BlockingIOError:
@@ -183,10 +212,13 @@ def take(file: IO[str], folder: str | Path, name: Path) -> None:
         raise UserError(f"{folder}: in use by {file.read() or 'another run'}; wait for it, or choose another folder") from None
     file.seek(0)
     before, here = file.read(), socket.gethostname()
+    process = before.split()[1] if before.endswith(f" on {here}") else ""
+    if not has_locks and process.isdigit() and int(process) != os.getpid() and is_running(int(process)):
+        raise UserError(f"{folder}: in use by {before}; wait for it, or choose another folder")
     if before and not before.endswith(f" on {here}"):
         raise UserError(f"{folder}: in use by {before}; wait for it, or delete {name} if that run has ended")
     if before:
-        say(f"{folder}: {before} ended without giving it back; going on")
+        say(f"{folder}: removed a stale lock left by {before}")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {here}")
     file.flush()

@@ -1,4 +1,4 @@
-"""A journal: each finished piece of work on disk when it is there, so that a stopped run goes on."""
+"""A journal: each finished piece of work is on disk at once, so that a stopped run can resume."""
 
 import json
 import os
@@ -12,7 +12,7 @@ class Journal:
     """An append-only JSON Lines file, `{"key": …, "value": …}` a line, below a header that names its run.
 
     A line that was cut off by a kill is dropped when the file is opened again.
-    Raises UserError where the file on disk belongs to a run with another `header`; the differing entries are named.
+    Raises UserError if the file on disk belongs to a run with another `header`; the differing entries are named.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any]):
@@ -27,7 +27,7 @@ class Journal:
             self._append(header)
 
     def _read(self, header: dict[str, Any]) -> int:
-        """Load the whole lines; return how many bytes they take."""
+        """Load the complete lines; return how many bytes they take."""
         whole = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
@@ -39,7 +39,7 @@ class Journal:
                     if changed:
                         raise UserError(
                             f"{self.path}: belongs to an unfinished run with other settings ({', '.join(changed)}); "
-                            "repeat that command, or delete this file to start anew"
+                            "repeat that command, or delete this file to start over"
                         )
                 else:
                     self.values[entry["key"]] = entry["value"]
@@ -53,7 +53,7 @@ class Journal:
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or (number and entry.keys() != {"key", "value"}):
-            raise UserError(f"{self.path}: line {number + 1} is damaged; delete this file to start anew")
+            raise UserError(f"{self.path}: line {number + 1} is damaged; delete this file to start over")
         return entry
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -62,12 +62,12 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def put(self, key: str, value: Any) -> None:
-        """Add one finished piece; it is on the disk when this returns."""
+        """Add one finished piece; it is on disk when this returns."""
         self._append({"key": key, "value": value})
         self.values[key] = value
 
     def close(self, done: bool) -> None:
-        """Close the file; where the run is `done`, its result stands elsewhere and the journal goes."""
+        """Close the file; if the run is `done`, its result is elsewhere and the journal is deleted."""
         self._file.close()
         if done:
             self.path.unlink()

@@ -14,9 +14,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import run
-from utils.formats import Broken, patient_loads
-from utils.preparing import PrepareOptions, convert_each
-from utils.records import Dirty, Mended, as_record, dialogue
+from utils.datasets.file_formats import UnreadableItem, patient_loads
+from utils.datasets.item_formats import InvalidRecord, as_record, dialogue
+from utils.datasets.preparing import PrepareOptions, convert_each
+from utils.datasets.records import Repaired
 
 FENCE = re.compile(r"\s*```(?i:json)?(.*?)(?:```)?\s*", re.DOTALL)
 ROUND = re.compile(r"round_(\d+)")
@@ -31,7 +32,7 @@ def exam(item: dict) -> dict:
     """An exam question: its context and itself are the input, its analysis (else the bare answer) is the output."""
     context, question = text_in(item.get("textbox_q_context")), text_in(item.get("textbox_question"))
     if not question:
-        raise Dirty("textbox_question is missing")
+        raise InvalidRecord("textbox_question is missing")
     return {
         "instruction": item.get("textbox_q_instruction"),
         "input": f"{context}\n{question}" if context else question,
@@ -46,7 +47,7 @@ def text_in(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value.strip() in ("", "[]", "null")):
         return None
     if not isinstance(value, str):
-        raise Dirty("an exam field is no text")
+        raise InvalidRecord("an exam field is not text")
     return value
 
 
@@ -61,7 +62,7 @@ def leetcode(item: dict) -> dict:
 
 
 def unlisted(text: Any) -> Any:
-    """A text that ends in a Python list of texts, with these in the list's place, parted by blank lines; else as it is."""
+    """A text that ends in a Python list of texts, with these in the list's place, separated by blank lines; else as it is."""
     before, bracket, after = text.partition("[") if isinstance(text, str) else ("", "", "")
     try:
         parts = ast.literal_eval(bracket + after) if bracket else None
@@ -72,8 +73,8 @@ def unlisted(text: Any) -> Any:
     return "\n".join(filter(None, [before.strip(), "\n\n".join(parts)]))
 
 
-def rounds(item: dict) -> dict | Mended:
-    """A dialogue of `round_0`, `round_1`, …, each the JSON of a question Q and an answer A. Raises Dirty where one is not."""
+def rounds(item: dict) -> dict | Repaired:
+    """A dialogue of `round_0`, `round_1`, …, each the JSON of a question Q and an answer A. Raises InvalidRecord."""
     numbers = sorted(int(match[1]) for match in map(ROUND.fullmatch, item) if match)
     turns = []
     for number in numbers:
@@ -81,20 +82,20 @@ def rounds(item: dict) -> dict | Mended:
         turns += [("user", question), ("assistant", answer)]
     record = dialogue(turns)
     gap = numbers != list(range(len(numbers)))
-    return Mended(record, "a round is missing, the others follow one another") if gap else record
+    return Repaired(record, "a round is missing, the others follow one another") if gap else record
 
 
 def question_and_answer(round: Any) -> tuple[str, str]:
-    """Q and A of a round `{"response": JSON text, perhaps in a fence}`. Raises Dirty."""
+    """Q and A of a round `{"response": JSON text, perhaps in a fence}`. Raises InvalidRecord."""
     response = round.get("response") if isinstance(round, dict) else None
     if not isinstance(response, str):
-        raise Dirty("a round without response")
+        raise InvalidRecord("a round without response")
     fenced = FENCE.fullmatch(response)
     pair = patient_loads((fenced[1] if fenced else response).encode())
-    if isinstance(pair, Broken) or not isinstance(pair, dict):
-        raise Dirty("a round's response is not JSON")
+    if isinstance(pair, UnreadableItem) or not isinstance(pair, dict):
+        raise InvalidRecord("a round's response is not JSON")
     if not (type(pair.get("Q")) is str and type(pair.get("A")) is str and pair["Q"].strip() and pair["A"].strip()):
-        raise Dirty("a round whose Q or A is missing or no text")
+        raise InvalidRecord("a round whose Q or A is missing or no text")
     return pair["Q"], pair["A"]
 
 

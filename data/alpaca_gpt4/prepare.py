@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import option, run
-from utils.preparing import PrepareOptions, convert_each
-from utils.records import Dirty, as_record
+from utils.datasets.item_formats import InvalidRecord, as_record
+from utils.datasets.preparing import PrepareOptions, convert_each
 
 LONG = 200  # characters; shorter answers may well be words or numbers without a full stop
 CLOSING = tuple("。！？…—.!?\"'”’」』）)】]》>}`|~*")
@@ -32,11 +32,11 @@ def main(options: Options) -> None:
 
 
 def whole(item: dict) -> dict:
-    """The item's record. Raises Dirty where its answer looks cut off."""
+    """The item's record. Raises InvalidRecord if its answer looks cut off."""
     record = as_record(item)
     output = record.get("output")
     if isinstance(output, str) and len(output) > LONG and not output.rstrip().endswith(CLOSING):
-        raise Dirty("output looks cut off")
+        raise InvalidRecord("output looks cut off")
     return record
 
 

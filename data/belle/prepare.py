@@ -12,11 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import run
-from utils.preparing import PrepareOptions, convert_each
-from utils.records import Dirty, as_record, dialogue
+from utils.datasets.item_formats import InvalidRecord, as_record, dialogue
+from utils.datasets.preparing import PrepareOptions, convert_each
 
-SPEAKER = re.compile(r"(?:^|\n)(Human:|Assistant:)")
-ROLES = {"Human:": "user", "Assistant:": "assistant"}
+SPEAKER = re.compile(r"(?:^|\n)(Human|Assistant)[:：]")
+MARK = re.compile(r"\s(?:Human|Assistant)[:：]")
+ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def main(options: PrepareOptions) -> None:
@@ -30,20 +31,31 @@ def main(options: PrepareOptions) -> None:
 
 
 def single_or_dialogue(item: dict) -> dict:
-    """One turn, or, where the instruction opens with a speaker, the dialogue in it; the outer white space of texts goes."""
-    record = {key: text.strip() if isinstance(text, str) else text for key, text in item.items()}
+    """One turn, or, where the instruction opens with a speaker, the dialogue in it; outer line breaks go."""
+    record = {key: trimmed(text) if isinstance(text, str) else text for key, text in item.items()}
     instruction = record.get("instruction")
-    if isinstance(instruction, str) and instruction.startswith("Human:"):
-        return multi_turn(instruction, record.get("output"))
+    if isinstance(instruction, str) and (speaker := SPEAKER.match(instruction.lstrip())) and speaker[1] == "Human":
+        if record.get("input"):
+            raise InvalidRecord("a dialogue with an input beside it")
+        return multi_turn(instruction.lstrip(), record.get("output"))
     return record
 
 
+def trimmed(text: str) -> str:
+    """A text without the line breaks before it and the white space after it; the indentation of its first line stays."""
+    return text.rstrip().lstrip("\r\n")
+
+
 def multi_turn(instruction: str, output: object) -> dict:
-    """The dialogue in one text that ends with a bare `Assistant:`, which `output` follows. Raises Dirty."""
+    """The dialogue in one text that ends with a bare `Assistant:`, which `output` follows. Raises InvalidRecord."""
     pieces = SPEAKER.split(instruction)
-    turns = [(ROLES[speaker], text.strip()) for speaker, text in zip(pieces[1::2], pieces[2::2], strict=True)]
+    turns = [
+        (ROLES[speaker], trimmed(text.removeprefix(" "))) for speaker, text in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
     if turns[-1] != ("assistant", ""):
-        raise Dirty("a dialogue that does not end with Assistant:")
+        raise InvalidRecord("a dialogue that does not end with Assistant:")
+    if any(MARK.search(text) for _, text in turns):
+        raise InvalidRecord("a speaker's mark inside a turn")
     return dialogue([*turns[:-1], ("assistant", output)])
 
 

@@ -7,6 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.cli import show_any_character
+
 HELDOUT = Path(__file__).parent / "heldout"
 
 
@@ -38,5 +42,6 @@ def main(systems: dict[str, list[dict]]) -> None:
 
 
 if __name__ == "__main__":
+    show_any_character()
     pairs = [argument.split("=", 1) for argument in sys.argv[1:]]
     main({name: json.loads(Path(path).read_text("utf-8")) for name, path in pairs})

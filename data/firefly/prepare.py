@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import option, run
 from utils.console import say
-from utils.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
-from utils.records import Dirty, RecordWriter, dialogue, printable, writers
+from utils.datasets.item_formats import InvalidRecord, dialogue
+from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
+from utils.datasets.records import Record, RecordWriter, printable, writers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,19 +49,19 @@ def main(options: Options) -> None:
 
 
 def single(item: dict) -> dict:
-    """A record of `kind`, `input`, `target`. Raises Dirty where there is no kind to share out by."""
+    """A record of `kind`, `input`, `target`. Raises InvalidRecord if there is no kind to share out by."""
     if type(item.get("kind")) is not str:
-        raise Dirty("kind is missing" if item.get("kind") is None else "kind is no text")
+        raise InvalidRecord("kind is missing" if item.get("kind") is None else "kind is not text")
     return {"instruction": item.get("input"), "input": "", "output": item.get("target")}
 
 
 def turns(item: dict) -> dict:
-    """A record of `category` and `conversation`, a list of `{"human", "assistant"}`. Raises Dirty."""
+    """A record of `category` and `conversation`, a list of `{"human", "assistant"}`. Raises InvalidRecord."""
     if type(item.get("category")) is not str:
-        raise Dirty("category is missing" if item.get("category") is None else "category is no text")
+        raise InvalidRecord("category is missing" if item.get("category") is None else "category is not text")
     rounds = item.get("conversation")
     if not isinstance(rounds, list) or not all(isinstance(round, dict) for round in rounds):
-        raise Dirty("conversation is not a list of rounds")
+        raise InvalidRecord("conversation is not a list of rounds")
     pairs = [(("user", round.get("human")), ("assistant", round.get("assistant"))) for round in rounds]
     return dialogue([turn for pair in pairs for turn in pair])
 
@@ -72,7 +73,7 @@ def spool(folder: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         yield text, index
 
 
-def write_spool(batches: Iterator[list[tuple[dict, dict]]], text: IO[bytes], index: IO[bytes]) -> Kinds:
+def write_spool(batches: Iterator[list[tuple[dict, Record]]], text: IO[bytes], index: IO[bytes]) -> Kinds:
     """Write the records one after the other, as they will stand in the parts. Returns how many there are of each kind.
 
     A kind's records can be dealt out only when their number is known; parsing 1.1 GB again would take longer than copying it.

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import run
 from utils.console import say
-from utils.formats import Broken, Item, read_items
-from utils.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
-from utils.records import Dirty, writers
+from utils.datasets.file_formats import Item, UnreadableItem, read_items
+from utils.datasets.item_formats import InvalidRecord
+from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
+from utils.datasets.records import Record, writers
 
 
 def main(options: PrepareOptions) -> None:
@@ -38,7 +39,7 @@ def answers(raw: Path) -> Iterator[Item]:
     for line, item in read_items(raw):
         texts = item.get("answers") if isinstance(item, dict) else None
         if not isinstance(texts, list) or not texts:
-            yield line, item if isinstance(item, Broken) else Broken("answers are missing", item)
+            yield line, item if isinstance(item, UnreadableItem) else UnreadableItem("answers are missing", item)
             continue
         for index, answer in enumerate(texts):
             text = answer.get("answer_text") if isinstance(answer, dict) else None
@@ -49,18 +50,19 @@ def answers(raw: Path) -> Iterator[Item]:
 
 
 def answered(item: dict) -> dict:
-    """The answer as a record, with the description as input. Raises Dirty where the description is no text."""
+    """The answer as a record, with the description as input. Raises InvalidRecord if the description is not text."""
     if not isinstance(item["description"] or "", str):
-        raise Dirty("description is no text")
+        raise InvalidRecord("description is not text")
     return {"instruction": item["question"], "input": item["description"], "output": item["answer_text"]}
 
 
-def variations(record: dict) -> Iterator[dict]:
+def variations(record: Record) -> Iterator[Record]:
     """The record without, with joined, and with separate description, each twice: for all answers, and for first ones."""
     question, description = record["instruction"], record["input"]
     joined = f"{question} {description}" if description.strip() else question
     for instruction, given in ((question, ""), (joined, ""), (question, description)):
-        yield from [{"instruction": instruction, "input": given, "output": record["output"]}] * 2
+        made: Record = {"instruction": instruction, "input": given, "output": record["output"]}
+        yield from [made, made]
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ With RELIABILITY=full each case is a process of its own, started cold, and what 
 otherwise it is forked from the warm test process, which leaves the imports out.
 """
 
-import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
 from scripting import ROOT, Ended
 
 FULL = os.environ.get("RELIABILITY") == "full"
@@ -51,45 +48,6 @@ def cases(script: str, *rows: tuple[str, ...]) -> list:
     return [pytest.param(case, id=f"{script.removesuffix('.py')}: {case.what}") for case in made]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> dict[str, Path]:
-    """Good things by name; tests copy what they break."""
-    top = tmp_path_factory.mktemp("world")
-    base = tiny.llama(top / "base")
-    texts = {
-        "data": RECORDS,
-        "prompts": [{"instruction": record["instruction"]} for record in RECORDS[:3]],
-        "one": [record | {"output": "甲"} for record in RECORDS[:3]],
-        "two": [record | {"output": "乙"} for record in RECORDS[:3]],
-    }
-    for name, value in texts.items():
-        (top / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False), "utf-8")
-    (top / "short.txt").write_text("一", "utf-8")
-    (top / "text.txt").write_text("春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。\n" * 20, "utf-8")
-    tokenless = shutil.copytree(base, top / "tokenless", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
-    found = {name: top / f"{name}.json" for name in texts}
-    return found | {
-        "base": base,
-        "tokenless": tokenless,
-        "adapter": tiny.adapter(base, top / "adapter"),
-        "text": top / "text.txt",
-        "short": top / "short.txt",
-        "top": top,
-    }
-
-
-@pytest.fixture
-def cold_or_forked(script):
-    """Runs a script to its end, and does not wait for one that hangs."""
-
-    def run(name: str, *argv: object, cwd: Path, **env: str) -> Ended:
-        if FULL:
-            return run_cold(name, *argv, cwd=cwd, **env)
-        return script.start(name, *argv, cwd=cwd, **env).wait(HANGS)
-
-    return run
-
-
 def run_cold(name: str, *argv: object, cwd: Path, before: Sequence[str] = (), **env: str) -> Ended:
     """Run a script as a user does, with the words `before` it."""
     command, began = [*before, sys.executable, str(ROOT / name), *map(str, argv)], time.monotonic()
@@ -99,20 +57,6 @@ def run_cold(name: str, *argv: object, cwd: Path, before: Sequence[str] = (), **
     if done.returncode == 2:
         SECONDS.append((time.monotonic() - began, os.environ["PYTEST_CURRENT_TEST"].partition("::")[2]))
     return Ended(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture
-def refused(cold_or_forked, tmp_path, world):
-    """Runs a script that must refuse; returns its one line, after checking that nothing is left behind.
-
-    `refused("finetune.py", "--seed -1")`; `{base}`, `{tmp}` and so on stand for paths. `good=False` gives these options alone.
-    """
-
-    def run(name: str, options: str = "", good: bool = True, **env: str) -> str:
-        words = f"{GOOD.get(name, '') if good else ''} {options}"
-        return refusal(cold_or_forked, name, words, tmp_path, world, **env)
-
-    return run
 
 
 def refusal(run: Callable[..., Ended], name: str, words: str, tmp_path: Path, world: dict[str, Path], **more: Any) -> str:

@@ -1,27 +1,84 @@
 """What the campaign shares: how much of it is run, the programs, and a folder for each."""
 
 import contextlib
+import json
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import cases
 import killing
 import programs
 import pytest
+import tiny
+from cases import FULL, GOOD, HANGS, RECORDS, SECONDS, refusal, run_cold
+from scripting import Ended
 
 SLOWEST = 20  # of the refusals, that are printed
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Print how long refusals took from a cold start, where that was measured."""
-    if cases.SECONDS:
-        seconds = [second for second, _ in cases.SECONDS]
+    if SECONDS:
+        seconds = [second for second, _ in SECONDS]
         middle, slow = statistics.median(seconds), sum(second > 5 for second in seconds)
         terminalreporter.write_line(f"{len(seconds)} refusals, cold: median {middle:.1f} s, {slow} of them over 5 s")
-        for second, case in sorted(cases.SECONDS)[: -SLOWEST - 1 : -1]:
+        for second, case in sorted(SECONDS)[: -SLOWEST - 1 : -1]:
             terminalreporter.write_line(f"{second:.1f} s {case}")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> dict[str, Path]:
+    """Good things by name; tests copy what they break."""
+    top = tmp_path_factory.mktemp("world")
+    base = tiny.llama(top / "base")
+    texts = {
+        "data": RECORDS,
+        "prompts": [{"instruction": record["instruction"]} for record in RECORDS[:3]],
+        "one": [record | {"output": "甲"} for record in RECORDS[:3]],
+        "two": [record | {"output": "乙"} for record in RECORDS[:3]],
+    }
+    for name, value in texts.items():
+        (top / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+    (top / "short.txt").write_text("一", "utf-8")
+    (top / "text.txt").write_text("春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。\n" * 20, "utf-8")
+    tokenless = shutil.copytree(base, top / "tokenless", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    found = {name: top / f"{name}.json" for name in texts}
+    return found | {
+        "base": base,
+        "tokenless": tokenless,
+        "adapter": tiny.adapter(base, top / "adapter"),
+        "text": top / "text.txt",
+        "short": top / "short.txt",
+        "top": top,
+    }
+
+
+@pytest.fixture
+def cold_or_forked(script):
+    """Runs a script to its end, and does not wait for one that hangs."""
+
+    def run(name: str, *argv: object, cwd: Path, **env: str) -> Ended:
+        if FULL:
+            return run_cold(name, *argv, cwd=cwd, **env)
+        return script.start(name, *argv, cwd=cwd, **env).wait(HANGS)
+
+    return run
+
+
+@pytest.fixture
+def refused(cold_or_forked, tmp_path, world):
+    """Runs a script that must refuse; returns its one line, after checking that nothing is left behind.
+
+    `refused("finetune.py", "--seed -1")`; `{base}`, `{tmp}` and so on stand for paths. `good=False` gives these options alone.
+    """
+
+    def run(name: str, options: str = "", good: bool = True, **env: str) -> str:
+        words = f"{GOOD.get(name, '') if good else ''} {options}"
+        return refusal(cold_or_forked, name, words, tmp_path, world, **env)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +100,7 @@ class Case:
         programs.clear(self.place)
         began = time.monotonic()
         running = self.start()
-        running.end().ok  # noqa: B018
+        running.end().ok()
         seconds, changes = time.monotonic() - began, running.counted.stat().st_size
         found = programs.contents(self.place)
         programs.clear(self.place)

@@ -86,7 +86,7 @@ class Undisturbed:
     contents: dict[str, object]
 
     def moment(self, draw: random.Random) -> Moment:
-        """One drawn evenly over the run's time, or over its changes, turn about by chance."""
+        """One drawn evenly over the run's time, or over its changes, turn about at random."""
         if draw.random() < 0.5:
             return Moment(seconds=draw.uniform(0, self.seconds))
         return Moment(change=draw.randint(1, self.changes))

@@ -11,23 +11,18 @@ import shutil
 from pathlib import Path
 
 import datasets
-import gradio  # noqa: F401 (what follows is here so that the forked scripts need not import it each)
-import matplotlib.backends.backend_agg
-import matplotlib.figure  # noqa: F401
-import openai  # noqa: F401
 import orjson
 import tiny
 import torch
 from api_server import Server, asked, fair
 from raw_sets import firefly_items, lines, write_coig
-from transformers import Trainer  # noqa: F401
+from scripting import warm
 
-import utils.batch_answers
-import utils.merging
-import utils.training  # noqa: F401
-from utils import checkpoints
+from utils.training import checkpoints
 
 torch.set_num_threads(1)
+warm("gradio", "matplotlib.backends.backend_agg", "matplotlib.figure", "openai")
+warm("utils.inference.batch", "utils.merging.merge", "utils.training.trainer")
 CACHE = Path(datasets.config.HF_DATASETS_CACHE) / "dreamergpt"
 TIMES = {"lineage.json": ("time",)}  # the fields that may differ between two runs of one command
 JOURNALS = {"judge.jsonl", "answers.jsonl"}  # of requests, in the order in which the answers came

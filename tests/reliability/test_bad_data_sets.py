@@ -1,4 +1,4 @@
-"""Raw files of the seven data sets that no prepare.py can use; most kinds of broken files are in tests/test_prepare.py."""
+"""Raw files of the seven data sets that no prepare.py can use; more in tests/datasets/test_preparing.py."""
 
 import gzip
 import io
@@ -6,7 +6,7 @@ import json
 import tarfile
 
 import pytest
-from cases import cold_or_forked, has, refused, world  # noqa: F401
+from cases import has
 from test_bad_files import make
 
 DIALOGUE = "counterfactural_correction_multi_round_chat"
@@ -21,17 +21,17 @@ NAMES = {  # a file that each set knows by its name, and an item of it
 }
 WITH_ITEMS = [name for name, (_, item) in NAMES.items() if item]
 KINDS = ["a link to itself", "a pipe", "a socket", "an endless device", "memory"]
-KINDS += ["in GBK", "a page of HTML", "a zip", "zeros", "gzipped nothing", "two lists", "Python, not JSON"]
+KINDS += ["a page of HTML", "a zip", "zeros", "gzipped nothing", "two lists", "Python, not JSON"]
 
 
-def prepare(refused, name, options):  # noqa: F811
+def prepare(refused, name, options):
     """The line with which a set's prepare.py refuses."""
     return refused(f"data/{name}/prepare.py", f"--output_dir {{tmp}}/out {options}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_no_raw_file(refused, tmp_path, monkeypatch, name, kind):  # noqa: F811
+def test_what_is_no_raw_file(refused, tmp_path, monkeypatch, name, kind):
     monkeypatch.chdir(tmp_path)
     raw = make(tmp_path / "raw.json", kind)
     has(prepare(refused, name, f"--raw {raw}"), ("raw.json", ";"))
@@ -39,7 +39,7 @@ def test_what_is_no_raw_file(refused, tmp_path, monkeypatch, name, kind):  # noq
 
 @pytest.mark.parametrize("kind", ["a broken link", "a pipe", "empty", "a folder"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_whose_file_is_none(refused, tmp_path, name, kind):  # noqa: F811
+def test_a_folder_whose_file_is_none(refused, tmp_path, name, kind):
     (tmp_path / "raw").mkdir()
     make(tmp_path / "raw" / NAMES[name][0], kind)
     has(prepare(refused, name, "--raw {tmp}/raw"), ("raw", ";"))
@@ -50,14 +50,14 @@ VALUES = {"null": None, "a number": 5, "a list": ["a"], "an object": {"a": "b"},
 
 @pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("name", WITH_ITEMS)
-def test_items_of_the_right_keys_with_wrong_values(refused, tmp_path, name, kind):  # noqa: F811
+def test_items_of_the_right_keys_with_wrong_values(refused, tmp_path, name, kind):
     file, item = NAMES[name]
     (tmp_path / file).write_text(json.dumps([dict.fromkeys(item, VALUES[kind])] * 3))
     has(prepare(refused, name, f"--raw {{tmp}}/{file}"), (f"{file}: no record in it can be used", ": 3)", "see data/README.md"))
 
 
 @pytest.mark.parametrize("name", WITH_ITEMS)
-def test_the_first_bad_item_ends_a_strict_run(refused, tmp_path, name):  # noqa: F811
+def test_the_first_bad_item_ends_a_strict_run(refused, tmp_path, name):
     file, item = NAMES[name]
     (tmp_path / file).write_text("".join(json.dumps(one) + "\n" for one in (item, item, dict.fromkeys(item), item)))
     has(prepare(refused, name, f"--raw {{tmp}}/{file} --strict"), (f"{file}, line 3: ", "leave --strict out"))
@@ -80,13 +80,13 @@ def test_the_first_bad_item_ends_a_strict_run(refused, tmp_path, name):  # noqa:
         ("psyQA", "downloads", ("downloads", "--name value")),
     ],
 )
-def test_options(refused, tmp_path, name, options, words):  # noqa: F811
+def test_options(refused, tmp_path, name, options, words):
     file, item = NAMES[name]
     (tmp_path / file).write_text(json.dumps([item]) if item else "春\t秋\n")
     has(prepare(refused, name, f"--raw {{tmp}}/{file} {options}"), words)
 
 
-def test_the_default_folder_is_a_file(refused, tmp_path):  # noqa: F811
+def test_the_default_folder_is_a_file(refused, tmp_path):
     file, item = NAMES["belle"]
     (tmp_path / file).write_text(json.dumps([item]))
     line = refused("data/belle/prepare.py", f"--raw {{tmp}}/{file}", DATA_DIR=str(tmp_path / file))
@@ -101,7 +101,7 @@ COUPLETS = {
 
 
 @pytest.mark.parametrize("what", COUPLETS)
-def test_couplets(refused, tmp_path, what):  # noqa: F811
+def test_couplets(refused, tmp_path, what):
     *halves, words = COUPLETS[what]
     for part in ("train", "test"):
         (tmp_path / "raw" / part).mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_couplets(refused, tmp_path, what):  # noqa: F811
 
 
 @pytest.mark.parametrize("line", ["春", "春\t秋\t冬", "\t", "春 秋"])
-def test_couplets_of_a_tsv_file(refused, tmp_path, line):  # noqa: F811
+def test_couplets_of_a_tsv_file(refused, tmp_path, line):
     (tmp_path / "couplets.tsv").write_text(f"{line}\n" * 2)
     has(prepare(refused, "couplets", "--raw {tmp}/couplets.tsv"), ("couplets.tsv: no record in it can be used", ": 2)"))
 
@@ -141,15 +141,15 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("what", ARCHIVES)
-def test_archives(refused, tmp_path, what):  # noqa: F811
+def test_archives(refused, tmp_path, what):
     content, words = ARCHIVES[what]
     (tmp_path / f"{DIALOGUE}.tar.gz").write_bytes(content)
     has(prepare(refused, "COIG", f"--raw {{tmp}}/{DIALOGUE}.tar.gz"), (f"{DIALOGUE}.tar.gz", words))
 
 
-def test_members_of_an_archive_with_paths_upwards_are_read_and_not_unpacked(cold_or_forked, tmp_path):  # noqa: F811
+def test_members_of_an_archive_with_paths_upwards_are_read_and_not_unpacked(cold_or_forked, tmp_path):
     pair = {"round_0": {"response": json.dumps({"Q": "a", "A": "b"})}}
     (tmp_path / f"{DIALOGUE}.tar.gz").write_bytes(archive(("../../../escaped.json", json.dumps(pair).encode())))
     raw = tmp_path / f"{DIALOGUE}.tar.gz"
-    assert cold_or_forked("data/COIG/prepare.py", "--raw", raw, "--output_dir", tmp_path / "x" / "out", cwd=tmp_path).ok
+    assert cold_or_forked("data/COIG/prepare.py", "--raw", raw, "--output_dir", tmp_path / "x" / "out", cwd=tmp_path).ok()
     assert not list(tmp_path.parent.rglob("escaped.json"))

@@ -2,7 +2,7 @@
 
 What is broken is a named function that breaks a copy of a whole folder. Merging reads everything without loading a
 model, so most are merged; those that only transformers would look at are trained on or asked. Further ones stand beside
-the rooms they belong to: tests/test_merging_*.py, tests/test_start.py, tests/test_generation.py.
+the rooms they belong to: tests/merging, tests/training/test_start.py, tests/inference/test_engine.py.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import cold_or_forked, has, refused, run_cold, world  # noqa: F401
+from cases import has, run_cold
 from safetensors.torch import load_file, save_file
 
 Break = Callable[[Path], object]
@@ -127,7 +127,7 @@ NO_SETTINGS = {
     "deep": "[" * 99999,
 }
 NAN, INFINITE = float("nan"), float("inf")
-AGAIN, AGAIN_FILE = "copy it again", "copy the file again"
+AGAIN, AGAIN_FILE = "download it again", "download the file again"
 NUMBERS = ("dim", "n_layers", "n_heads", "norm_eps")
 FINGERPRINT = {"architecture": {"model_type": "bloom"}, "tokenizer": None, "shapes": "0", "samples": {}}
 OTHER = {"name": "bloom-7b", "fingerprint": FINGERPRINT}
@@ -149,15 +149,15 @@ BASES: dict[str, tuple] = {  # what is broken -> how, and the words of the refus
     "header: a shape beyond its bytes": (entry(shape=[640, 64]), WEIGHTS, AGAIN),
     "header: a type of 4 bits": (entry(dtype="F4", shape=[512, 64]), "F4", "float16"),
     "header: an unknown type": (entry(dtype="F7"), WEIGHTS, AGAIN),
-    "index: no JSON": (index("not JSON"), INDEX, "mend the file"),
+    "index: no JSON": (index("not JSON"), INDEX, "fix the file"),
     "index: a list": (index([]), INDEX, AGAIN),
     "index: no map": (index({"metadata": {}}), INDEX, AGAIN),
     "index: a map that is a list": (index({"weight_map": [Q]}), INDEX, AGAIN),
     "index: an empty map": (index({"weight_map": {}}), INDEX, AGAIN),
     "index: numbers for files": (index({"weight_map": {Q: 1}}), INDEX, AGAIN),
-    "index: a file outside": (index({"weight_map": {Q: "../../../../etc/passwd"}}), "passwd", "copy them again"),
-    "index: a shard is missing": (index({"weight_map": {Q: SHARDS[1]}}), "shards are missing", "copy them again"),
-    "index: a tensor is missing": (index({"weight_map": {"more": SHARDS[0]}}), "in none of its files", "copy them again"),
+    "index: a file outside": (index({"weight_map": {Q: "../../../../etc/passwd"}}), "passwd", "download them again"),
+    "index: a shard is missing": (index({"weight_map": {Q: SHARDS[1]}}), "shards are missing", "download them again"),
+    "index: a tensor is missing": (index({"weight_map": {"more": SHARDS[0]}}), "in none of its files", "download them again"),
     "pickle: a tensor alone": (pickled(torch.zeros(3)), PICKLED, "is it the right file?"),
     "pickle: a list": (pickled([1, 2]), PICKLED, "is it the right file?"),
     "pickle: numbers for names": (pickled({1: torch.zeros(3)}), PICKLED, "is it the right file?"),
@@ -168,9 +168,9 @@ BASES: dict[str, tuple] = {  # what is broken -> how, and the words of the refus
     "pickle: cut off": (pickled({"a": torch.zeros(9999)}, lambda d: d[:5000]), PICKLED, AGAIN),
     "pickle: a tensor without values": (pickled({Q: torch.zeros(64, 64, device="meta")}), PICKLED, "other weights"),
     "pickle: a sparse tensor": (pickled({Q: torch.eye(64).to_sparse()}), PICKLED, "other weights"),
-    "quantised: by GPTQ": (settings("config.json", quantization_config={"quant_method": "gptq"}), "(gptq)", "float16"),
-    "quantised: in words": (settings("config.json", quantization_config="int4"), "(int4)", "float16"),
-    "quantised: somehow": (settings("config.json", quantization_config={"bits": 4}), "unnamed", "float16"),
+    "quantized: by GPTQ": (settings("config.json", quantization_config={"quant_method": "gptq"}), "(gptq)", "float16"),
+    "quantized: in words": (settings("config.json", quantization_config="int4"), "(int4)", "float16"),
+    "quantized: somehow": (settings("config.json", quantization_config={"bits": 4}), "unnamed", "float16"),
     "a layer: missing": (rewrite(WEIGHTS, without(Q)), "layers are not in the base", "use the base"),
     "a layer: NaN": (one(WEIGHTS, Q, lambda t: t.fill_(NAN)), Q, "NaN", AGAIN),
     "a layer: of another width": (one(WEIGHTS, Q, lambda t: t[:32].clone()), "q_proj", "another size of model"),
@@ -197,15 +197,15 @@ ADAPTERS: dict[str, tuple] = {
     **{f"settings: {what}": (text(LORA, content), LORA, ";") for what, content in NO_SETTINGS.items()},
     "settings: of prefix tuning": (settings(LORA, peft_type="PREFIX_TUNING"), "LoRA", "name the folder"),
     "settings: of no type": (settings(LORA, peft_type=None), "LoRA", "name the folder"),
-    "settings: a rank in words": (settings(LORA, r="eight"), "r is eight", "copy the file again"),
+    "settings: a rank in words": (settings(LORA, r="eight"), "r is eight", "download the file again"),
     "settings: another rank": (settings(LORA, r=16), "has rank 4, its settings say 16", "do not belong together"),
-    "settings: no rank": (settings(LORA, r=None), "r is None", "copy the file again"),
-    "settings: an alpha in words": (settings(LORA, lora_alpha="high"), "lora_alpha is high", "copy the file again"),
-    "settings: no alpha": (settings(LORA, lora_alpha=None), "lora_alpha is None", "copy the file again"),
-    "settings: an infinite alpha": (settings(LORA, lora_alpha=INFINITE), "lora_alpha is inf", "copy the file again"),
-    "settings: a list of patterns": (settings(LORA, rank_pattern=["q_proj"]), "rank_pattern", "copy the file again"),
-    "settings: no patterns": (settings(LORA, rank_pattern={"q_proj(": 2}), "rank_pattern", "copy the file again"),
-    "settings: a number for layers": (settings(LORA, modules_to_save=5), "modules_to_save is 5", "copy the file again"),
+    "settings: no rank": (settings(LORA, r=None), "r is None", "download the file again"),
+    "settings: an alpha in words": (settings(LORA, lora_alpha="high"), "lora_alpha is high", "download the file again"),
+    "settings: no alpha": (settings(LORA, lora_alpha=None), "lora_alpha is None", "download the file again"),
+    "settings: an infinite alpha": (settings(LORA, lora_alpha=INFINITE), "lora_alpha is inf", "download the file again"),
+    "settings: a list of patterns": (settings(LORA, rank_pattern=["q_proj"]), "rank_pattern", "download the file again"),
+    "settings: no patterns": (settings(LORA, rank_pattern={"q_proj(": 2}), "rank_pattern", "download the file again"),
+    "settings: a number for layers": (settings(LORA, modules_to_save=5), "modules_to_save is 5", "download the file again"),
     "weights: none": (gone(ADAPTER), "holds no", "name the folder of an adapter"),
     "weights: empty": (data(ADAPTER, lambda d: b""), ADAPTER, AGAIN),
     "weights: cut off": (data(ADAPTER, lambda d: d[:-100]), ADAPTER, AGAIN),
@@ -227,7 +227,7 @@ ADAPTERS: dict[str, tuple] = {
     "tensors: of rank zero": (of_rank_zero, "has rank 0", "do not belong together"),
     "pickle: a tensor alone": (pickled(torch.zeros(3)), "adapter_model.bin", "is it the right file?"),
     "pickle: numbers for names": (pickled({1: torch.zeros(3)}), "holds no LoRA weights", "another file"),
-    "lineage: no JSON": (text("lineage.json", "{"), "lineage.json", "mend the file"),
+    "lineage: no JSON": (text("lineage.json", "{"), "lineage.json", "fix the file"),
     "lineage: a list": (text("lineage.json", "[]"), "lineage.json", "delete it"),
     "lineage: options as a list": (lineage(options=[]), "lineage.json", "delete it"),
     "lineage: a base as a text": (lineage(base="llama"), "lineage.json", "delete it"),
@@ -266,30 +266,30 @@ CONFIGURATIONS: dict[str, tuple] = {  # which only the programs that load a mode
     "an unknown family": ({"model_type": "magic"}, "model type `magic`", "a family that transformers knows"),
     "a number for a family": ({"model_type": 5}, "names no model_type", "is it the config"),
     "a list for a family": ({"model_type": ["llama"]}, "names no model_type", "is it the config"),
-    "a translator": ({"model_type": "t5"}, "t5 is no causal language model", "LLaMA or BLOOM"),
-    "another family": ({"model_type": "bert"}, "tensors are missing", "check its files"),
+    "a translator": ({"model_type": "t5"}, "t5 is not a causal language model", "LLaMA or BLOOM"),
+    "another family": ({"model_type": "bert"}, "reads texts in both directions", "choose a causal language model"),
     "no shared heads": ({"num_key_value_heads": 0}, "broken", "check the model folder"),
     "an unknown rotation": ({"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}}, "magic", ";"),
     "a rotation in a list": ({"rope_parameters": [1]}, "rope_parameters", AGAIN_FILE),
     "an end in words": ({"eos_token_id": "end"}, "eos_token_id", AGAIN_FILE),
     "an unknown type": ({"dtype": "float99"}, "float99", AGAIN_FILE),
     "heads of an odd size": ({"head_dim": 7}, CONFIG, AGAIN_FILE),
-    "a number for a quantisation": ({"quantization_config": 5}, CONFIG, AGAIN_FILE),
+    "a number for a quantization": ({"quantization_config": 5}, CONFIG, AGAIN_FILE),
     "padding beyond the vocabulary": ({"pad_token_id": 10**9}, "broken", ";"),
 }  # fmt: skip
 METAS: dict[str, tuple] = {  # a folder in Meta's layout, broken -> the words
     "params: none": (gone(PARAMS), PARAMS, "check the path"),
     **{f"params: {what}": (text(PARAMS, content), PARAMS, ";") for what, content in NO_SETTINGS.items()},
-    **{f"params: no {name}": (settings(PARAMS, **{name: None}), f"{name} is None", "copy the file again") for name in NUMBERS},
-    **{f"params: {name} in words": (settings(PARAMS, **{name: "4"}), f"{name} is '4'", "copy") for name in NUMBERS},
-    **{f"params: {name} is 0": (settings(PARAMS, **{name: 0}), f"{name} is 0", "copy the file again") for name in NUMBERS},
-    "params: layers without end": (settings(PARAMS, n_layers=10**12), "n_layers is 1000000000000", "copy the file again"),
-    "params: a layer too many": (settings(PARAMS, n_layers=3), "9 tensors are missing", "copy it again"),
+    **{f"params: no {name}": (settings(PARAMS, **{name: None}), f"{name} is None", AGAIN_FILE) for name in NUMBERS},
+    **{f"params: {name} in words": (settings(PARAMS, **{name: "4"}), f"{name} is '4'", AGAIN_FILE) for name in NUMBERS},
+    **{f"params: {name} is 0": (settings(PARAMS, **{name: 0}), f"{name} is 0", AGAIN_FILE) for name in NUMBERS},
+    "params: layers without end": (settings(PARAMS, n_layers=10**12), "n_layers is 1000000000000", "download the file again"),
+    "params: a layer too many": (settings(PARAMS, n_layers=3), "9 tensors are missing", "download it again"),
     "params: another width": (settings(PARAMS, dim=128), "64 of 128 rows", "copy all of its consolidated"),
-    "params: heads that do not fit": (settings(PARAMS, n_heads=5), "no multiple of n_heads 5", "copy the file again"),
-    "params: shared heads in words": (settings(PARAMS, n_kv_heads="2"), "n_kv_heads is '2'", "copy the file again"),
-    "params: a negative rotation": (settings(PARAMS, rope_theta=-1.0), "rope_theta is -1.0", "copy the file again"),
-    "params: an infinite epsilon": (settings(PARAMS, norm_eps=INFINITE), "norm_eps is inf", "copy the file again"),
+    "params: heads that do not fit": (settings(PARAMS, n_heads=5), "not a multiple of n_heads 5", "download the file again"),
+    "params: shared heads in words": (settings(PARAMS, n_kv_heads="2"), "n_kv_heads is '2'", "download the file again"),
+    "params: a negative rotation": (settings(PARAMS, rope_theta=-1.0), "rope_theta is -1.0", "download the file again"),
+    "params: an infinite epsilon": (settings(PARAMS, norm_eps=INFINITE), "norm_eps is inf", "download the file again"),
     "params: of Llama 3": (settings(PARAMS, use_scaled_rope=True), "Llama 3 is not read", "get it from the hub"),
     "weights: cut off": (data("consolidated.00.pth", lambda d: d[:-1000]), "consolidated.00.pth", AGAIN),
     "weights: a page of HTML": (data("consolidated.00.pth", lambda d: b"<html>"), "consolidated.00.pth", ";"),
@@ -298,44 +298,44 @@ METAS: dict[str, tuple] = {  # a folder in Meta's layout, broken -> the words
 
 @pytest.mark.parametrize("program", ["finetune.py", "generate.py"])
 @pytest.mark.parametrize("what", CONFIGURATIONS)
-def test_configurations_that_cannot_be_loaded(refused, world, tmp_path, what, program):  # noqa: F811
+def test_configurations_that_cannot_be_loaded(refused, world, tmp_path, what, program):
     broken, (changes, *words) = shutil.copytree(world["base"], tmp_path / "broken"), CONFIGURATIONS[what]
     settings(CONFIG, **changes)(broken)
     has(refused(program, f"--base_model {broken}"), words)
 
 
 @pytest.mark.parametrize("program", ["finetune.py", "generate.py"])
-def test_weights_that_are_no_numbers(refused, world, tmp_path, program):  # noqa: F811
+def test_weights_that_are_no_numbers(refused, world, tmp_path, program):
     broken = shutil.copytree(world["base"], tmp_path / "broken")
     one(WEIGHTS, Q, lambda t: t.fill_(NAN))(broken)
     has(refused(program, f"--base_model {broken}"), ("n", "check the"))
 
 
 @pytest.fixture(scope="module")
-def meta(world, tmp_path_factory):  # noqa: F811
+def meta(world, tmp_path_factory):
     """The good base in Meta's layout."""
     folder = tmp_path_factory.mktemp("meta") / "out"
     words = f"--base_model {world['base']} --output_type pth --output_dir {folder}"
-    assert run_cold("merge_weights.py", *words.split(), cwd=folder.parent).ok
+    assert run_cold("merge_weights.py", *words.split(), cwd=folder.parent).ok()
     return folder
 
 
 @pytest.mark.parametrize("what", METAS)
-def test_folders_of_metas_that_cannot_be_merged_into(refused, meta, tmp_path, what):  # noqa: F811
+def test_folders_of_metas_that_cannot_be_merged_into(refused, meta, tmp_path, what):
     broken, (break_it, *words) = shutil.copytree(meta, tmp_path / "broken"), METAS[what]
     break_it(broken)
     has(refused("merge_weights.py", f"--base_model {broken}"), words)
 
 
 @pytest.mark.parametrize("what", BASES)
-def test_bases_that_cannot_be_merged_into(refused, world, tmp_path, what):  # noqa: F811
+def test_bases_that_cannot_be_merged_into(refused, world, tmp_path, what):
     broken, (break_it, *words) = shutil.copytree(world["base"], tmp_path / "broken"), BASES[what]
     break_it(broken)
     has(refused("merge_weights.py", f"--base_model {broken}"), words)
 
 
 @pytest.mark.parametrize("what", ADAPTERS)
-def test_adapters_that_cannot_be_merged(refused, world, tmp_path, what):  # noqa: F811
+def test_adapters_that_cannot_be_merged(refused, world, tmp_path, what):
     broken, (break_it, *words) = shutil.copytree(world["adapter"], tmp_path / "broken"), ADAPTERS[what]
     break_it(broken)
     has(refused("merge_weights.py", f"--lora_model {broken}"), words)

@@ -1,12 +1,12 @@
 """Files that are read well, and hold no record that could be used: the line says why, and how many.
 
-How each cause is counted among good records is tested in tests/test_records.py.
+How each cause is counted among good records is tested in tests/datasets/test_records.py.
 """
 
 import json
 
 import pytest
-from cases import cold_or_forked, has, refused, world  # noqa: F401
+from cases import has
 
 DEEP = "[" * 800 + "]" * 800
 LONG = "长" * 100_000  # more than a model's window has tokens
@@ -15,7 +15,7 @@ RECORDS = {  # what is wrong -> the file's text, and why no record can be used
     "null": ("[null]", "null, not an object: 1"),
     "numbers": ("[1, 2.5]", "a number, not an object: 2"),
     "lists": ('[["a", "b"]]', "a list, not an object: 1"),
-    "no field known": ('[{"prompt": "a", "completion": "b"}]', "instruction is missing: 1"),
+    "no field known": ('[{"ask": "a", "say": "b"}]', "instruction is missing: 1"),
     "fields in another case": ('[{"Instruction": "a", "Output": "b"}]', "instruction is missing: 1"),
     "an instruction of null": ('[{"instruction": null, "output": "b"}]', "instruction is missing: 1"),
     "an instruction of 5": ('[{"instruction": 5, "output": "b"}]', "instruction is a number: 1"),
@@ -55,7 +55,7 @@ WITHOUT_ANSWERS = {
 
 
 @pytest.mark.parametrize("what", [*RECORDS, *WITHOUT_ANSWERS])
-def test_nothing_to_train_on(refused, tmp_path, what):  # noqa: F811
+def test_nothing_to_train_on(refused, tmp_path, what):
     text, cause = (RECORDS | WITHOUT_ANSWERS)[what]
     (tmp_path / "bad.json").write_text(text)
     line = refused("finetune.py", "--data_path {tmp}/bad.json")
@@ -63,14 +63,14 @@ def test_nothing_to_train_on(refused, tmp_path, what):  # noqa: F811
 
 
 @pytest.mark.parametrize("what", RECORDS)
-def test_nothing_to_answer(refused, tmp_path, what):  # noqa: F811
+def test_nothing_to_answer(refused, tmp_path, what):
     text, cause = RECORDS[what]
     (tmp_path / "bad.json").write_text(text)
     has(refused("generate.py", "--test_input_path {tmp}/bad.json"), ("bad.json: no record in it can be used", cause, "see"))
 
 
 @pytest.mark.parametrize("what", RECORDS)
-def test_nothing_to_compare(refused, tmp_path, what):  # noqa: F811
+def test_nothing_to_compare(refused, tmp_path, what):
     text, cause = RECORDS[what]
     (tmp_path / "bad.json").write_text(text)
     has(refused("judge.py", "--answers three={tmp}/bad.json"), ("bad.json: no record in it can be used", cause, "see"))
@@ -88,7 +88,7 @@ def placed(text):
 
 @pytest.mark.parametrize("place", ["finetune.py --data_path", "generate.py --test_input_path", "judge.py --answers three="])
 @pytest.mark.parametrize("what", [*placed(""), "an output"])
-def test_megabytes_in_one_text(refused, tmp_path, place, what):  # noqa: F811
+def test_megabytes_in_one_text(refused, tmp_path, place, what):
     record = (placed(HUGE) | {"an output": {"instruction": "a", "output": HUGE}})[what]
     (tmp_path / "huge.json").write_text(json.dumps([record], ensure_ascii=False))
     name, option = place.split(" ", 1)
@@ -97,8 +97,8 @@ def test_megabytes_in_one_text(refused, tmp_path, place, what):  # noqa: F811
 
 
 @pytest.mark.parametrize("what", placed(""))
-def test_more_than_a_window_in_one_text(refused, tmp_path, what):  # noqa: F811
-    """It is no mistake in itself; here nothing of the answer is left to learn, and the model's window is too short."""
+def test_more_than_a_window_in_one_text(refused, tmp_path, what):
+    """It is not a mistake in itself; here nothing of the answer is left to learn, and the model's window is too short."""
     (tmp_path / "long.json").write_text(json.dumps([placed(LONG)[what]], ensure_ascii=False))
     has(refused("generate.py", "--test_input_path {tmp}/long.json"), ("prompt 1: ", "the model's window is 2048", "shorten"))
     if what != "an earlier turn":  # whose own answer is learned

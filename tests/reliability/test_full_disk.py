@@ -13,6 +13,8 @@ from killing import SEED, Moment
 from programs import check_nothing_half_written
 from scripting import Ended
 
+pytestmark = pytest.mark.slow
+
 SIZES = {True: 10, False: 2}
 BIG, PAGE = 2**30, 4096
 
@@ -50,7 +52,7 @@ def test_a_disk_that_is_too_small(fresh, disk, full):
     """Disks of seeded sizes, all smaller than what the program leaves."""
     draw = random.Random(f"{SEED} {fresh.program.name}")
     with disk(BIG):
-        fresh.start().wait().ok  # noqa: B018
+        fresh.start().wait().ok()
         needed = taken(fresh.place)
     for _ in range(SIZES[full]):
         size = draw.randrange(PAGE, needed, PAGE)
@@ -58,7 +60,7 @@ def test_a_disk_that_is_too_small(fresh, disk, full):
             check_says_full(fresh.start().wait())
             check_nothing_half_written(fresh.place, fresh.undisturbed.contents)
             remount(fresh.place, f"size={BIG}")
-            fresh.start().wait().ok  # noqa: B018
+            fresh.start().wait().ok()
             fresh.check_same()
 
 
@@ -77,7 +79,7 @@ def test_a_disk_that_fills_up_meanwhile(fresh, disk, full):
             check_says_full(ended)
             check_nothing_half_written(fresh.place, fresh.undisturbed.contents)
             remount(fresh.place, f"size={BIG}")
-            fresh.start().wait().ok  # noqa: B018
+            fresh.start().wait().ok()
             fresh.check_same()
 
 
@@ -95,5 +97,5 @@ def test_a_disk_that_refuses_writes(fresh, disk):
         assert "Read-only file system" in fresh.start().wait().error
         check_nothing_half_written(fresh.place, fresh.undisturbed.contents)
         remount(fresh.place, "rw")
-        fresh.start().wait().ok  # noqa: B018
+        fresh.start().wait().ok()
         fresh.check_same()

@@ -21,17 +21,19 @@ import finetune
 import generate
 import judge
 import merge_weights
-from utils import adapters, cli, lineage, shards
-from utils.checkpoints import is_whole
+from utils import cli, lineage
+from utils.adapters.settings import read_config
+from utils.chat.conversations import Conversation, from_file
 from utils.console import UserError
-from utils.conversations import Conversation, from_file
+from utils.datasets.file_formats import read_items
+from utils.datasets.records import read_records, write_records
+from utils.datasets.templates import Prompter, parse
+from utils.evaluation.judge_scores import read_scores
 from utils.files import read_json
-from utils.formats import read_items
 from utils.journal import Journal
-from utils.prompter import Prompter, parse
-from utils.records import read_records, write_records
-from utils.scores import read_scores
-from utils.weights import Weights
+from utils.merging import shards
+from utils.models.weights import Weights
+from utils.training.checkpoints import is_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 fuzzed = settings(
@@ -272,20 +274,20 @@ OWN = {"architecture": {"model_type": "llama"}, "tokenizer": None, "shapes": "0"
 @example({"kind": "train", "options": {}, "time": {"seconds": None}, "results": {"train_loss": math.nan}})
 @example({"kind": "train", "options": {}, "base": {"name": "a", "fingerprint": OWN | {"samples": {"a": [1.0]}}}})
 def test_any_lineage(tmp_path, step):
-    from utils.answerers import Answerer, choose_template, named_base
-    from utils.chat_handlers import steps_of
-    from utils.steps import chain_folders
+    from utils.chat.handlers import steps_of
+    from utils.evaluation.chain import chain_folders
+    from utils.inference.answerers import ChatModel, choose_template, named_base
 
     (tmp_path / lineage.FILE).write_text(json.dumps(step), "utf-8")
     known = allowed(lineage.read, tmp_path)
     if known is None:
         return
     lineage.table(lineage.chain(tmp_path))
-    allowed(lineage.check_base, known, OWN, "adapter", "base")
+    allowed(lineage.check_same_base, known, OWN, "adapter", "base")
     allowed(choose_template, "", known, "adapter")
     allowed(chain_folders, tmp_path)
     named_base({}, known)
-    steps_of(Answerer("a", tmp_path, "alpaca", known))
+    steps_of(ChatModel("a", tmp_path, "alpaca", known))
 
 
 @fuzzed
@@ -320,7 +322,7 @@ SETTING = st.sampled_from(
 @example({"rank_pattern": {"(": 1}})
 @example({"target_modules": {"q_proj": 1}})
 def test_any_settings_of_an_adapter(tmp_path, changes):
-    from utils.deltas import Adapter
+    from utils.merging.adapter_deltas import Adapter
 
     matrices = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
     tensors = {f"base_model.model.q_proj.lora_{part}.weight": matrix for part, matrix in matrices.items()}
@@ -331,7 +333,7 @@ def test_any_settings_of_an_adapter(tmp_path, changes):
     if adapter:
         allowed(adapter.scaling, "q_proj", 2)
         adapter.is_trained_copy("lm_head.weight")
-    allowed(adapters.read_config, tmp_path)
+    allowed(read_config, tmp_path)
 
 
 # ---- headers

@@ -1,8 +1,7 @@
 """Files and requests that mean harm: nothing of them runs, nothing is read, written or deleted outside.
 
-Elsewhere: pickled adapters that are merged or trained on (tests/test_merging_refusals.py, tests/test_start.py); files asked
-from the page, and uploads (tests/test_chat.py); script in questions (tests/test_page.py); control characters in raw files
-(tests/test_prepare.py).
+Elsewhere: pickled adapters (tests/merging/test_merging_refusals.py, tests/training/test_start.py); files asked from the
+page, uploads and scripts in questions (tests/chat); control characters in raw files (tests/datasets/test_preparing.py).
 """
 
 import json
@@ -17,13 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from browsing import fixture_browser, fixture_engine, fixture_folder, fixture_service, fixture_url, fixture_visit, send  # noqa: F401
-from cases import FULL, GOOD, ROOT, cold_or_forked, has, refused, world  # noqa: F401
+from browsing import send
+from cases import FULL, GOOD, ROOT, has
 from playwright.sync_api import expect
 
-from utils import checkpoints
+from utils.datasets.templates import TEMPLATES, Prompter
 from utils.files import read_json, write_json
-from utils.prompter import TEMPLATES, Prompter
+from utils.training import checkpoints
+
+pytest_plugins = ["browsing"]  # fixtures
 
 # ---- pickles that run code on loading
 
@@ -83,7 +84,7 @@ PLACES = {  # where the pickle lies -> its name, and the options that have it re
 @pytest.mark.parametrize("trap", [Trap, Evaluated, Touched] if FULL else [Touched])
 @pytest.mark.parametrize("form", ["zip", "old", "plain"])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_pickle_runs_nothing(refused, world, tmp_path, marker, place, form, trap):  # noqa: F811
+def test_a_pickle_runs_nothing(refused, world, tmp_path, marker, place, form, trap):
     kind, name, script, options = PLACES[place]
     hostile = shutil.copytree(world["adapter" if kind == "adapter" else "base"], tmp_path / "hostile")
     for weights in hostile.glob("*.safetensors"):
@@ -95,7 +96,7 @@ def test_a_pickle_runs_nothing(refused, world, tmp_path, marker, place, form, tr
     has(refused(script, options.replace("{hostile}", str(hostile))), ("hostile", "refused", "code"))
 
 
-def test_a_pickle_in_a_shard_runs_nothing(refused, world, tmp_path, marker):  # noqa: F811
+def test_a_pickle_in_a_shard_runs_nothing(refused, world, tmp_path, marker):
     hostile = shutil.copytree(world["base"], tmp_path / "hostile")
     (hostile / "model.safetensors").unlink()
     write("zip", Touched(marker), hostile / "pytorch_model-00001-of-00001.bin")
@@ -106,20 +107,20 @@ def test_a_pickle_in_a_shard_runs_nothing(refused, world, tmp_path, marker):  # 
 
 
 @pytest.fixture(scope="module")
-def unfinished(world, tmp_path_factory):  # noqa: F811
+def unfinished(world, tmp_path_factory):
     """A run that was stopped after its first checkpoint."""
     from scripting import Script
 
     top = tmp_path_factory.mktemp("unfinished")
     argv = [*GOOD["finetune.py"].format(tmp=top, **world).split(), "--max_steps", "2", "--save_steps", "1"]
-    assert Script(top)("finetune.py", *argv).ok
+    assert Script(top)("finetune.py", *argv).ok()
     (top / "out" / "lineage.json").unlink()
     shutil.rmtree(top / "out" / "checkpoint-2")
     return top / "out"
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"])
-def test_a_checkpoint_with_a_pickle_runs_nothing(cold_or_forked, world, unfinished, tmp_path, marker, name):  # noqa: F811
+def test_a_checkpoint_with_a_pickle_runs_nothing(cold_or_forked, world, unfinished, tmp_path, marker, name):
     """Its manifest vouches for the file, as whoever gives a checkpoint away can have it do."""
     out = shutil.copytree(unfinished, tmp_path / "out")
     checkpoint = out / "checkpoint-1"
@@ -148,7 +149,7 @@ ASKING = {
 
 @pytest.mark.parametrize("program", ["merge_weights.py", "generate.py", *(["finetune.py"] if FULL else [])])
 @pytest.mark.parametrize("what", ASKING)
-def test_a_model_that_asks_for_code_of_its_own(cold_or_forked, world, tmp_path, marker, what, program):  # noqa: F811
+def test_a_model_that_asks_for_code_of_its_own(cold_or_forked, world, tmp_path, marker, what, program):
     """It is refused, or read with the code that transformers has for its family."""
     file, asked = ASKING[what]
     hostile = shutil.copytree(world["base"], tmp_path / "hostile")
@@ -165,7 +166,7 @@ def test_a_model_that_asks_for_code_of_its_own(cold_or_forked, world, tmp_path, 
 
 
 @pytest.mark.parametrize("program", ["merge_weights.py", "generate.py", "finetune.py"])
-def test_an_adapter_that_names_modules(cold_or_forked, world, tmp_path, marker, program):  # noqa: F811
+def test_an_adapter_that_names_modules(cold_or_forked, world, tmp_path, marker, program):
     hostile = shutil.copytree(world["adapter"], tmp_path / "hostile")
     asked = {
         "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"},
@@ -185,7 +186,7 @@ def test_an_adapter_that_names_modules(cold_or_forked, world, tmp_path, marker, 
 OUTSIDE = "../../../outside"
 
 
-def test_names_in_answers_are_no_paths(cold_or_forked, world, tmp_path):  # noqa: F811
+def test_names_in_answers_are_no_paths(cold_or_forked, world, tmp_path):
     """Systems and categories are named in tables; the files that are written are the same whatever they are called."""
     records = json.loads(world["one"].read_text("utf-8"))
     for name in ("a", "b"):
@@ -193,7 +194,7 @@ def test_names_in_answers_are_no_paths(cold_or_forked, world, tmp_path):  # noqa
     inner = tmp_path / "1" / "2" / "3"
     inner.mkdir(parents=True)
     argv = ["--answers", f"{OUTSIDE}={tmp_path}/a.json", "--answers", f"/etc/x={tmp_path}/b.json", "--metrics"]
-    assert cold_or_forked("judge.py", *argv, "--output_dir", inner / "out", cwd=inner).ok
+    assert cold_or_forked("judge.py", *argv, "--output_dir", inner / "out", cwd=inner).ok()
     assert {path.name for path in (inner / "out").iterdir()} == {"metrics.md", "metrics.csv", "metrics.json"}
     assert not list(tmp_path.rglob("outside*")) and not Path("/etc/x").exists()
 
@@ -201,12 +202,12 @@ def test_names_in_answers_are_no_paths(cold_or_forked, world, tmp_path):  # noqa
 @pytest.mark.parametrize(
     "name", ["../test_data", "..", "/etc/passwd", "templates/../../../etc/passwd.json", "alpaca/../alpaca", "."]
 )
-def test_a_template_is_a_name_or_a_json_file(refused, name):  # noqa: F811
+def test_a_template_is_a_name_or_a_json_file(refused, name):
     has(refused("generate.py", f"--prompt_template {name}"), ("no such template", "choose one of"))
 
 
-def test_clearing_an_output_folder_follows_no_link(cold_or_forked, world, tmp_path):  # noqa: F811
-    """A link that is called like a checkpoint is no reason to delete what it leads to."""
+def test_clearing_an_output_folder_follows_no_link(cold_or_forked, world, tmp_path):
+    """A link that is called like a checkpoint is not a reason to delete what it leads to."""
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
@@ -218,13 +219,13 @@ def test_clearing_an_output_folder_follows_no_link(cold_or_forked, world, tmp_pa
     assert ended.status == 0 or "checkpoint-3" in ended.error
 
 
-def test_a_manifest_that_names_files_outside_reads_none_into_the_run(cold_or_forked, world, unfinished, tmp_path):  # noqa: F811
+def test_a_manifest_that_names_files_outside_reads_none_into_the_run(cold_or_forked, world, unfinished, tmp_path):
     out = shutil.copytree(unfinished, tmp_path / "out")
     manifest = out / "checkpoint-1" / checkpoints.MANIFEST
     value = read_json(manifest)
     write_json(manifest, value | {"files": value["files"] | {"../../../../../../etc/passwd": "0" * 64}})
     argv = [*GOOD["finetune.py"].format(tmp=tmp_path, **world).split(), "--max_steps", "2", "--save_steps", "1"]
-    assert "not whole" in cold_or_forked("finetune.py", *argv, cwd=tmp_path).ok
+    assert "incomplete" in cold_or_forked("finetune.py", *argv, cwd=tmp_path).ok()
 
 
 # ---- records that look like templates
@@ -273,7 +274,7 @@ def called(url, data, name="answer"):
         return response.read().decode("utf-8", "replace")
 
 
-GOOD_CALL = ["你好", "", [], "", "", 3, 1, False, 0.1, 0.75, 40, 1.0, 42]
+GOOD_CALL = ["你好", "", [], "", "", 1, 3, False, 0.1, 0.75, 40, 42, 1.0, 0]
 SECRET = "root:x:0:0"
 FILE = {"path": "/etc/passwd", "orig_name": "passwd", "meta": {"_type": "gradio.FileData"}}
 VALUES = [

@@ -1,6 +1,6 @@
 """Whatever a judge writes, over a real server: what is no certain score is counted as missing, and the run ends well.
 
-Broken responses, as against odd answers, are in tests/test_endpoint.py; odd ways to write a score in tests/test_scores.py.
+Broken responses are in tests/evaluation/test_requests.py; odd ways to write a score in test_judge_scores.py beside it.
 """
 
 import json
@@ -8,7 +8,6 @@ import re
 
 import pytest
 from api_server import Server
-from cases import cold_or_forked, world  # noqa: F401
 
 ANSWERS = {  # what the judge writes -> how many of six scores are missing: three prompts, two systems in an order drawn anew
     "scores": ("System1 8分；System2 7分", 0),
@@ -34,7 +33,7 @@ ANSWERS = {  # what the judge writes -> how many of six scores are missing: thre
 
 
 @pytest.mark.parametrize("what", ANSWERS)
-def test_what_is_no_certain_score_is_missing(cold_or_forked, world, tmp_path, what):  # noqa: F811
+def test_what_is_no_certain_score_is_missing(cold_or_forked, world, tmp_path, what):
     response, missing = ANSWERS[what]
     server = Server(lambda number, body: response if isinstance(response, dict) else {"body": escaped(response)})
     words = f"--answers one={world['one']} --answers two={world['two']} --judge_model m --api_base {server.url}"

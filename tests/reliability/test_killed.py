@@ -7,6 +7,8 @@ import pytest
 from killing import FULL, SEED, Moment
 from programs import check_nothing_half_written, clear
 
+pytestmark = pytest.mark.slow
+
 KILLS = {True: 20, False: 3}
 LAST = {True: 10, False: 3}  # changes to the files at the end of a run, when results get their names and journals go
 

@@ -1,5 +1,6 @@
 """Many visitors of the page for many turns, and many prompts in one run: no error, nothing mixed up, memory flat."""
 
+import html
 import json
 import re
 import socket
@@ -14,6 +15,10 @@ import pytest
 import tiny
 from gradio_client import Client
 from scripting import ROOT
+
+from utils.inference.sampling_params import SHOWN, STARTS
+
+pytestmark = pytest.mark.slow
 
 SESSIONS = {True: (50, 10), False: (10, 5)}
 PROMPTS = {True: 20_000, False: 1_000}
@@ -52,7 +57,8 @@ class Visitor:
         self.client, self.number = Client(url, verbose=False, httpx_kwargs={"timeout": 300}), number
         sends = {part["id"] for part in self.client.config["components"] if part["props"].get("elem_id") == "send"}
         self.take = self.call_on(lambda part, event: part in sends)
-        self.grow = self.call_on(lambda part, event: event == "change" and self.is_state(part))
+        wanted = self.client.config["dependencies"][self.take]["outputs"][0]  # by which it calls for an answer
+        self.grow = self.call_on(lambda part, event: (part, event) == (wanted, "change"))
 
     def call_on(self, wanted: Callable[[int, str], bool]) -> int:
         """The number of the page's function that an event calls."""
@@ -61,26 +67,24 @@ class Visitor:
         self.client.endpoints[number].is_valid = True  # it is the page's alone; the client library would not call it
         return number
 
-    def is_state(self, number: int) -> bool:
-        """True for what no page shows."""
-        return any(part["id"] == number and part["type"] == "state" for part in self.client.config["components"])
-
     def question(self, turn: int) -> str:
         """What this visitor asks at a turn."""
         return f"<{self.number}:{turn}>"
 
     def ask(self, turn: int) -> list[tuple[str, str]]:
         """Ask once more; returns all messages on the page, as role and text."""
-        knobs = (TOKENS, 1, False, 0.1, 0.75, 40, 1.0)  # in the order of chat_page.KNOBS
+        values = {"max_new_tokens": TOKENS, "num_beams": 1, "do_sample": False}
+        knobs = [values.get(name, STARTS[name]) for name in SHOWN]
         adapter = ("f1", "f2")[self.number % 2]
-        self.client.predict(self.question(turn), adapter, "", *knobs, fn_index=self.take)
+        self.client.predict(self.question(turn), "", "", adapter, "", *knobs, fn_index=self.take)  # no system, no name
         shown, *_ = self.client.predict(adapter, "", *knobs, fn_index=self.grow)
-        return [(message["role"], text_of(message["content"])) for message in shown]
+        return [(message["role"], text_of(message["content"])) for message in shown["value"]]
 
 
 def text_of(content: str | list[dict]) -> str:
-    """The text of a message, which a chat holds in parts."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    """The text of a message, which a chat holds in parts, as a browser shows it, without the note of who gave it."""
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return html.unescape(re.sub(r'<small class="by">.*</small>', "", text))
 
 
 def test_sessions_side_by_side(models, full):
@@ -97,7 +101,7 @@ def test_sessions_side_by_side(models, full):
             visitors = list(pool.map(lambda number: Visitor(url, number), range(count)))
             memory = []
             for turn in range(turns):
-                pages = list(pool.map(lambda visitor: visitor.ask(turn), visitors))  # noqa: B023 (called at once)
+                pages = list(pool.map(lambda visitor, turn=turn: visitor.ask(turn), visitors))
                 memory.append(resident(server.pid))
                 for visitor, page in zip(visitors, pages, strict=True):
                     asked = [text for role, text in page if role == "user"]

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from cases import GOOD, has, refusal, run_cold, world  # noqa: F401
+from cases import GOOD, has, refusal, run_cold
 
 ROOTLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
 PARENT = "--resume_from_checkpoint {adapter}"
@@ -34,7 +34,7 @@ UNREADABLE = [  # script, what cannot be read, further options
 
 
 @pytest.fixture
-def own(world, tmp_path):  # noqa: F811
+def own(world, tmp_path):
     """A world of the test's own, to take rights away in."""
     top = shutil.copytree(world["top"], tmp_path / "world")
     shutil.copy("templates/alpaca.json", top / "template.json")

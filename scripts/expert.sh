@@ -1,0 +1,67 @@
+# shellcheck shell=bash
+# Sourced by expert-*.sh: from a folder of texts, questions and answers to an expert, in one command.
+#     bash scripts/expert-NAME.sh [FOLDER] [--base NAME] [--no-page]
+# Each step is skipped where its result is there. --base names another base model in $MODEL_DIR, such as a 7B.
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+export SKIP_DONE=1
+
+# files PATTERN…: the files of the folder with these names, separated by commas
+files() {
+    local pattern found=()
+    for pattern in "$@"; do
+        for file in "$folder"/$pattern; do
+            [ ! -f "$file" ] || found+=("$file")
+        done
+    done
+    local IFS=,
+    echo "${found[*]}"
+}
+
+# step NAME DATA OPTIONS…: train on DATA, where there is some, from the adapter of the step before; ask it what is held back
+step() {
+    NAME="$expert-$1"
+    records="$2"
+    [ -n "$records" ] || return 0
+    shift 2
+    train "${settings[@]}" "$@"
+    parent="$OUTPUT_DIR/$NAME"
+    lora="$parent"
+    answer "$folder/heldout.json" --num_beams 1 --max_new_tokens 96
+}
+
+expert() {
+    expert="$NAME"
+    folder="$ROOT/data/experts/${NAME#expert-}"
+    local name=chinese-smollm2-135m page=1
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --base) name="${2:?--base: name a folder in $MODEL_DIR}" && shift ;;
+            --no-page) page="" ;;
+            -*) echo "$NAME: error: $1: unknown; bash scripts/$NAME.sh [FOLDER] [--base NAME] [--no-page]" >&2 && exit 2 ;;
+            *) folder="$1" ;;
+        esac
+        shift
+    done
+    [ -d "$folder" ] || { echo "$NAME: error: $folder is not there; name the folder of your texts and records" >&2 && exit 2; }
+    if [ "$name" = chinese-smollm2-135m ]; then
+        base "$name" merge-0-smollm2-135m
+        settings=("${demo[@]}" --learning_rate 2e-3 --cutoff_len 128)
+    else
+        base "$name"
+        settings=("${published[@]}" --val_set_size 0 --batch_size 32)
+    fi
+    local out="$OUTPUT_DIR/$expert-clean" dialogues texts
+    dialogues="$(files 'dialogues*.json' 'dialogues*.jsonl')"
+    texts="$(files '*.txt' '*.md')"
+    [ -n "$dialogues" ] || { echo "$NAME: error: $folder holds no dialogues*.json; see data/experts/README.md" >&2 && exit 2; }
+    [ -n "${PLAN:-}" ] || mkdir -p "$out"
+
+    make "$out/dialogues.json" "$PYTHON" "$ROOT/data/clean.py" --data_path "$dialogues" --output_path "$out/dialogues.json" \
+        --against "$folder/heldout.json"
+    step 1 "$texts" --num_epochs 3
+    step 2 "$out/dialogues.json" --num_epochs 10 --train_on_inputs False
+    step 3 "$(files 'preferences*.json' 'preferences*.jsonl')" --num_epochs 4 --learning_rate 5e-4 --preference_sft 0.5
+    make "$OUTPUT_DIR/$expert-measured/chain.md" "$PYTHON" "$ROOT/judge.py" --chain "$parent" \
+        --test_input_path "$folder/heldout.json" --output_dir "$OUTPUT_DIR/$expert-measured"
+    [ -z "$page" ] || SKIP_DONE="" chat "$@"
+}

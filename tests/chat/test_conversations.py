@@ -1,0 +1,46 @@
+"""Conversations, as records, files and Markdown, without a browser."""
+
+import json
+import re
+
+import pytest
+
+from utils.chat.conversations import CUT, WHOLE, Conversation, Talk, Turn, from_file
+from utils.chat.markdown import answer_as_markdown, from_markdown, question_as_markdown
+
+pytest_plugins = ["browsing"]  # fixtures
+
+
+def test_conversations_come_from_any_record_format():
+    assert from_file('[{"instruction": "a", "input": "b", "output": "c"}]').turns == (Turn("a\n\nb", "c", WHOLE),)
+    assert from_file('{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}\n{}').turns == (
+        Turn("q", "r", WHOLE),
+    )
+    kept = Conversation((Turn("a", "b", CUT, {"model": "f1"}), Turn("c", "d", WHOLE)), "system text")
+    assert from_file(kept.to_file()) == kept
+    (record,) = json.loads(kept.to_file())
+    assert record["learn"] == [False, True] and record["answers"][0] == {"model": "f1", "finish": "length"}
+    assert "learn" not in json.loads(kept.to_file(unfinished=True))[0]
+    assert Conversation((Turn("a", "b"), Turn("c"))).asked("d").turns == (Turn("a", "b", "stopped"), Turn("d"))
+    for text in ("", "[]", "3", "{", '{"instruction": ""}', "[" * 10**5):
+        with pytest.raises(ValueError):
+            from_file(text)
+
+
+def test_what_a_browser_sends_is_looked_at():
+    talk = Talk()
+    for text in ("", "[]", "3", '{"id": "x"}', '{"id": "x", "name": "", "system": "", "turns": [[1, 2, 3, {}]]}', "[" * 10**5):
+        with pytest.raises((ValueError, RecursionError)):
+            talk.from_browser(text)
+    talk.change(Conversation((Turn("a", "b", WHOLE), Turn("c", "d")), "s"))
+    other = Talk()
+    other.from_browser(talk.to_browser())
+    assert other.conversation == talk.conversation.stopped() != talk.conversation and other.id == talk.id
+
+
+def test_markdown_is_escaped_where_it_must_be_and_comes_back():
+    question = "# a *b* <i>\n  `c` &#042; _d_"
+    assert from_markdown(question_as_markdown(question)) == question.replace("&#042;", "&#042;")
+    assert not re.search(r"[#*<`_](?!0?\d+;)", re.sub(r"&#0\d+;", "", question_as_markdown(question)))
+    assert answer_as_markdown("<b> `<b>` &lt;") == "&#060;b> `<b>` &#038;lt;"
+    assert answer_as_markdown("```\n<b>").endswith("<b>\n```")

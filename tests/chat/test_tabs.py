@@ -1,0 +1,107 @@
+"""The page's other tabs in a real headless Chromium: several models side by side, votes, single instructions, and training."""
+
+import json
+import re
+
+from browsing import (
+    answer_of,
+    ask,
+    plain,
+    put,
+    reads,
+    served,
+)
+from playwright.sync_api import expect
+
+from utils import lineage
+from utils.chat.runs import read_run, runs_beside
+from utils.datasets.preferences import read_pairs
+
+pytest_plugins = ["browsing"]  # fixtures
+
+
+def test_compare_shows_adapters_and_base_side_by_side(visit, url, service):
+    page = visit(url)
+    put(page, "max_new_tokens", 10)
+    page.get_by_role("tab", name="对比").click()
+    page.locator("#compared_question textarea").fill("你是谁？")
+    page.locator("#ask_all").click()
+    for column, name in enumerate(("base", "f1", "f2")):
+        reads(page.locator(f"#column_{column} textarea"), answer_of(service, name, {"instruction": "你是谁？"}, 10))
+    assert len({page.locator(f"#column_{column} textarea").input_value() for column in range(3)}) == 3
+    page.locator("#answerers label", has_text="f1").click()
+    expect(page.locator("#column_1")).to_be_hidden()
+    page.locator("#answerers label", has_text="f2").click()
+    page.locator("#answerers label", has_text="基座模型").click()
+    page.locator("#ask_all").click()
+    expect(page.get_by_text("请至少选一个模型")).to_be_visible()
+
+
+def test_a_list_of_prompts_goes_to_several_and_differences_are_marked(visit, url, service):
+    page = visit(url)
+    put(page, "max_new_tokens", 8)
+    page.get_by_role("tab", name="对比").click()
+    page.locator("#prompts_part > button").click()
+    page.locator("#prompts textarea").fill("你是谁？\n\n <b>讲故事</b> \n")
+    page.locator("#ask_list").click()
+    rows = page.locator("#marked tr")
+    expect(rows).to_have_count(3)
+    names = [one.name for one in service.engine.answerers]
+    for place, question in enumerate(("你是谁？", "<b>讲故事</b>"), 1):
+        wanted = [question, *(answer_of(service, name, {"instruction": question}, 8) for name in names)]
+        cells = rows.nth(place).locator("td")
+        expect(cells).to_have_count(4)
+        for cell, text in zip(cells.all(), wanted, strict=True):
+            expect(cell).to_have_text(re.compile(r"\W*".join(map(re.escape, plain(text)))))
+        assert cells.nth(1).locator("mark").count() == 0 < cells.nth(2).locator("mark").count()
+
+
+def test_a_single_task_has_an_input(visit, url, service):
+    page = visit(url)
+    put(page, "max_new_tokens", 10)
+    page.get_by_role("tab", name="单轮指令").click()
+    page.locator("#instruction textarea").fill("翻译成英文")
+    page.locator("#input textarea").fill("春眠不觉晓")
+    page.locator("#send_task").click()
+    record = {"instruction": "翻译成英文", "input": "春眠不觉晓"}
+    reads(page.locator("#output textarea"), answer_of(service, "f2", record, 10))
+
+
+def test_votes_and_thumbs_become_records(visit, service, tmp_path):
+    with served(service, feedback=str(tmp_path)) as server:
+        page = visit(server.local_url)
+        ask(page, "你好", tokens=6)
+        page.get_by_role("button", name="赞", exact=True).click()
+        expect(page.get_by_text("已写入 thumbs.jsonl")).to_be_visible()
+        (thumb,) = map(json.loads, (tmp_path / "thumbs.jsonl").read_text("utf-8").splitlines())
+        assert thumb["label"] is True and thumb["instruction"] == "你好" and thumb["by"]["model"] == "f2"
+        page.get_by_role("tab", name="投票").click()
+        page.locator("#vote_question textarea").fill("你是谁？")
+        page.locator("#send_vote").click()
+        expect(page.locator("#vote_left")).to_be_enabled()
+        left = page.locator("#left textarea").input_value()
+        page.locator("#vote_left").click()
+        expect(page.locator("#voted")).to_contain_text("A 是")
+        (pair,) = read_pairs(tmp_path / "votes.jsonl")
+        assert plain(pair.chosen["output"]) == plain(left) and pair.chosen["instruction"] == "你是谁？"
+        (vote,) = map(json.loads, (tmp_path / "votes.jsonl").read_text("utf-8").splitlines())
+        assert plain(vote["chosen"]) == plain(answer_of(service, vote["chosen_model"], {"instruction": "你是谁？"}, 6))
+
+
+def test_the_training_tab_reads_running_and_finished_runs(tmp_path):
+    run = tmp_path / "run-1"
+    run.mkdir()
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    lines[1:1] = [{"step": 1, "answers": [{"question": "问", "answer": "早"}]}, {"step": 1, "eval_choices": 25.0}]
+    lines += [{"step": 2, "answers": [{"question": "问", "answer": "晚"}]}, {"step": 2, "eval_choices": 50.0}]
+    (run / "train_log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines) + '{"step": 3, "lo')
+    (run / ".progress.json").write_text(json.dumps({"first": 0, "step": 2, "steps": 10, "seconds": 4.0}))
+    assert runs_beside([tmp_path / "adapter"]) == {"run-1": run}
+    read = read_run(run)
+    assert (read.state, read.step, read.steps, read.pace, read.left) == ("running", 2, 10, 2.0, 16.0)
+    assert (read.loss, read.validation) == (1.0, 1.5) and read.points[-1] == (2, 1.5, "validation")
+    assert (read.answered, read.answers) == ((1, 2), [("问", "早", "晚")]) and read.scores == {"right choices (%)": 50.0}
+    (run / ".progress.json").unlink()
+    assert read_run(run).state == "stopped"
+    lineage.write(run, {"kind": "finetune", "options": {}, "time": {"began": "", "seconds": 6.0}})
+    assert (read_run(run).state, read_run(run).pace) == ("finished", 3.0)

@@ -1,0 +1,55 @@
+"""A chat in a terminal, led through a pseudo-terminal as a person would."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from scripting import ROOT
+
+pytest_plugins = ["browsing"]  # fixtures
+
+
+class Person:
+    """Types into a program, and reads what it shows."""
+
+    def __init__(self, *line):
+        self.own, theirs = pty.openpty()
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        self.process = subprocess.Popen([sys.executable, ROOT / "generate.py", *line], **streams, start_new_session=True)
+        os.close(theirs)
+
+    def reads(self, prompt, typed=b""):
+        """What is shown until the next `prompt`, after `typed`."""
+        os.write(self.own, typed)
+        shown, until = b"", time.monotonic() + 180
+        while not shown.endswith(prompt.encode()):
+            assert time.monotonic() < until, shown.decode(errors="replace")
+            if select.select([self.own], [], [], 1)[0]:
+                shown += os.read(self.own, 65536)
+        return shown.decode(errors="replace")
+
+
+@pytest.mark.slow
+def test_questions_commands_and_keys(folder):
+    person = Person("--lora_weights", str(folder / "f1"), "--is_ui", "terminal", "--num_beams", "1", "--max_new_tokens", "400")
+    assert "/clear" in person.reads("f1> ")
+    whole = person.reads("f1> ", "你是谁？\n".encode())
+    assert len(whole) > 40
+    assert person.reads("f1> ", b"/clear\n").count("\n") == 1
+    os.write(person.own, "你是谁？\n".encode())
+    time.sleep(0.3)
+    os.kill(person.process.pid, 2)  # as Ctrl-C does
+    stopped = person.reads("f1> ")
+    assert "stopped" in stopped and len(stopped) < len(whole)
+    os.kill(person.process.pid, 2)  # too late: the chat goes on
+    person.reads("f1> ")
+    person.reads("f1> ", "你".encode()[:2] + b"\n")
+    assert "names are base, f1" in person.reads("f1> ", b"/model nobody\n")
+    person.reads("base> ", b"/model base\n")
+    os.write(person.own, b"/exit\n")
+    assert person.process.wait(60) == 0
+    os.close(person.own)

@@ -1,0 +1,211 @@
+"""Encoded data: cached by what it was made of, counted, split; and what --dry_run shows of it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from peft import LoraConfig
+from scripting import ROOT
+from trainings import options
+
+from utils.adapters import adapters
+from utils.console import UserError
+from utils.datasets import dataset
+from utils.datasets.encoding import IGNORED, encode
+from utils.datasets.sources import data_files
+from utils.datasets.templates import Prompter
+from utils.files import sha256
+from utils.models import loading
+from utils.models.loading import DeviceConfig
+from utils.models.tokenizer import load_tokenizer
+from utils.models.tokenizer_files import tokenizer_hash
+from utils.training import dry_run, memory
+
+F1 = ROOT / "data/demo/f1.json"
+
+
+def encode_all(tiny_llama, data_path, cutoff_len=256, template="alpaca_short", train_on_inputs=False, keep=True, seed=42):
+    tokenizer = load_tokenizer(tiny_llama)
+    encoder = dataset.Encoder(Prompter(template), tokenizer, tokenizer_hash(tiny_llama), cutoff_len, train_on_inputs)
+    hashes = {str(file): sha256(file) for file in data_files(str(data_path))}
+    return dataset.encode_all(encoder, str(data_path), hashes, seed, keep)
+
+
+def write(path, count, name=""):
+    records = [{"instruction": f"{name}{number}", "input": "", "output": "x"} for number in range(count)]
+    path.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    return records
+
+
+def test_encoded_records_are_found_again_but_a_stale_cache_is_never_used(tiny_llama, tmp_path, capsys):
+    def table(**changes):
+        found = encode_all(tiny_llama, file, **changes)[0]
+        return found[:], "are found in" in capsys.readouterr().out
+
+    file = tmp_path / "records.json"
+    file.write_text(F1.read_text("utf-8").replace("梦想家", f"梦想家{time.time_ns()}"), "utf-8")
+    first, was_found = table()
+    assert not was_found
+    assert table() == (first, True)
+    for changes in ({"cutoff_len": 30}, {"template": "alpaca"}, {"train_on_inputs": True}):
+        other, was_found = table(**changes)
+        assert other != first and not was_found
+    records = json.loads(file.read_text("utf-8"))
+    records[0]["output"] += "！"
+    file.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    other, was_found = table()
+    assert other != first and not was_found
+
+
+def test_several_files_with_weights(tiny_llama, tmp_path, capsys):
+    """Pitfall 20: what a weight draws follows from the seed."""
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    write(a, 10, "a"), write(b, 9, "b")
+
+    def numbers(data_path, **changes):
+        return encode_all(tiny_llama, data_path, **changes)[1].tolist()
+
+    assert numbers(f"{a},{b}") == list(range(19))
+    assert numbers(f"{a}:2") == [*range(10)] * 2
+    mixed = numbers(f"{a}:1.5, {b}:0.5", seed=1)
+    assert mixed[:10] == list(range(10))
+    half, half_b = mixed[10:15], mixed[15:]
+    assert half == sorted(set(half)) and half[-1] < 10
+    assert len(half_b) == 4 and half_b == sorted(set(half_b)) and half_b[0] >= 10
+    said = capsys.readouterr().out
+    assert f"{a}: weight 1.5 makes 15 of 10 records" in said
+    assert f"{b}: weight 0.5 makes 4 of 9 records" in said
+    assert numbers(f"{a}:1.5,{b}:0.5", seed=1) == mixed
+    assert numbers(f"{a}:1.5,{b}:0.5", seed=2) != mixed
+    with pytest.raises(UserError, match="the weights leave no record"):
+        numbers(f"{a}:0.01")
+
+
+def test_a_record_that_weighs_more_is_never_in_both_sets():
+    train, validation = dataset.split(np.tile(np.arange(50), 3), 10, 42)
+    assert len(validation) == 10 and len(train) == 3 * 40
+    assert not set(train) & set(validation)
+
+
+def test_many_records_are_encoded_by_several_processes_as_by_one(tiny_llama, tmp_path, monkeypatch):
+    records = write(tmp_path / "many.json", dataset.FEW * dataset.CHUNK + 500, str(time.time_ns()))
+    table, _ = encode_all(tiny_llama, tmp_path / "many.json", keep=False)
+    monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda _: {0})
+    alone, _ = encode_all(tiny_llama, tmp_path / "many.json", keep=False)
+    assert len(table) == len(records) and table[:] == alone[:]
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_however_many_records(tiny_llama, tmp_path):
+    """The peak of a process that encodes 40 times as many records grows by less than a tenth of what these take."""
+    program = (
+        "import sys\nsys.path[:0] = sys.argv[1:4]\n"
+        "import pathlib, re, test_dataset\n"
+        "for file in sys.argv[5:]:\n"
+        "    table, _ = test_dataset.encode_all(pathlib.Path(sys.argv[4]), file, keep=False)\n"
+        "    peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
+        "    print(int(peak) >> 10)\n"
+    )
+    text = "问" * 200
+    for name, count in (("few", 5_000), ("many", 60_000)):
+        with (tmp_path / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
+            for number in range(count):
+                lines.write(json.dumps({"instruction": f"{number}{text}", "output": text}, ensure_ascii=False) + "\n")
+    arguments = [ROOT, ROOT / "tests", ROOT / "tests" / "datasets", tiny_llama, tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=True)
+    few, many = (int(line) for line in done.stdout.splitlines() if line.isdigit())
+    print(done.stdout)
+    assert many - few < 60
+
+
+def test_a_prompt_that_fills_the_cutoff_is_counted_and_dropped(tiny_llama, tmp_path, capsys):
+    """Rows 10 and 19."""
+    records = [{"instruction": "长" * 200, "input": "", "output": "好"}, *json.loads(F1.read_text("utf-8"))]
+    file = tmp_path / "long.json"
+    file.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    numbers = dataset.usable(*encode_all(tiny_llama, file, cutoff_len=150), 150)
+    out = capsys.readouterr().out
+    assert 0 not in numbers and len(numbers) == 30
+    assert "cuts 1 of 31 records (1 of them dropped" in out and "would keep 95 % whole" in out
+    with pytest.raises(UserError, match="leaves no answer in any of 31 records"):
+        dataset.usable(*encode_all(tiny_llama, file, cutoff_len=5), 5)
+
+
+def test_the_lengths_that_keep_95_and_99_percent():
+    lengths = np.arange(1, 1001)
+    low, high = dataset.lengths_that_keep(lengths)
+    assert (lengths <= low).mean() >= 0.95 > (lengths <= low - 2).mean()
+    assert (lengths <= high).mean() >= 0.99 > (lengths <= high - 2).mean()
+
+
+def test_the_split_is_seeded_and_takes_a_count_or_a_fraction():
+    numbers = np.arange(100)
+    train, validation = dataset.split(numbers, 20, 42)
+    assert sorted([*train, *validation]) == list(range(100)) and len(validation) == 20
+    assert (dataset.split(numbers, 0.2, 42)[1] == validation).all()
+    assert (dataset.split(numbers, 20, 43)[1] != validation).any()
+    assert len(dataset.split(numbers, 0, 42)[1]) == 0
+    with pytest.raises(UserError, match=r"--val_set_size 100: takes 100 of the 100 records"):
+        dataset.split(numbers, 100, 42)
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(script, tiny_llama, tmp_path):
+    argv = options(tiny_llama, F1, tmp_path / "out", dry_run=True, cutoff_len=80, train_on_inputs=False)
+    (tiny_llama / "model.safetensors").rename(tmp_path / "away")  # the weights are not needed
+    try:
+        out = script("finetune.py", *argv).ok()
+    finally:
+        (tmp_path / "away").rename(tiny_llama / "model.safetensors")
+    for words in ("records by length", "would keep 99 %", "4 optimizer steps an epoch, 8 in all", "parameters would be trained",
+                  "memory on cpu", "example 2", "[[我是梦想家", "{{</s>}}"):  # fmt: skip
+        assert words in out, words
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_only_colors_of_an_example_are_ours(tiny_llama, monkeypatch):
+    """A record cannot steer the terminal on which it is shown."""
+    words = load_tokenizer(tiny_llama)
+    ids = words("a\x1b[41mb\n中", add_special_tokens=False)["input_ids"]
+    assert dry_run.example({"input_ids": ids, "labels": ids}, words) == "[[a\\x1b[41mb\n中]]", "no color in a pipe"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert dry_run.example({"input_ids": ids, "labels": ids}, words) == "\033[32ma\\x1b[41mb\n中\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in dry_run.example({"input_ids": ids, "labels": ids}, words)
+
+
+def test_the_estimate_counts_weights_by_their_bits(tiny_llama):
+    import torch
+
+    base = loading.meta_model(str(tiny_llama))
+    frozen = 2 * sum(parameter.numel() for parameter in base.parameters())
+    model = adapters.add(base, LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    sizes = {
+        bits: memory.estimate(model, DeviceConfig(torch.device("cpu"), torch.bfloat16, bits), 4, 256)
+        for bits in (None, "8bit", "4bit")
+    }
+    assert sizes["4bit"].base < sizes["8bit"].base < sizes[None].base == frozen
+    assert sizes[None].checkpointed < sizes[None].activations < sizes["8bit"].activations
+
+
+@pytest.mark.parametrize("train_on_inputs", [False, True])
+def test_answers_that_a_record_excludes_are_read_and_not_learned(tiny_llama, train_on_inputs):
+    tokenizer, ids = load_tokenizer(tiny_llama), []
+    record = {"instruction": "三", "input": "", "output": "四四", "history": [["一", "二二"]]}
+    for learn in (None, [False, True], [True, False]):
+        marked = record | ({"learn": learn} if learn else {})
+        (found,) = encode([marked], Prompter("alpaca_short"), tokenizer, 256, train_on_inputs)
+        ids.append((found.input_ids, found.labels, found.answer_tokens))
+    (whole, labels, count), *marked = ids
+    first = len(tokenizer("二二", add_special_tokens=False)["input_ids"]) + 1  # and its end of sequence
+    second = count - first
+    end = whole.index(tokenizer.eos_token_id) + 1
+    places = [range(end - first, end), range(len(whole) - second, len(whole))]
+    for excluded, (same, found, left) in zip(places, marked, strict=True):
+        assert same == whole
+        assert found == [IGNORED if place in excluded else label for place, label in enumerate(labels)]
+        assert left == count - len(excluded)

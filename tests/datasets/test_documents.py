@@ -1,0 +1,87 @@
+"""utils/datasets/documents.py and stages.py: which texts are read, how they are cut, and that each token is learned once."""
+
+import gzip
+import itertools
+import json
+
+import pytest
+
+from utils.console import UserError
+from utils.datasets.documents import read_documents
+from utils.datasets.encoding import IGNORED, encode_documents
+from utils.datasets.stages import INSTRUCTION, TEXT, stage_of
+from utils.models.tokenizer import load_tokenizer
+
+LINE = "白日依山尽，黄河入海流。\n"
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_documents_of_every_kind_of_file(tmp_path, capsys):
+    lines = "\n".join(json.dumps(item, ensure_ascii=False) for item in ({"text": "甲"}, {"text": " "}, {"text": "乙", "id": 3}))
+    assert list(read_documents(write(tmp_path / "a.jsonl", lines))) == ["甲", "乙"]
+    assert "1 of 3 documents dropped" in capsys.readouterr().out
+    assert list(read_documents(write(tmp_path / "a.txt", b"\xef\xbb\xbf" + LINE.encode()))) == [LINE]
+    assert list(read_documents(write(tmp_path / "gbk.txt", (LINE * 3).encode("gb18030")))) == [LINE * 3]
+    assert "gbk.txt: is not UTF-8; read as GB18030 (GBK)" in capsys.readouterr().out
+    assert list(read_documents(write(tmp_path / "A.MD.gz", gzip.compress(LINE.encode())))) == [LINE]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", LINE.encode() * 9 + b"\xff\xfe", "bytes that are not UTF-8"),
+        ("a.md", " \n ", "holds no text"),
+        ("a.jsonl", '{"text": ""}', "holds no text"),
+    ],
+)
+def test_what_holds_no_text_is_one_line(tmp_path, name, content, words):
+    with pytest.raises(UserError, match=words):
+        list(read_documents(write(tmp_path / name, content)))
+
+
+def test_a_large_text_is_read_in_parts_that_end_with_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.datasets.documents.LONGEST", 100)
+    parts = list(read_documents(write(tmp_path / "a.txt", LINE * 10)))
+    assert "".join(parts) == LINE * 10 and len(parts) > 2 and all(part.endswith("\n") for part in parts)
+    assert f"read as {len(parts)} documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cutoff_len", [16, 17, 64])
+def test_every_token_is_learned_once_after_what_stands_before_it(tiny_llama, cutoff_len):
+    tokenizer = load_tokenizer(tiny_llama)
+    text = LINE * 5
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    pieces = encode_documents([text, "短"], tokenizer, cutoff_len)
+    *long, short = pieces
+    learned = [label for piece in long for label in piece.labels if label != IGNORED]
+    assert learned == ids
+    overlap = cutoff_len // 8
+    for before, after in itertools.pairwise(long):
+        assert len(before.input_ids) == cutoff_len and after.input_ids[:overlap] == before.input_ids[-overlap:]
+        assert after.labels[:overlap] == [IGNORED] * overlap and after.labels[overlap:] == after.input_ids[overlap:]
+    assert short.input_ids == short.labels and short.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_document_that_just_fits_is_one_piece(tiny_llama):
+    tokenizer = load_tokenizer(tiny_llama)
+    length = len(tokenizer(LINE, add_special_tokens=False)["input_ids"]) + 2
+    assert len(encode_documents([LINE], tokenizer, length)) == 1
+    assert [len(piece.input_ids) for piece in encode_documents([LINE], tokenizer, length - 1)] == [
+        length - 1,
+        (length - 1) // 8 + 1,
+    ]
+
+
+def test_the_form_of_the_records_says_the_stage(tmp_path):
+    text, chat = (
+        write(tmp_path / "a.jsonl", '{"text": "甲"}'),
+        write(tmp_path / "b.json", '[{"instruction": "a", "output": "b"}]'),
+    )
+    both = write(tmp_path / "c.json", '[{"instruction": "a", "output": "b", "text": "Below is …"}]')
+    assert stage_of(str(text)) == TEXT and stage_of(f"{chat},{both}") == INSTRUCTION
+    with pytest.raises(UserError, match=r"a\.jsonl holds raw text, .*b\.json holds questions and answers"):
+        stage_of(f"{text},{chat}")

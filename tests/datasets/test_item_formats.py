@@ -1,0 +1,142 @@
+"""utils/datasets/item_formats.py: fields under other names, fields that change what is learned, fields that nothing reads."""
+
+import json
+
+import pytest
+from record_files import RECORDS, as_lines
+
+from utils.console import UserError
+from utils.datasets.records import read_records
+
+ANSWER = {"instruction": "问", "input": "", "output": "答"}
+READ = {
+    "prompt and completion": ({"prompt": "问", "completion": "答"}, ANSWER),
+    "query and response": ({"query": "问", "response": "答"}, ANSWER),
+    "question and answer": ({"question": "问", "answer": "答"}, ANSWER),
+    "dolly": ({"instruction": "问", "context": "材料", "response": "答"}, ANSWER | {"input": "材料"}),
+    "context": (ANSWER | {"context": "材料"}, ANSWER | {"input": "材料"}),
+    "system_prompt": (ANSWER | {"system_prompt": "护士"}, ANSWER | {"system": "护士"}),
+    "meta_instruction": (ANSWER | {"meta_instruction": "护士"}, ANSWER | {"system": "护士"}),
+    "rounds": (
+        {"conversation": [{"system": "护士", "input": "甲", "output": "乙"}, {"input": "问", "output": "答"}]},
+        ANSWER | {"history": [["甲", "乙"]], "system": "护士"},
+    ),
+    "prompt of turns": (
+        {"prompt": [{"role": "user", "content": "问"}], "completion": [{"role": "assistant", "content": "答"}]},
+        ANSWER,
+    ),
+    "prompt beside messages": (
+        {"prompt": "问", "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]},
+        ANSWER,
+    ),
+    "turns as JSON": ({"messages": '[{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]'}, ANSWER),
+    "keys of OpenAI in conversations": (
+        {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]},
+        ANSWER,
+    ),
+    "parts with value": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "value": "问"}]}, {"role": "assistant", "content": "答"}]},
+        ANSWER,
+    ),
+    "thoughts": (
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "reasoning_content": "想"}]},
+        ANSWER | {"output": "<think>\n想\n</think>\n\n答"},
+    ),
+    "odd history and input": (ANSWER | {"history": "[]", "input": []}, ANSWER),
+    "history as JSON": (ANSWER | {"history": '[["甲", "乙"]]'}, ANSWER | {"history": [["甲", "乙"]]}),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_fields_under_other_names(tmp_path, name):
+    item, expected = READ[name]
+    path = tmp_path / "a.jsonl"
+    path.write_text(as_lines([item]), "utf-8")
+    assert list(read_records(path, strict=True)) == [expected]
+
+
+def two(first=None, second=None, question=None):
+    """A dialogue of two answers, with fields for each of them, and for the first question."""
+    turns = [{"from": "human", "value": "一"} | (question or {}), {"from": "gpt", "value": "二"} | (first or {})]
+    return {"conversations": [*turns, {"from": "human", "value": "三"}, {"from": "gpt", "value": "四"} | (second or {})]}
+
+
+FLAGS = [
+    (two({"weight": 0}), [False, True]),
+    (two({"loss": False}), [False, True]),
+    (two({"train": False}, {"loss": True}), [False, True]),
+    (two(None, {"masked": 1}), [True, False]),
+    (two({"weight": 1.0}, {"loss": True}), None),
+    (two() | {"loss": [False, True]}, [False, True]),
+    (two({"weight": 0}) | {"loss": [1, 1.0]}, [False, True]),
+    ({"instruction": "三", "output": "四", "history": [["一", "二"]], "learn": [False, True]}, [False, True]),
+]
+
+
+@pytest.mark.parametrize(("item", "learn"), FLAGS)
+def test_answers_that_are_not_to_be_learned(tmp_path, item, learn):
+    path = tmp_path / "a.jsonl"
+    path.write_text(as_lines([item]), "utf-8")
+    (record,) = read_records(path, strict=True)
+    assert record == {"instruction": "三", "input": "", "output": "四", "history": [["一", "二"]]} | (
+        {"learn": learn} if learn else {}
+    )
+
+
+DROPPED = [
+    (ANSWER | {"weight": 0}, "none of its answers is to be learned"),
+    (two({"loss": False}, {"loss": False}), "none of its answers is to be learned"),
+    (two({"weight": 0.5}), "weight is 0.5: only 0 and 1"),
+    (two({"weight": "0"}), "weight is 0: only 0 and 1"),
+    (two() | {"loss": [True]}, "loss has 1 entries for 2 answers"),
+    (ANSWER | {"label": False}, "label is false"),
+    (two({"tool_calls": [{"name": "f"}]}), "tool calls"),
+    (two() | {"images": ["a.png"]}, "images"),
+    (ANSWER | {"context": "一", "input": "二"}, "both input and context are given"),
+    ({"prompt": "一", "query": "二", "response": "三"}, "both prompt and query are given"),
+    (ANSWER | {"system": "一", "system_prompt": "二"}, "two system texts"),
+]
+
+
+@pytest.mark.parametrize(("item", "cause"), DROPPED)
+def test_records_that_would_be_learned_wrongly_are_dropped(tmp_path, capsys, item, cause):
+    path = tmp_path / "a.jsonl"
+    path.write_text(as_lines([item, RECORDS[0]]), "utf-8")
+    assert list(read_records(path)) == RECORDS[:1]
+    assert "1 dropped, 1 kept: " in (said := capsys.readouterr().out)
+    assert cause in said
+
+
+RAW = {
+    "firefly": {"kind": "NLI", "input": "问", "target": "中立"},
+    "COIG": {"instruction": "Name.", "input": "", "output": "Red.", "trans_instruction": "说", "trans_output": "红"},
+    "psyQA": {"question": "问", "description": "述", "answers": [{"answer_text": "答"}]},
+    "belle": {"instruction": "Human：天\nAssistant：", "input": "", "output": "答"},
+    "baize": {"topic": "t", "input": "[|Human|] 一\n[|AI|] 二\n[|Human|] "},
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_set_as_it_is_downloaded_is_refused_by_name(tmp_path, capsys, name):
+    path = tmp_path / "a.jsonl"
+    path.write_text(as_lines([RAW[name]] * 3), "utf-8")
+    with pytest.raises(UserError, match=f"first run python data/{name}/prepare.py --raw {path}"):
+        list(read_records(path))
+    path.write_text(as_lines([*RECORDS, RAW[name]]), "utf-8")
+    assert list(read_records(path)) == RECORDS
+    assert f"1 dropped, 3 kept: an item as it is downloaded, for data/{name}/prepare.py" in capsys.readouterr().out
+
+
+def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, capsys):
+    items = [
+        two({"name": "x"}, question={"loss": True}) | {"id": number, "empty": None, "tools": [{"name": "f"}]}
+        for number in range(1, 40)
+    ]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(items))
+    assert len(list(read_records(path))) == 39
+    said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert said == [
+        f"{path}: fields not used, with the records that have them: "
+        "id (39), tools (39), loss (of a question) (39), name (in turns) (39)"
+    ]

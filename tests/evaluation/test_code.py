@@ -1,0 +1,150 @@
+"""Code in answers: what is run, in what it is shut, and pass@k worked out by hand."""
+
+import itertools
+import json
+import os
+import random
+import re
+import socket
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from utils.evaluation import code
+from utils.evaluation.code import SANDBOX, Task, outcome, pass_at, program
+from utils.evaluation.sandbox import REFUSED
+from utils.files import write_json
+
+ADD = Task("def add(a, b):\n", "add", "assert add(1, 2) == 3")
+
+
+@pytest.mark.parametrize(("count", "right", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 4), (7, 1, 7)])
+def test_pass_at_k_is_the_mean_over_all_choices_of_k(count, right, k):
+    drawn = itertools.combinations([True] * right + [False] * (count - right), k)
+    assert pass_at(k, count, right) == pytest.approx(statistics.fmean(map(any, drawn)))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["好的：\n```python\ndef add(a, b):\n    return a + b\n```\n完", "    return a + b", "def add(a, b):\n    return a + b"],
+)
+def test_right_code_passes_however_it_is_given(answer):
+    assert outcome(program(answer, ADD)) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("assert False", "AssertionError"),
+        ("def", "SyntaxError"),
+        ("import os; os._exit(3)", "status 3"),
+        ("import os; os._exit(97)", "status 1"),
+        ("import os; os._exit(0)", "ended before its tests did"),
+        ("raise SystemExit(0)\nassert False", "ended before its tests did"),
+        ("x = bytearray(2 << 30)", "MemoryError"),
+        ("open('big', 'wb').write(bytes(1 << 25))", "File too large"),
+        ("for n in range(99): open(f'{n}', 'wb').write(bytes(1 << 20))", "No space left on device"),
+        ("for n in range(9999): open(f'{n}', 'w').close()", "No space left on device"),
+        ("while True: print('x' * 100000)", "File too large"),
+        ("import sys\nwhile True: sys.stderr.write('x' * 100000)", "xxx"),
+    ],
+)
+def test_wrong_and_greedy_code_fails_with_its_reason(text, why):
+    assert why in outcome(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "open('/etc/passwd').read()",
+        "open('{mine}').read()",
+        "open('{mine}', 'w')",
+        "os.truncate('{mine}', 0)",
+        "os.chmod('{mine}', 0)",
+        "os.link('{mine}', 'link')",
+        "os.symlink('{mine}', 'link'); open('link', 'w')",
+        "open('/proc/self/environ').read()",
+        "os.kill(os.getppid(), 0)\nos.kill(-1, 9)",
+        "open(os.path.join(os.path.dirname(os.__file__), 'mine'), 'w')",
+        "socket.create_connection(('127.0.0.1', 9), 5)",
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))",
+        "socket.socket(socket.AF_UNIX).connect('{listening}')",
+        "os.setuid(0)",
+        "os.chroot('/tmp')",
+        "os.environ['SECRET']",
+        "[os.fork() or time.sleep(9) for _ in range(99)]",
+    ],
+)
+def test_what_is_outside_cannot_be_reached(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("SECRET", "one")
+    mine, listening = tmp_path / "mine", tmp_path / "s"
+    mine.write_text("mine", "utf-8")
+    before = mine.stat()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(listening))
+        server.listen()
+        told = outcome("import os, socket, time\n" + text.replace("{mine}", str(mine)).replace("{listening}", str(listening)))
+    assert re.match("FileNotFoundError|PermissionError|ProcessLookupError|OSError|KeyError|BlockingIOError", told), told
+    after = mine.stat()
+    assert (after.st_mode, after.st_nlink, after.st_mtime_ns) == (before.st_mode, before.st_nlink, before.st_mtime_ns)
+    assert mine.read_text("utf-8") == "mine"
+
+
+def test_a_program_cannot_end_the_one_that_runs_it():
+    """Not its parent, nor all of its process group, which reaches out of a namespace."""
+    text = "import os, signal\nfor one in (os.getppid(), 1, 0):\n    try: os.kill(one, 9)\n    except OSError: pass"
+    assert outcome(text) in ("", "ended with status 247")
+
+
+def test_what_is_started_ends_with_the_program(tmp_path):
+    """A child of its own session that would live on, and one that asks not to die with its parent."""
+    text = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep({seconds})"
+    seconds = random.Random().uniform(3600, 7200)
+    assert outcome(text.replace("{seconds}", str(seconds))) == ""
+    running = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert not any(b"sandbox.py" in command for command in running)
+
+
+def test_time_is_bounded(monkeypatch):
+    monkeypatch.setattr(code, "SECONDS", 1)
+    assert "status" in outcome("while True: pass")
+    monkeypatch.setattr(code, "WALL", 2)
+    assert outcome("import time; time.sleep(60)") == "took over 2 s"
+    running = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert not any(b"sandbox.py" in command for command in running)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="not root, or no Python for all")
+def test_it_works_for_those_who_are_not_root(tmp_path):
+    """With the system's Python, as nobody: the same disk, no way up."""
+    tmp_path = Path(tempfile.mkdtemp())
+    os.chown(tmp_path, 65534, 65534)
+    program = SANDBOX.read_text("utf-8")
+    for text, status in (("import json, os\nassert os.listdir('/tmp') == []", 0), ("open('/etc/passwd')", 1)):
+        ended = subprocess.run(
+            ["/usr/bin/python3", "-I", "-c", program, tmp_path, "5", "512"], input=f"word\n{text}", capture_output=True,
+            text=True, user=65534, group=65534, extra_groups=[],
+        )  # fmt: skip
+        if ended.returncode == REFUSED:
+            pytest.skip(f"this machine does not let others than root do it: {ended.stderr}")
+        assert (ended.returncode, "word" in ended.stdout) == (status, status == 0), ended.stderr
+
+
+def test_the_script_runs_samples_and_counts(script, tmp_path):
+    raw = {"task_id": "x/0", "prompt": ADD.prefix, "entry_point": "add", "test": "def check(f):\n    assert f(1, 2) == 3"}
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(raw) + "\n", "utf-8")
+    said = script("data/code/prepare.py", "--raw", tmp_path / "HumanEval.jsonl", "--output_dir", tmp_path).ok()
+    assert "MIT" in said
+    (problem,) = json.loads((tmp_path / "humaneval.json").read_text("utf-8"))
+    options = ["--test_input_path", tmp_path / "humaneval.json", "--output_dir", tmp_path / "out"]
+    for number, answer in enumerate(["    return a + b", "    return a - b"]):
+        write_json(tmp_path / f"{number}.json", [{"instruction": problem["instruction"], "output": answer}])
+        options += ["--answers", f"f1={tmp_path / str(number)}.json"]
+    assert "missing; say how to compare" in script("judge.py", *options).error
+    out = script("judge.py", *options, "--run_code").ok()
+    assert "f1: 1 of 2 programs pass; the others: AssertionError 1" in out
+    (table,) = json.loads((tmp_path / "out/code.json").read_text("utf-8"))["tables"]
+    assert table["title"].startswith("pass@1 in % (2 samples a problem") and table["rows"][0]["values"] == {"f1": 50.0}

@@ -1,0 +1,98 @@
+"""A file of prompts answered by another server: the ids of a local run, resumed where it stopped, wrong names refused."""
+
+import json
+import re
+
+import pytest
+import tiny
+from api_server import asked
+
+from utils.datasets.records import write_records
+
+RECORDS = [
+    {"instruction": "你是谁？"},
+    {"instruction": "Add.", "input": "1 + 1"},
+    {"instruction": "真的？", "history": [["你是谁？", "我是梦想家。"]], "system": "说短一点。"},
+]
+
+
+@pytest.fixture(name="prompts")
+def fixture_prompts(tmp_path):
+    write_records(tmp_path / "prompts.json", RECORDS)
+    return tmp_path / "prompts.json"
+
+
+@pytest.fixture(name="f1", scope="module")
+def fixture_f1(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.adapter(tiny.llama(folder / "base"), folder / "f1", 1)
+    return folder / "f1"
+
+
+def options(server, prompts, *more):
+    return ["--is_ui", "False", "--test_input_path", prompts, "--api_base", server.url, *more]
+
+
+def completion(text):
+    choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
+    return {
+        "body": json.dumps({"id": "x", "object": "text_completion", "created": 1, "model": "f1", "choices": [choice]}).encode()
+    }
+
+
+def test_messages_go_where_no_tokenizer_is_known(serve, script, prompts, tmp_path):
+    server = serve(lambda number, body: "answer to " + asked(body))
+    server.models = ["only"]
+    out = script("generate.py", *options(server, prompts, "--output_path", tmp_path / "out.json", "--stop", "END")).ok()
+    assert "sends messages" in out and "1 prompts have an input" in out and "only answers" in out
+    answers = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert [record["output"] for record in answers] == ["answer to 你是谁？", "answer to Add.\n1 + 1", "answer to 真的？"]
+    third = next(body for body in server.bodies if len(body["messages"]) == 4)
+    assert [message["role"] for message in third["messages"]] == ["system", "user", "assistant", "user"]
+    assert (third["temperature"], third["stop"], third["model"]) == (0.0, ["END"], "only")
+    again = script("generate.py", *options(server, prompts, "--output_path", tmp_path / "out.json", "--stop", "END")).ok()
+    assert "holds the answers" in again and len(server.bodies) == 3
+
+
+def test_a_stopped_run_goes_on_and_a_refused_setting_is_left_out(serve, script, prompts, f1, tmp_path):
+    def behave(number, body):
+        if "top_k" in body:
+            return {"status": 400, "body": b'{"error": {"message": "Unrecognized request argument supplied: top_k"}}'}
+        return {"status": 401, "body": b"{}"} if len(done) == 2 else done.append(0) or completion(str(body["prompt"]))
+
+    done = []
+    server = serve(behave)
+    server.models = ["f1", "f2"]
+    drawn = ("--do_sample", "--lora_weights", f1, "--output_path", tmp_path / "out.json", "--concurrency", 1)
+    assert "401" in script("generate.py", *options(server, prompts, *drawn)).error
+    assert not (tmp_path / "out.json").exists()
+    done.clear()
+    out = script("generate.py", *options(server, prompts, *drawn)).ok()
+    assert "2 answers are there already" in out and "does not take top_k 40" in out
+    assert len({str(body["prompt"]) for body in server.bodies}) == 3 and len(done) == 1
+    assert (server.bodies[-1]["seed"], server.bodies[-1]["top_p"], server.bodies[-1]["temperature"]) == (42, 0.75, 0.1)
+    assert not list(tmp_path.glob(".*.journal"))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--api_model", "f9"], "f9: not served there; .* serves f1, f2"),
+        ([], "--api_model: missing; .* serves f1, f2"),
+        (["--api_model", "f1", "--api_route", "completions"], "needs a tokenizer"),
+        (["--api_model", "f1", "--api_route", "chat", "--prompt_template", "alpaca"], "the server's own is used"),
+        (["--api_model", "f1", "--no_repeat_ngram_size", 2], "not a part of the protocol"),
+        (["--api_model", "f1", "--load_8bit"], "the server has the weights"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_before_the_first_request(serve, script, prompts, tmp_path, more, told):
+    server = serve(lambda *_: "x")
+    server.models = ["f1", "f2"]
+    error = script("generate.py", *options(server, prompts, "--output_path", tmp_path / "out.json", *more)).error
+    assert re.search(told, error) and not server.bodies and not (tmp_path / "out.json").exists()
+
+
+def test_a_server_that_is_not_there_is_named(script, prompts, tmp_path):
+    line = ["--is_ui", "False", "--test_input_path", prompts, "--output_path", tmp_path / "o.json"]
+    assert "does not list its models" in script("generate.py", *line, "--api_base", "http://127.0.0.1:9/v1").error
+    assert "--is_ui False" in script("generate.py", "--api_base", "http://127.0.0.1:9/v1").error

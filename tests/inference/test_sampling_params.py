@@ -1,0 +1,31 @@
+"""One home for decoding options: what a field of SamplingParams says is what script, page and endpoint have."""
+
+import dataclasses
+
+import pytest
+
+import generate
+from utils.chat.labels import LANGUAGES
+from utils.console import UserError
+from utils.inference.sampling_params import CONTROLS, KINDS, SHOWN, STARTS, SamplingParams, bounded
+
+
+def test_the_script_has_each_setting_as_it_is_described():
+    options = {field.name: field for field in dataclasses.fields(generate.Options)}
+    for field in dataclasses.fields(SamplingParams):
+        assert options[field.name].default == field.default and options[field.name].metadata == field.metadata
+    assert generate.decoding(generate.Options(top_k=7, seed=3)) == SamplingParams(top_k=7, seed=3)
+
+
+def test_each_control_has_a_chinese_label_and_bounds_that_hold():
+    texts = {text for name in SHOWN for text in (CONTROLS[name].label, CONTROLS[name].info) if text}
+    assert set(LANGUAGES["zh"].controls) == texts and not LANGUAGES["en"].controls
+    bounded(STARTS, 2048)
+    for name in STARTS:
+        for wrong in ("x", None, 10**10, -2, True if KINDS[name] is not bool else 1):
+            with pytest.raises(UserError, match=name):
+                bounded(STARTS | {name: wrong}, 2048)
+    with pytest.raises(UserError, match=r"max_new_tokens 9: .* 1 to 8"):
+        bounded({"max_new_tokens": 9}, 8)
+    with pytest.raises(UserError, match="top_k"):
+        bounded({"top_k": 1.5}, 8)

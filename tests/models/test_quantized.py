@@ -1,0 +1,173 @@
+"""Bases whose files hold quantized weights: trained on, answered with, dequantized in merging, or refused in one line."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from utils.adapters import switching
+from utils.console import UserError
+from utils.inference.answerers import resolve
+from utils.models import quantized
+from utils.models.loading import load_base, place
+from utils.models.meta_layout import open_model
+from utils.models.tokenizer import load_tokenizer
+
+IDS = torch.tensor([[1, 5, 6, 7, 30, 300, 5]])
+WAYS = {
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    "nf4 with quantized scales": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float16
+    ),
+    "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "fp8": None,
+}
+
+
+def in_fp8(base, folder):
+    """A copy of a model with its layers in float8, in blocks of 32 x 32, as DeepSeek publishes it in larger ones."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors[name].shape
+        blocks = tensors[name].view(rows // 32, 32, columns // 32, 32)
+        scale = blocks.abs().amax((1, 3)) / 448
+        tensors[name] = (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    told = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """The folders of a model, full and quantized in each way, and of an adapter for it."""
+    top = tmp_path_factory.mktemp("quantized")
+    found = {"full": tiny.llama(top / "full")}
+    for way, settings in WAYS.items():
+        folder = top / way
+        if settings is None:
+            in_fp8(found["full"], folder)
+        else:
+            shutil.copytree(found["full"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+            options = {"device_map": {"": "cpu"}, "quantization_config": settings}
+            AutoModelForCausalLM.from_pretrained(found["full"], **options).save_pretrained(folder)
+        found[way] = folder
+    return found | {"adapter": tiny.adapter(found["full"], top / "adapter")}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def as_the_library_dequantizes(folder):
+    """The model in float32 as transformers itself makes it of quantized weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"})
+    return model.dequantize(dtype=torch.float32).float() if getattr(model, "is_quantized", False) else model
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_dequantized_as_the_library_does_it(bases, way):
+    expected = as_the_library_dequantizes(bases[way]).state_dict()
+    config, stored = open_model(bases[way])
+    found = quantized.full(bases[way], config, stored)
+    assert set(found.names) == set(expected) and len(found.quantized) == 14
+    for name in found.names:
+        assert found.shape(name) == tuple(expected[name].shape) and found.dtype(name) == torch.float32
+        torch.testing.assert_close(found.tensor(name), expected[name].float(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found.rows(name, slice(3, 5)), found.tensor(name)[3:5], rtol=0, atol=0)
+    far = expected["model.layers.0.mlp.up_proj.weight"] - open_model(bases["full"])[1].tensor(
+        "model.layers.0.mlp.up_proj.weight"
+    )
+    assert 0 < far.abs().max() < 0.5  # quantized indeed, and scaled
+
+
+@pytest.mark.parametrize("way", ["nf4 with quantized scales", "int8", "fp8"])
+def test_an_adapter_on_a_quantized_base_is_merged_into_its_full_weights(bases, tmp_path, script, way):
+    merged = script(
+        "merge_weights.py", "--base_model", bases[way], "--lora_model", bases["adapter"], "--output_dir", tmp_path / "m"
+    )
+    merged.ok()
+    assert "14 tensors are quantized" in merged.out and "dequantized to float32" in merged.out
+    expected = logits(PeftModel.from_pretrained(as_the_library_dequantizes(bases[way]), bases["adapter"]))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert not getattr(model, "is_quantized", False) and model.dtype == torch.float32
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_on_a_quantized_base_are_those_of_peft(bases, way):
+    model = load_base(str(bases[way]), load_tokenizer(bases[way]), place(None, False))
+    adapters = switching.attach(model, {"own": bases["adapter"]}, str(bases[way]))
+    full = logits(PeftModel.from_pretrained(as_the_library_dequantizes(bases[way]), bases["adapter"]))
+    near = {"rtol": 0.1, "atol": 0.5} if way == "int8" else {"rtol": 1e-2, "atol": 2e-2}  # int8 rounds activations, too
+    torch.testing.assert_close(logits(model), full, **near)
+    with switching.merged(adapters, "own"):
+        torch.testing.assert_close(logits(model), full, **near)
+
+
+def test_training_on_a_quantized_base(bases, tmp_path, script):
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": "ab", "output": "cd"}] * 4))
+    argv = ["--data_path", tmp_path / "data.json", "--val_set_size", 0, "--num_epochs", 1, "--batch_size", 4]
+    for way in ("nf4 with quantized scales", "int8", "fp8"):
+        output = tmp_path / way
+        trained = script("finetune.py", "--base_model", bases[way], "--output_dir", output, *argv)
+        trained.ok()
+        assert "are quantized already" in trained.out
+        moved = load_file(output / "adapter_model.safetensors")
+        assert all(tensor.any() for name, tensor in moved.items() if "lora_B" in name)
+
+
+def without_entry(folder, copy, **entry):
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (copy / "config.json").write_text(json.dumps(config | entry))
+    return copy
+
+
+@pytest.mark.parametrize("way", ["nf4", "int8", "fp8"])
+def test_scales_that_no_configuration_names(bases, tmp_path, script, way):
+    """The library would leave them unused, and compute with unscaled weights."""
+    folder = without_entry(bases[way], tmp_path / "base")
+    words = "does not say how; copy config.json again"
+    with pytest.raises(UserError, match=words):
+        load_base(str(folder), load_tokenizer(folder), place(None, False))
+    with pytest.raises(UserError, match=words):
+        resolve(str(folder), [str(bases["adapter"])], "")
+    refused = script(
+        "merge_weights.py", "--base_model", folder, "--lora_model", bases["adapter"], "--output_dir", tmp_path / "m"
+    )
+    assert refused.status == 2 and words in refused.error
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"quant_method": "unheard-of"},
+    ],
+)
+def test_methods_that_do_not_work_here(bases, tmp_path, script, told):
+    """Before a record is encoded."""
+    folder = without_entry(bases["full"], tmp_path / "base", quantization_config=told)
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": "ab", "output": "cd"}] * 4))
+    argv = ["--base_model", folder, "--data_path", tmp_path / "data.json", "--val_set_size", 0, "--output_dir", tmp_path / "o"]
+    refused = script("finetune.py", *argv)
+    assert refused.status == 2 and f"are quantized ({told['quant_method']})" in refused.error
+    assert "records to train" not in refused.out and "encoding" not in refused.err
+    with pytest.raises(UserError, match=f"are quantized .{told['quant_method']}"):
+        resolve(str(folder), [str(bases["adapter"])], "")
+    with pytest.raises(UserError, match=f"are quantized .{told['quant_method']}"):
+        quantized.full(folder, *open_model(folder))

@@ -1,0 +1,130 @@
+"""Extending a vocabulary: what Chinese-LLaMA did for SentencePiece, whole tokens beside a byte-level BPE, and new rows."""
+
+import json
+import sys
+
+import pytest
+import sentencepiece
+import tiny
+import torch
+from sentencepieces import CHINESE, TEXTS, chinese, chinese_alpaca, llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import extend_vocab
+from utils.cli import parse
+from utils.console import UserError
+from utils.models.tokenizer import load_tokenizer
+from utils.models.vocabulary import grow_embeddings, pieces_of_new_tokens
+
+
+def extend(*arguments: str) -> None:
+    extend_vocab.main(parse(extend_vocab.Options, list(map(str, arguments))))
+
+
+def test_sentencepiece_is_extended_as_chinese_llama_did_it(tmp_path):
+    base, model = llama(tmp_path / "base"), chinese(tmp_path / "chinese.model")
+    extend("--base_model", base, "--sp_model", model, "--output_dir", tmp_path / "new")
+    wanted = (chinese_alpaca(base, tmp_path / "by_hand") / "tokenizer.model").read_bytes()
+    assert (tmp_path / "new" / "tokenizer.model").read_bytes() == wanted
+    old, new = (sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / n / "tokenizer.model")) for n in ("base", "new"))
+    size = old.get_piece_size()
+    assert [old.id_to_piece(i) for i in range(size)] == [new.id_to_piece(i) for i in range(size)]
+    assert {new.get_score(i) for i in range(size, new.get_piece_size())} == {0.0}
+    assert load_tokenizer(tmp_path / "new")(TEXTS, add_special_tokens=False)["input_ids"] == new.encode(TEXTS)
+    assert len(new.encode("世界的影响")) < len(old.encode("世界的影响"))
+    assert (tmp_path / "new" / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+
+
+def test_byte_level_bpe_gets_whole_tokens_that_transformers_alone_reads(tmp_path):
+    base = tmp_path / "base"
+    tiny.tokenizer(base)
+    (tmp_path / "text.txt").write_text("\n".join(CHINESE))
+    extend("--base_model", base, "--text", tmp_path / "text.txt", "--vocab_size", "60", "--output_dir", tmp_path / "new")
+    old, new, plain = load_tokenizer(base), load_tokenizer(tmp_path / "new"), AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert len(old) < len(new) <= len(old) + 60
+    for text in [*TEXTS, "我是梦想家</s>"]:
+        for split in (True, False):
+            ids = new(text, split_special_tokens=split, add_special_tokens=False)["input_ids"]
+            assert ids == plain(text, split_special_tokens=split, add_special_tokens=False)["input_ids"]
+            assert new.decode(ids) == old.decode(old(text, add_special_tokens=False)["input_ids"])
+    assert len(new("世界的影响")["input_ids"]) < len(old("世界的影响")["input_ids"])
+    english = "The quick brown fox creates 2023 things_to_do."
+    assert new(english)["input_ids"] == old(english)["input_ids"], "tokens without Latin letters leave English as it was"
+    assert all(min(map(ord, token)) > 0x143 for token in new.get_added_vocab() if token not in old.get_added_vocab())
+
+
+def test_the_same_text_gives_the_same_tokenizer(tmp_path):
+    llama(tmp_path / "base")
+    (tmp_path / "records.json").write_text(json.dumps([{"instruction": text, "output": text} for text in CHINESE]))
+    for name in ("a", "b"):
+        extend("--base_model", tmp_path / "base", "--text", tmp_path / "records.json", "--output_dir", tmp_path / name)
+    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
+    new = load_tokenizer(tmp_path / "a").get_vocab()
+    assert not any("instruction" in token for token in new), "the keys of JSON records are no text"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_are_the_mean_of_what_they_replace(tmp_path, tied):
+    base = tiny.llama(tmp_path / "base", tie_word_embeddings=tied)
+    (tmp_path / "text.txt").write_text("\n".join(CHINESE))
+    extend("--base_model", base, "--text", tmp_path / "text.txt", "--vocab_size", "40", "--output_dir", tmp_path / "new")
+    old, new = load_tokenizer(base), load_tokenizer(tmp_path / "new")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    grow_embeddings(model, old, new)
+    after = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    assert (after[0] is after[1]) == tied and model.config.vocab_size == len(new)
+    for weight, grown in zip(before, after, strict=True):
+        assert torch.equal(grown[: len(weight)], weight)
+        for index in range(len(weight), len(new)):
+            ids = old(new.decode([index]), add_special_tokens=False)["input_ids"]
+            torch.testing.assert_close(grown[index], weight[ids].mean(0))
+
+
+def test_pieces_of_sentencepiece_tokens_have_no_space_of_their_own(tmp_path):
+    base = llama(tmp_path / "base")
+    old, new = load_tokenizer(base), load_tokenizer(chinese_alpaca(base, tmp_path / "new"))
+    pieces = pieces_of_new_tokens(old, new)
+    assert sorted(pieces) == list(range(len(old), len(new)))
+    for index, ids in pieces.items():
+        piece = new.convert_ids_to_tokens(index)
+        assert "".join(old.convert_ids_to_tokens(ids)).startswith("▁") == piece.startswith("▁")
+        assert old.continuing_model.decode(ids) == piece.replace("▁", " ")
+
+
+def test_a_tokenizer_that_is_no_extension_is_refused(tmp_path):
+    old, new = load_tokenizer(llama(tmp_path / "a")), tiny.tokenizer(tmp_path / "b")
+    with pytest.raises(UserError, match="is not an extension"):
+        pieces_of_new_tokens(old, new)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give one of them"),
+        (("--sp_model", "x", "--text", "y"), "give one of them"),
+        (("--sp_model", "nothing.model"), "cannot be read"),
+        (("--sp_model", __file__), "is not a SentencePiece model"),
+        (("--text", "nothing.txt"), "cannot be read"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_written(tmp_path, arguments, message):
+    llama(tmp_path / "base")
+    with pytest.raises(UserError, match=message):
+        extend("--base_model", tmp_path / "base", "--output_dir", tmp_path / "new", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_nothing_new_and_tokens_in_the_way_are_said(tmp_path):
+    base, model = llama(tmp_path / "base"), chinese(tmp_path / "chinese.model")
+    with pytest.raises(UserError, match="has all of these"):
+        extend("--base_model", base, "--sp_model", base / "tokenizer.model", "--output_dir", tmp_path / "new")
+    padded = chinese_alpaca(base, tmp_path / "padded")
+    with pytest.raises(UserError, match=r"tokens after the pieces.*\[PAD\]"):
+        extend("--base_model", padded, "--sp_model", model, "--output_dir", tmp_path / "new")
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UserError, match="--overwrite"):
+        extend("--base_model", base, "--sp_model", model, "--output_dir", tmp_path / "new")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        extend("--base_model", base, "--sp_model", model, "--output_dir", tmp_path / "new", "--overwrite")
+    assert "torch" in sys.modules and not list((tmp_path / "new").iterdir())

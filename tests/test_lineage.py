@@ -1,0 +1,75 @@
+"""lineage.json: which toolkit wrote it, in which form, and what is read of others' forms."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import time
+
+import pytest
+from scripting import ROOT
+
+from utils import lineage
+from utils.console import UserError
+
+
+@dataclasses.dataclass
+class Options:
+    output_dir: str = "out"
+
+
+def test_a_step_names_the_toolkit_and_its_form(tmp_path):
+    step = lineage.describe("train", Options(), time.time())
+    assert step["format"] == 1
+    newest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1]
+    assert step["toolkit"]["version"] == newest
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert not (ROOT / ".git").exists() or step["toolkit"]["commit"].startswith(head.stdout.strip() or "-")
+    lineage.write(tmp_path, step)
+    assert lineage.read(tmp_path) == step
+
+
+def test_an_older_file_without_a_format_is_read_and_a_newer_one_refused(tmp_path):
+    step = {"kind": "train", "options": {"output_dir": "f1"}}
+    (tmp_path / lineage.FILE).write_text(json.dumps(step))
+    assert lineage.read(tmp_path) == step
+    (tmp_path / lineage.FILE).write_text(json.dumps({"kind": "train", "options": {}, "parent": {
+        "name": "f1", "sha256": "0", "lineage": step | {"format": 2}}}))  # fmt: skip
+    with pytest.raises(UserError, match="has format 2, this version reads 1; update the toolkit"):
+        lineage.read(tmp_path)
+
+
+def test_outside_a_clone_the_commit_is_not_known(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "9.0.0"\n')
+    monkeypatch.setattr(lineage, "ROOT", tmp_path)
+    assert lineage.toolkit() == {"version": "9.0.0", "commit": None}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_base_is_told_from_a_slightly_trained_one(tiny_llama, tmp_path, dtype):
+    """By one tensor that was scaled by 1.001 where the types are the same; rounding to another type is not a training."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    original = lineage.fingerprint(str(tiny_llama))
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    rounded = lineage.fingerprint(str(folder))
+    assert lineage.differences(original, rounded) == lineage.differences(rounded, original) == []
+    assert lineage.identity({"name": "a", "fingerprint": original}) != lineage.identity({"name": "b", "fingerprint": original})
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.v_proj.weight"):
+        save_file(tensors | {name: tensors[name] * 1.01}, folder / "model.safetensors")
+        trained = lineage.fingerprint(str(folder))
+        assert any("other values" in difference for difference in lineage.differences(rounded, trained))
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert any(
+        "other values in" in difference for difference in lineage.differences(original, lineage.fingerprint(str(folder)))
+    )
+    if dtype == "float32":
+        save_file(tensors | {name: tensors[name] * 1.001}, folder / "model.safetensors")
+        assert lineage.differences(original, lineage.fingerprint(str(folder))) == ["other values in some tensors"]
+        old = {key: original[key] for key in ("architecture", "tokenizer", "shapes", "samples")}  # as it was written before
+        assert lineage.differences(old, rounded) == [] and lineage.is_fingerprint(old)

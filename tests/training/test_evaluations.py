@@ -1,0 +1,155 @@
+"""What is answered at each evaluation of a training: it equals what the other scripts give, and disturbs nothing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripting import ROOT, warm
+from trainings import options, same, tensors
+
+from utils import lineage
+from utils.files import write_json
+from utils.training.evaluations import ANSWERS
+
+warm("transformers.trainer", "utils.evaluation.during_training", "utils.inference.batch")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A few sums with their results, and questions with choices of two subjects, some of them not usable."""
+    folder = tmp_path_factory.mktemp("asked")
+    sums = [{"instruction": f"{n} + {n} = ?", "input": "", "output": str(2 * n)} for n in range(1, 6)]
+    choices = [
+        {"instruction": f"第{n}题选什么？", "choices": [f"甲{n}", f"乙{n}", f"丙{n}"], "answer": "ABC"[n % 3], "category": c}
+        for n, c in enumerate("xxyyxxyyx")
+    ]
+    choices.append({"instruction": "没有正确答案", "choices": ["一", "二"], "answer": ""})
+    choices.append({"instruction": "有两个正确答案", "choices": ["一", "二", "三"], "answer": "AB", "category": "x"})
+    write_json(folder / "sums.json", sums)
+    write_json(folder / "choices.json", choices)
+    return folder
+
+
+def history(folder):
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").splitlines()]
+
+
+def evaluated(asked, **changes):
+    """The options of a run that answers three times: each five steps, and at the end."""
+    settings = {"eval_answers": asked / "sums.json", "eval_choices": asked / "choices.json", "max_new_tokens": 6}
+    return settings | {"eval_steps": 4, "save_steps": 4} | changes
+
+
+def test_answers_and_choices_are_those_of_the_other_scripts_and_change_nothing(script, bases, data, asked, tmp_path):
+    """The last evaluation is that of the adapter that is kept: generate.py and judge.py give the same of it."""
+    out = script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **evaluated(asked))).ok()
+    assert "choices.json: 1 of 11 questions dropped: the right choice is missing" in out
+    entries = history(tmp_path / "out")
+    scores = [entry for entry in entries if "eval_choices" in entry]
+    answers = [entry for entry in entries if ANSWERS in entry]
+    assert [entry["step"] for entry in scores] == [entry["step"] for entry in answers] == [4, 5, 8, 10]
+    assert {"eval_choices", "eval_chrf", "eval_exact"} <= scores[0].keys() and "eval_loss" not in scores[0]
+    behind = (
+        r"\(9 questions, 1 left out, 0 shots, plain text, likelihood of the letter, float32; 95 % interval [\d.]+ to [\d.]+\)"
+    )
+    assert re.search(rf"step 10: right choices {scores[-1]['eval_choices']:.1f} % {behind}", out)
+    assert re.search(r"step 10: chrF [\d.]+ \(5 prompts, template alpaca_short, greedy, float32; 95 % interval", out)
+    assert "kept: the adapter of step 10 of 10, the last one (right choices (%)" in out
+    kept = lineage.read(tmp_path / "out")["results"]
+    assert kept["eval_choices"] == scores[-1]["eval_choices"] and kept["kept_step"] == 10
+
+    script(
+        "generate.py", "--lora_weights", tmp_path / "out", "--test_input_path", asked / "sums.json", "--is_ui", False,
+        "--num_beams", 1, "--max_new_tokens", 6,
+    ).ok()  # fmt: skip
+    given = [record["output"] for record in json.loads((tmp_path / "out/test.json").read_text("utf-8"))]
+    assert [one["answer"] for one in answers[-1][ANSWERS]] == given
+    script(
+        "judge.py", "--choices", asked / "choices.json", "--lora_weights", tmp_path / "out", "--output_dir", tmp_path / "judged"
+    ).ok()
+    table = json.loads((tmp_path / "judged/choices.json").read_text("utf-8"))["tables"][0]
+    assert table["rows"][0]["values"]["out"] == pytest.approx(scores[-1]["eval_choices"])
+
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "plain", save_steps=4)).ok()
+    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "plain"))
+    assert [entry["loss"] for entry in entries if "loss" in entry] == [
+        entry["loss"] for entry in history(tmp_path / "plain") if "loss" in entry
+    ]
+
+
+def test_killed_amid_an_evaluation_the_same_command_ends_in_the_same_files(script, bases, data, asked, tmp_path):
+    """The best adapter by the choices; killed while it answers for the second time."""
+    changes = evaluated(asked, metric_for_best_model="choices", val_set_size=8, num_epochs=3)
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "whole", **changes)).ok()
+    command = options(bases["llama"], data, tmp_path / "killed", **changes)
+    running = script.start("finetune.py", *command)
+    log = tmp_path / "killed/train_log.jsonl"
+    running.wait_until(lambda: log.exists() and log.read_text("utf-8").count(f'"{ANSWERS}"') == 2)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "killed/adapter_model.safetensors").exists()
+    out = script("finetune.py", *command).ok()
+    assert "resum" in out
+    assert same(tensors(tmp_path / "killed"), tensors(tmp_path / "whole"))
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    best = max(entry["eval_choices"] for entry in history(tmp_path / "whole") if "eval_choices" in entry)
+    first = next(entry["step"] for entry in history(tmp_path / "whole") if entry.get("eval_choices") == best)
+    assert f"kept: the adapter of step {first} of 12, the first with the highest eval_choices" in out
+    assert lineage.read(tmp_path / "killed")["results"]["kept_step"] == first
+    write_json(tmp_path / "other.json", [{"instruction": "别的", "input": "", "output": "1"}])
+    (tmp_path / "killed/adapter_model.safetensors").unlink()
+    (tmp_path / "killed/lineage.json").unlink()
+    changed = options(bases["llama"], data, tmp_path / "killed", **changes | {"eval_answers": tmp_path / "other.json"})
+    assert "belongs to an unfinished run with other options or data" in script("finetune.py", *changed).error
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"metric_for_best_model": "choices"}, "--metric_for_best_model choices: needs --eval_choices"),
+        ({"metric_for_best_model": "eval_loss"}, "--metric_for_best_model eval_loss: needs a validation set"),
+        ({"metric_for_best_model": "chrf", "eval_answers": "{open}"}, "with an output for each of its prompts"),
+        ({"metric_for_best_model": "exact", "eval_answers": "{words}"}, "with a number as output for each of its prompts"),
+        ({"metric_for_best_model": "bleu"}, "--metric_for_best_model bleu: unknown; give loss, choices, chrf or exact"),
+        ({"eval_answers": "{none}"}, "none.json: no such file"),
+        ({"eval_choices": "{words}"}, "holds no question that can be used"),
+        (
+            {"metric_for_best_model": "exact", "eval_answers": "{sums}", "load_best_model_at_end": False},
+            "--load_best_model_at_end is False",
+        ),
+        ({"eval_answers": "{long}"}, "--eval_answers: prompt 1 has"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_the_work(script, bases, data, asked, tmp_path, changes, told):
+    files = {name: tmp_path / f"{name}.json" for name in ("open", "words", "none", "long")} | {"sums": asked / "sums.json"}
+    write_json(files["open"], [{"instruction": "一"}, {"instruction": "二", "output": "三"}])
+    write_json(files["words"], [{"instruction": "一", "output": "甲"}])
+    write_json(files["long"], [{"instruction": "长" * 3000}])
+    given = {name: str(value).format(**files) for name, value in changes.items()}
+    failed = script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **given))
+    assert told in failed.error
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+@pytest.mark.slow
+def test_only_the_first_of_several_ranks_answers(bases, data, asked, tmp_path):
+    """Both ranks agree on the best adapter; it and the log are those of one process."""
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        changes = evaluated(asked, metric_for_best_model="choices", lora_dropout=0, learning_rate=1e-3)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        argv = [sys.executable, *launcher, "finetune.py", *options(bases["llama"], data, out, **changes)]
+        done = subprocess.run(
+            argv, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("step 10: right choices") == 1
+        found[ranks] = [entry[key] for entry in history(out) for key in ("eval_choices", ANSWERS) if key in entry]
+    assert found[1] == found[2]

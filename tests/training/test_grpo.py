@@ -1,0 +1,137 @@
+"""Learning by rewards: the loss against the paper's formulas, whole runs, and what is wrong with a reward."""
+
+import json
+import math
+
+import pytest
+import torch
+from trainings import options, same, tensors
+
+from utils import lineage
+from utils.console import UserError
+from utils.training.grpo import advantages, policy_losses
+from utils.training.rewards import exact, length, load_rewards, number, try_out
+
+
+def test_the_loss_is_clipped_and_has_the_kl_term_of_the_paper():
+    log_probs, old = torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([-1.5, -1.0, -1.0])
+    losses, kl = policy_losses(log_probs, old, torch.tensor([-1.2, -1.0, -2.5]), torch.tensor([2.0, -1.0, -1.0]), 0.2, 0.1)
+    expected_kl = [math.exp(-0.2) + 0.2 - 1, 0, math.exp(-0.5) + 0.5 - 1]
+    assert kl.tolist() == pytest.approx(expected_kl, abs=1e-6)
+    plain = [-1.2 * 2, 1.0, 0.8]  # both ratios beyond their bounds: the first clipped, of the last the worse one counts
+    assert losses.tolist() == pytest.approx([loss + 0.1 * term for loss, term in zip(plain, expected_kl, strict=True)])
+    assert advantages([1, 0, 0, 1]) == pytest.approx([x / (math.sqrt(1 / 3) + 1e-4) for x in (0.5, -0.5, -0.5, 0.5)])
+    assert advantages([2, 2]) == [0, 0]
+
+
+def test_ready_made_rewards():
+    record = {"instruction": "3+4=", "input": "", "output": "等于 7。"}
+    assert exact(" 等于 7。", record) == 1 and exact("7", record) == 0
+    assert [number(answer, record) for answer in ("是7.0", "7 个，不是 8", "七", "14/2")] == [1, 0, 0, 1]
+    assert length("四个字呢", record) == pytest.approx(1 - 1 / 5)
+    (form,) = load_rewards(["format:0.5"], "答案：[0-9]+")
+    assert form.weight == 0.5 and form.function("答案：12\n", record) == 1 and form.function("答案：12。", record) == 0
+    (thinking,) = load_rewards(["format"], "")
+    assert thinking.function("<think>想</think>答", record) == 1 and thinking.function("答", record) == 0
+
+
+REWARDS = """
+def loud(answer, record):
+    return answer.count("好")
+def broken(answer, record):
+    return 1 / len(answer.replace("答", ""))
+def mute(answer, record):
+    pass
+def nothing(answer, record):
+    return float("nan")
+def huge(answer, record):
+    return 10**400
+def raw(answer, record):
+    return b"1"
+def several(answer, record):
+    return [1.0, 2.0]
+def leaving(answer, record):
+    raise SystemExit(0)
+def one(answer):
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("exct", "is unknown; give exact, number, length, format"),
+        ("missing.py:loud", "missing.py is not there"),
+        ("{file}:quiet", "has no function quiet"),
+        ("{bad}:loud", "cannot be run (SyntaxError"),
+        ("{file}:broken", "raised ZeroDivisionError: division by zero"),
+        ("{file}:mute", "it returned 'None', not a number"),
+        ("{file}:nothing", "it returned 'nan', not a number"),
+        ("{file}:huge", "it returned '1000000000000000000000000000000000000000', not a number"),
+        ("{file}:raw", """it returned "b'1'", not a number"""),
+        ("{file}:several", "it returned '[1.0, 2.0]', not a number"),
+        ("{file}:leaving", "raised SystemExit: "),
+        ("exact:nan", "exact is not there"),
+        ("{file}:one", "raised TypeError: one() takes 1 positional argument"),
+    ],
+)
+def test_what_is_wrong_with_a_reward_is_one_line(tmp_path, names, words):
+    (tmp_path / "rewards.py").write_text(REWARDS, "utf-8")
+    (tmp_path / "bad.py").write_text("def loud(:", "utf-8")
+    given = names.format(file=tmp_path / "rewards.py", bad=tmp_path / "bad.py")
+    with pytest.raises(UserError) as error:
+        try_out(load_rewards([given], ""), {"instruction": "问", "input": "", "output": "答"})
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Twelve questions, and a reward for each ASCII character of an answer."""
+    folder = tmp_path_factory.mktemp("questions")
+    records = [{"instruction": f"第{n}题", "input": "", "output": "e" * 6} for n in range(12)]
+    (folder / "questions.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    (folder / "rewards.py").write_text("def plain(answer, record):\n    return sum(map(str.isascii, answer)) / 8\n", "utf-8")
+    return folder
+
+
+def run_options(bases, questions, folder, **changes):
+    settings = {
+        "rewards": f"[{questions / 'rewards.py'}:plain,length:0.1]", "batch_size": 4, "micro_batch_size": 4, "num_epochs": 4,
+        "group_size": 6, "max_new_tokens": 8, "kl_beta": 0.001, "num_iterations": 2, "val_set_size": 4, "save_steps": 2,
+        "lora_target_modules": "[q_proj,k_proj,v_proj,o_proj,up_proj,down_proj]", "learning_rate": 2e-2,
+        "lora_dropout": 0,
+    }  # fmt: skip
+    return options(bases["llama"], questions / "questions.json", folder, **(settings | changes))
+
+
+def test_the_reward_rises_and_a_killed_run_ends_the_same(script, bases, questions, tmp_path):
+    out = script("finetune.py", *run_options(bases, questions, tmp_path / "out")).ok()
+    assert "validation reward" in out
+    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "reward" in entry]
+    assert steps[-1]["reward"] > steps[0]["reward"] + 0.1 and steps[-1]["kl"] > 0
+    assert {"reward_plain", "reward_length", "answer_tokens", "answers_cut", "answers_clipped", "groups_equal"} <= steps[
+        0
+    ].keys()
+    found = lineage.read(tmp_path / "out")
+    assert found["data"]["stage"] == "reward"
+    run = script.start("finetune.py", *run_options(bases, questions, tmp_path / "again"))
+    run.wait_until(lambda: (tmp_path / "again" / "checkpoint-2" / "checkpoint.json").is_file())
+    run.kill()
+    run.wait()
+    assert "checkpoint-" in script("finetune.py", *run_options(bases, questions, tmp_path / "again")).ok()
+    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
+    more = {"resume_from_checkpoint": tmp_path / "out", "max_steps": 1, "num_iterations": 1, "val_set_size": 0}
+    script("finetune.py", *run_options(bases, questions, tmp_path / "f2", **more)).ok()
+    entry = json.loads((tmp_path / "f2" / "train_log.jsonl").read_text().splitlines()[0])
+    assert entry["kl"] < 1e-4 and entry["answers_clipped"] == 0, "at first the policy is the parent, and that is the reference"
+
+
+def test_refused_before_anything_is_loaded(script, bases, questions, tmp_path):
+    for changes, words in (
+        ({"rewards": "[exct]"}, "--rewards exct: is unknown"),
+        ({"reward_format": "a+"}, "--reward_format: is given"),
+        ({"rewards": "[format]", "reward_format": "("}, "is not a regular expression"),
+    ):
+        assert words in script("finetune.py", *run_options(bases, questions, tmp_path / "no", **changes)).error
+    assert not (tmp_path / "no").exists()

@@ -1,0 +1,90 @@
+"""Memory of training: the estimate beside what autograd really keeps, and what happens where memory ends."""
+
+import shutil
+
+import pytest
+import torch
+from test_ranks import train_in_turn
+from trainings import losses, options, same, tensors
+from transformers import LlamaModel
+
+from benchmarks import memory as cases
+
+SAMPLE = [  # each family, type and choice of what trains, once or twice
+    ("llama", "8 bit", "q and v"),
+    ("qwen3_moe", "float32", "all linear layers"),
+    ("gemma2", "4 bit", "all linear layers"),
+    ("bloom", "bfloat16", "embeddings too"),
+]
+EVERY = [(family, kind, trained) for family in cases.FAMILIES for kind, trained in cases.cases()]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "trained"),
+    [pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.slow, id=", ".join(case)) for case in EVERY],
+)
+def test_the_estimate_is_within_15_percent_of_what_autograd_keeps(tmp_path, family, kind, trained):
+    figures = cases.compare(cases.random_model(family, tmp_path), kind, trained, 2, 96)
+    print(figures)
+    assert 0.85 < figures["ratio"] < 1.15
+    assert 0.85 < figures["checkpointed_ratio"] < 1.15
+    assert figures["checkpointed_counted_mb"] < 0.7 * figures["counted_mb"]
+
+
+# Where memory ends
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """From the call on, a real allocation fails in each forward pass of more than so many tokens that is to be learned from."""
+
+    def limit(tokens):
+        plain = LlamaModel.forward
+
+        def forward(self, input_ids, *args, **options):
+            if torch.is_grad_enabled() and input_ids.numel() > tokens:
+                torch.empty(2**50)
+            return plain(self, input_ids, *args, **options)
+
+        monkeypatch.setattr(LlamaModel, "forward", forward)
+
+    return limit
+
+
+def test_where_memory_ends_micro_batches_are_halved_and_nothing_else_changes(script, bases, data, tmp_path, little_memory):
+    changes = {"lora_dropout": 0, "micro_batch_size": 8, "max_steps": 4, "val_set_size": 4}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "plain", **changes)).ok()
+    little_memory(200)
+    out = script("finetune.py", *options(bases["llama"], data, tmp_path / "short", **changes)).ok()
+    assert "records of" in out and "out of memory with" in out and "half as many" in out
+    assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    for name, tensor in tensors(tmp_path / "plain").items():
+        # AdamW makes steps of up to the learning rate, 1e-2, of gradients that are rounding alone
+        assert (tensors(tmp_path / "short")[name] - tensor).abs().max() < 1e-4, name
+
+
+def test_a_resumed_run_keeps_its_smaller_micro_batches(script, bases, data, tmp_path, little_memory):
+    """With dropout, whose numbers depend on them: the adapters are equal bit for bit, also after the end of memory."""
+    changes = {"micro_batch_size": 8, "num_epochs": 1, "save_steps": 2, "save_total_limit": 9}
+    little_memory(200)
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "one", **changes)).ok()
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", tmp_path / "two" / "checkpoint-2")
+    out = script("finetune.py", *options(bases["llama"], data, tmp_path / "two", **changes)).ok()
+    assert "resuming this run from" in out and "out of memory" not in out
+    assert same(tensors(tmp_path / "one"), tensors(tmp_path / "two"))
+
+
+def test_memory_that_a_single_record_exceeds_is_told_in_a_line(script, bases, data, tmp_path, little_memory):
+    little_memory(8)
+    error = script("finetune.py", *options(bases["llama"], data, tmp_path / "out")).error
+    assert "out of memory with a single record of" in error and "--gradient_checkpointing" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_whose_memory_ends_does_its_part_again(bases, data, tmp_path):
+    """The second of two ranks has less memory; together they learn what one process does."""
+    one = train_in_turn(1, bases["llama"], data, tmp_path / "one", [13])[13]
+    two = train_in_turn(2, bases["llama"], data, tmp_path / "two", [13], LITTLE_MEMORY="1:130")[13]
+    assert two[0] == pytest.approx(one[0], abs=1e-5)
+    for name, tensor in one[1].items():
+        assert (two[1][name] - tensor).abs().max() < 1e-5, name

@@ -1,0 +1,178 @@
+"""Preferences: the losses' values and gradients against the papers' formulas, and whole runs."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from trainings import losses, options, same, tensors
+from transformers import AutoModelForCausalLM
+
+from utils import lineage
+from utils.datasets.encoding import IGNORED
+from utils.training.batching import pad
+from utils.training.loss import returning_loss
+from utils.training.preferences import LOSSES, Preference, judged_loss, pair_loss, pair_losses, sparse_log_probs
+
+
+def worked_out(loss, policy, reference, counts, beta, margin):
+    """One pair's loss by the formula, in plain numbers."""
+    (pc, pr), (rc, rr), (nc, nr) = policy, reference, counts
+    if loss == "dpo":
+        return math.log(1 + math.exp(-beta * ((pc - rc) - (pr - rr))))
+    if loss == "ipo":
+        return ((pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)) ** 2
+    if loss == "simpo":
+        return math.log(1 + math.exp(-(beta * (pc / nc - pr / nr) - margin)))
+    odds = [math.exp(p / n) / (1 - math.exp(p / n)) for p, n in ((pc, nc), (pr, nr))]
+    return -pc / nc + beta * math.log(1 + odds[1] / odds[0])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_losses_are_those_of_the_papers(loss):
+    policy, reference, counts = (-12.0, -20.0), (-14.0, -15.0), (4, 10)
+    found, rewards = pair_losses(
+        Preference(loss, 0.3, 0.5, 0.7), torch.tensor([policy]), torch.tensor([counts]), torch.tensor([reference])
+    )
+    expected = worked_out(loss, policy, reference, counts, 0.3, 0.7) + 0.5 * 12 / 4
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    rewarded = {"dpo": (0.6, -1.5), "ipo": (0.15, -0.15), "orpo": (-0.9, -0.6), "simpo": (-0.9, -0.6)}[loss]
+    assert rewards[0].tolist() == pytest.approx(rewarded)
+
+
+def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
+    """Logits where labelled, the reference kept, against all logits and the adapter switched off."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    pairs = []
+    for length in (9, 14):
+        ids = torch.randint(5, 200, (2, length)).tolist()
+        labels = [[IGNORED] * 4 + ids[0][4:], [IGNORED] * 4 + ids[1][4:]]
+        pairs.append({"input_ids": ids[0], "labels": labels[0], "rejected_ids": ids[1][:-2], "rejected_labels": labels[1][:-2]})
+
+    def plain(row_ids, row_labels):
+        scores = model(torch.tensor([row_ids])).logits[0, :-1].log_softmax(-1)
+        return sum(scores[at, token] for at, token in enumerate(row_labels[1:]) if token != IGNORED)
+
+    def both(pair):
+        return plain(pair["input_ids"], pair["labels"]), plain(pair["rejected_ids"], pair["rejected_labels"])
+
+    with torch.no_grad(), model.disable_adapter():
+        references = [both(pair) for pair in pairs]
+    expected = sum(
+        -functional.logsigmoid(0.1 * ((c - rc) - (r - rr)))
+        for (c, r), (rc, rr) in zip(map(both, pairs), references, strict=True)
+    )
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(expected, weights)
+    base, sums = model.get_base_model(), torch.zeros(4)
+    batch = pad([pair | {"reference": np.array(reference)} for pair, reference in zip(pairs, references, strict=True)], 1)
+    with returning_loss(base):
+        base.forward = functools.partial(
+            pair_loss, functools.partial(sparse_log_probs, base.base_model, base.lm_head), Preference("dpo", 0.1, 0, 0), sums
+        )
+        loss = model(**batch)
+        found = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            empty = model(**pad([], 1))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert empty.item() == 0 and sums[3] == 2
+
+
+def test_the_kto_loss_is_that_of_its_paper():
+    """1 - sigmoid(beta (gain - kl)) where good, 1 - sigmoid(beta (kl - gain)) where bad, each with its weight."""
+    log_probs, reference, kl = torch.tensor([-3.0, -4.0]), torch.tensor([-5.0, -3.5]), torch.tensor(0.25)
+    ids, labels = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[IGNORED, IGNORED, 3]] * 2)
+    totals = torch.zeros(5)
+    loss = judged_loss(
+        lambda *_: log_probs.requires_grad_(), Preference("kto", 0.5, 0, 0, 2.0, 3.0), totals, ids, labels,
+        torch.tensor([1, 4]), reference, torch.tensor([True, False]), kl,
+    )  # fmt: skip
+    expected = 2 * (1 - 1 / (1 + math.exp(-0.5 * 1.75))) + 3 * (1 - 1 / (1 + math.exp(-0.5 * 0.75)))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert totals.tolist() == pytest.approx([0.5 * 2, -0.5 * 0.5, 1, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Twenty questions with a good and a bad answer."""
+    records = [
+        {
+            "instruction": f"第{n}题：" + "问" * (n % 7),
+            "input": "",
+            "chosen": "好" * (3 + n % 5),
+            "rejected": "坏" * (2 + n % 6),
+        }
+        for n in range(20)
+    ]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    return path
+
+
+def entries(folder):
+    return [entry for line in (folder / "train_log.jsonl").read_text().splitlines() if "loss" in (entry := json.loads(line))]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_learns_to_prefer(script, bases, pairs, tmp_path, loss):
+    beta = 2 if loss == "simpo" else 0.3
+    changes = {"preference_loss": loss, "preference_beta": beta, "val_set_size": 4, "batch_size": 4, "lora_dropout": 0}
+    script("finetune.py", *options(bases["llama"], pairs, tmp_path / "out", **changes)).ok()
+    log = entries(tmp_path / "out")
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["reward_accuracy"] == 1
+    assert log[-1]["reward_margin"] == pytest.approx(log[-1]["reward_chosen"] - log[-1]["reward_rejected"])
+    if loss == "dpo":
+        assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "at first the policy is the reference"
+        assert log[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
+    found = lineage.read(tmp_path / "out")
+    assert found["data"]["stage"] == "preference" and found["results"]["eval_loss"] < log[0]["loss"]
+
+
+def test_the_reference_is_the_parent_also_after_a_stop(script, bases, pairs, data, tmp_path):
+    """An adapter upon an adapter: the first loss is log 2 again; stopped and resumed it ends the same, bit for bit."""
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "f1")).ok()
+    more = {"resume_from_checkpoint": tmp_path / "f1", "batch_size": 4, "save_steps": 2, "lora_dropout": 0}
+    script("finetune.py", *options(bases["llama"], pairs, tmp_path / "f2", **more)).ok()
+    assert losses(tmp_path / "f2")[0] == pytest.approx(math.log(2), abs=1e-5)
+    run = script.start("finetune.py", *options(bases["llama"], pairs, tmp_path / "again", **more))
+    run.wait_until(lambda: (tmp_path / "again" / "checkpoint-2" / "checkpoint.json").is_file())
+    run.kill()
+    run.wait()
+    assert "checkpoint-2" in script("finetune.py", *options(bases["llama"], pairs, tmp_path / "again", **more)).ok()
+    assert same(tensors(tmp_path / "f2"), tensors(tmp_path / "again"))
+
+
+def test_labelled_answers_are_learned_by_kto(script, bases, pairs, tmp_path):
+    """Answers with a label, or both of each pair: at first half the weight is lost; stopped and resumed it ends the same."""
+    labelled = [
+        {"prompt": record["instruction"], "completion": record[name], "label": name == "chosen"}
+        for record in json.loads(pairs.read_text("utf-8"))
+        for name in ("chosen", "rejected")
+    ][:-8]
+    labelled[-1]["label"] = None
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in labelled), "utf-8")
+    changes = {"preference_beta": 0.5, "val_set_size": 4, "batch_size": 4, "lora_dropout": 0.1, "save_steps": 3}
+    out = script("finetune.py", *options(bases["llama"], path, tmp_path / "out", **changes)).ok()
+    assert "1 of 32 labelled answers dropped: label is neither true nor false" in out and "answers labelled good" in out
+    log = entries(tmp_path / "out")
+    assert log[0]["kl"] < 1e-4 and log[-1]["loss"] < 0.3 < log[0]["loss"] and log[-1]["reward_margin"] > 1
+    assert lineage.read(tmp_path / "out")["data"]["stage"] == "labelled"
+    run = script.start("finetune.py", *options(bases["llama"], path, tmp_path / "again", **changes))
+    run.wait_until(lambda: (tmp_path / "again" / "checkpoint-3" / "checkpoint.json").is_file())
+    run.kill()
+    run.wait()
+    assert "checkpoint-3" in script("finetune.py", *options(bases["llama"], path, tmp_path / "again", **changes)).ok()
+    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
+    error = script("finetune.py", *options(bases["llama"], path, tmp_path / "no", preference_loss="dpo")).error
+    assert "--preference_loss dpo: compares two answers" in error
+    script("finetune.py", *options(bases["llama"], pairs, tmp_path / "pairs", preference_loss="kto", max_steps=2)).ok()
+    assert lineage.read(tmp_path / "pairs")["data"]["records"] == 40

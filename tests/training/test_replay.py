@@ -1,0 +1,39 @@
+"""--replay: records of earlier steps are learned again, those that the lineage names and that are still as they were."""
+
+import json
+
+from trainings import options, same, tensors
+
+from utils import lineage
+
+
+def write(folder, name, answer, count=12):
+    path = folder / name
+    records = [{"instruction": f"第{n}题", "input": "", "output": answer * (1 + n % 5)} for n in range(count)]
+    path.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    return path
+
+
+def test_a_share_of_all_earlier_steps_is_learned_again(script, bases, tmp_path):
+    one, two, three = (write(tmp_path, f"{answer}.json", answer) for answer in "甲乙丙")
+    small = {"batch_size": 4, "num_epochs": 1}
+
+    def train(data, name, **more):
+        return script("finetune.py", *options(bases["llama"], data, tmp_path / name, **small | more))
+
+    train(one, "f1").ok()
+    train(two, "f2", resume_from_checkpoint=tmp_path / "f1").ok()
+    more = {"resume_from_checkpoint": tmp_path / "f2", "replay": 0.5}
+    out = train(three, "f3", **more).ok()
+    data = lineage.read(tmp_path / "f3")["data"]
+    assert data["train"] == 12 + 6 and data["replay"]["records"] == 6 and data["records"] == 12
+    assert set(data["replay"]["files"]) == {str(one), str(two)} and "6 of 24 records" in out
+    train(three, "again", **more).ok()
+    assert same(tensors(tmp_path / "f3"), tensors(tmp_path / "again"))
+    write(tmp_path, "甲.json", "变")
+    out = train(three, "part", **more).ok()
+    assert f"{one} has changed since it was learned" in out and "6 of 12 records" in out
+    two.unlink()
+    error = train(three, "none", **more).error
+    assert "no data file of an earlier step" in error and not (tmp_path / "none").exists()
+    assert "give --resume_from_checkpoint" in train(three, "warm", replay=0.5).error

@@ -1,0 +1,207 @@
+"""What each option becomes, what a step's loss is worth, and what is kept: one sharp look at each."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional
+from trainings import losses, options
+from transformers import AutoModelForCausalLM
+
+import finetune
+from utils import lineage
+from utils.datasets.encoding import encode
+from utils.datasets.templates import Prompter
+from utils.models.loading import place
+from utils.models.tokenizer import load_tokenizer
+from utils.training import checkpoints, loss, setup, trainer
+from utils.training.batching import pad, split_across_ranks
+from utils.training.loss import returning_loss
+
+torch.set_num_threads(1)
+
+PLAIN = finetune.Options(base_model="base", data_path="data.json", gradient_checkpointing=False, batch_size=10)
+
+
+def arguments(records=1000, **changes):
+    return setup.training_arguments(dataclasses.replace(PLAIN, **changes), place(False, False), None, records)
+
+
+TABLE = [  # option, value, what it sets in the library
+    ("output_dir", "there", {"output_dir": "there"}),
+    ("micro_batch_size", 5, {"per_device_train_batch_size": 5}),
+    ("num_epochs", 7, {"num_train_epochs": 7, "max_steps": -1}),
+    ("max_steps", 9, {"max_steps": 9}),
+    ("learning_rate", 0.5, {"learning_rate": 0.5}),
+    ("lr_scheduler_type", "cosine", {"lr_scheduler_type": "cosine"}),
+    ("warmup_steps", 3, {"warmup_steps": 3}),
+    ("weight_decay", 0.25, {"weight_decay": 0.25}),
+    ("max_grad_norm", 0.75, {"max_grad_norm": 0.75}),
+    ("neftune_noise_alpha", 5.0, {"neftune_noise_alpha": 5.0}),
+    ("seed", 11, {"seed": 11}),
+    ("save_steps", 13, {"save_steps": 13}),
+    ("gradient_checkpointing", True, {"gradient_checkpointing": True}),
+    ("torch_compile", True, {"torch_compile": True}),
+    ("deterministic", True, {"full_determinism": True}),
+    ("num_workers", 2, {"dataloader_num_workers": 2}),
+    ("report_to", ["tensorboard"], {"report_to": ["tensorboard"]}),
+    ("wandb_run_name", "name", {"run_name": "name"}),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "sets"), TABLE, ids=[row[0] for row in TABLE])
+def test_an_option_sets_what_it_says(name, value, sets):
+    plain, changed = arguments(), arguments(**{name: value})
+    for attribute, wanted in sets.items():
+        assert getattr(changed, attribute) == wanted
+    assert any(getattr(plain, attribute) != wanted for attribute, wanted in sets.items())
+
+
+@pytest.mark.parametrize(("records", "warmup"), [(50, 1), (1000, 30), (100_000, 100)])
+def test_the_warm_up_is_a_tenth_of_all_steps_and_at_most_100(records, warmup):
+    assert arguments(records).warmup_steps == warmup
+
+
+FREE = {
+    "base_model", "data_path", "output_dir", "tokenizer", "resume_from_checkpoint", "overwrite_output_dir", "save_total_limit",
+    "report_to", "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model", "num_workers", "device_map", "dtype",
+    "bf16", "fp16", "eval_answers", "eval_choices", "hub",
+}  # fmt: skip
+
+
+def test_a_checkpoint_is_tied_to_every_option_that_rules_the_result():
+    """All but those that name places, or say what is printed; base, data and type are compared by what they are."""
+    assert finetune.what_rules(PLAIN).keys() == {field.name for field in dataclasses.fields(finetune.Options)} - FREE
+
+
+def test_micro_batches_are_sized_by_their_own_number_of_records(data, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(trainer, "StepTrainer", lambda model, args, job, train, validation: seen.update(job=job))
+    given = dataclasses.replace(
+        PLAIN, data_path=str(data), micro_batch_size=2, cutoff_len=100, batch_size=64, group_by_length=True, seed=3
+    )
+    setup.prepare_trainer(given, place(False, False), None, [0] * 1000, None, {}, "instruction")
+    plan = seen["job"].plan
+    assert (plan.micro_batch_tokens, plan.batch_size, plan.group_by_length, plan.seed) == (200, 64, True, 3)
+    assert (seen["job"].eval_steps, seen["job"].keep) == (200, 3)
+
+
+def test_records_are_dealt_to_and_fro():
+    assert split_across_ranks(range(6), [9, 8, 7, 6, 5, 4], 2) == [[0, 3, 4], [1, 2, 5]]
+
+
+def test_padding_is_rounded_up_and_labels_it_not():
+    batch = pad([{"input_ids": [5] * 9, "labels": [5] * 9}, {"input_ids": [6], "labels": [6]}], 8)
+    assert batch["input_ids"].shape == (2, 16) and batch["places"].tolist() == list(range(8))
+
+
+# The loss
+
+
+@pytest.fixture(scope="module")
+def model(bases):
+    return AutoModelForCausalLM.from_pretrained(bases["llama"])
+
+
+IDS = torch.arange(5, 45).view(2, 20)
+BATCH = pad([{"input_ids": row, "labels": row} for row in IDS.tolist()], 1)
+
+
+def value_and_gradient(model):
+    model.zero_grad()
+    with returning_loss(model) as sparse:
+        assert sparse
+        value = model(**BATCH)
+    value.backward()
+    return value.detach(), model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+
+def test_chunks_are_summed(model, monkeypatch):
+    """What every GPU run does: 38 labelled tokens in chunks of 3, against all at once."""
+    whole = value_and_gradient(model)
+    monkeypatch.setattr(loss, "CHUNK", 3)
+    monkeypatch.setattr(loss, "plain_layer", lambda head: None)
+    for one, other in zip(value_and_gradient(model), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bias_of_the_output_layer_counts(bases):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size) * 3)
+    wanted = model(IDS, labels=IDS).loss * 38
+    torch.testing.assert_close(value_and_gradient(model)[0], wanted)
+
+
+def test_cross_entropies_are_float32_whatever_is_computed_in():
+    """512 tokens of equal scores: in bfloat16 the sum is a multiple of 16."""
+    head = torch.nn.Linear(4, 600, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.zeros_(head.weight)
+    value = loss.head_loss(head, torch.ones(500, 4, dtype=torch.bfloat16), torch.zeros(500, dtype=torch.long))
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(500 * math.log(600), rel=1e-5)
+
+
+def plain_loss(base, folder, records):
+    """The mean over all predicted tokens of the adapter in `folder` on `base`, one record at a time."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = (PeftModel.from_pretrained(model, folder) if folder else model).eval()
+    values = []
+    for record in encode(records, Prompter("alpaca_short"), load_tokenizer(base), 128, train_on_inputs=True):
+        logits = model(torch.tensor([record.input_ids])).logits[0, :-1]
+        values.append(functional.cross_entropy(logits, torch.tensor(record.labels[1:]), reduction="none").detach())
+    return torch.cat(values).mean().item()
+
+
+def entries(folder, key):
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def test_what_a_run_logs_is_the_plain_loss(script, bases, data, tmp_path):
+    """The first step's is the base's; validation's is the saved checkpoint's, without dropout; the lineage has the mean."""
+    records = json.loads(data.read_text("utf-8"))
+    changes = {"lora_dropout": 0, "batch_size": 40, "num_epochs": 1, "train_on_inputs": True, "learning_rate": 0.03}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "first", **changes)).ok()
+    assert losses(tmp_path / "first") == [pytest.approx(plain_loss(bases["llama"], None, records), rel=1e-5)]
+    changes = {"lora_dropout": 0.9, "val_set_size": 39, "batch_size": 1, "micro_batch_size": 1, "max_steps": 3, "eval_steps": 1}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "out", save_steps=1, **changes)).ok()
+    rows = {}
+    for step, value in entries(tmp_path / "out", "eval_loss").items():
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        rows[step] = (value, plain_loss(bases["llama"], folder, records))
+    results = lineage.read(tmp_path / "out")["results"]
+    logged = losses(tmp_path / "out")
+    assert results["train_loss"] == pytest.approx(sum(logged) / len(logged)) and len(set(logged)) > 1
+    assert len(rows) == 3 and all(value == pytest.approx(plain, rel=0.02) for value, plain in rows.values()), rows
+
+
+def test_a_run_that_learned_nothing_is_an_error(script, bases, data, tmp_path):
+    assert (
+        "nothing was learned" in script("finetune.py", *options(bases["llama"], data, tmp_path / "out", learning_rate=0)).error
+    )
+
+
+# Checkpoints
+
+
+def test_the_best_checkpoint_is_spared(script, bases, data, tmp_path):
+    """The first of four steps is the best, and one checkpoint is kept beside it."""
+    changes = {"val_set_size": 8, "learning_rate": 0.5, "max_steps": 4, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "out", lr_scheduler_type="constant", **changes)).ok()
+    validation = entries(tmp_path / "out", "eval_loss")
+    best = min(validation, key=validation.get)
+    assert best < 4
+    assert [checkpoints.step_of(folder) for folder in checkpoints.in_order(tmp_path / "out")] == [best, 4]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_sealed(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(checkpoints, "sync", synced.append)
+    (tmp_path / "deep").mkdir()
+    files = [tmp_path / "a", tmp_path / "deep" / "b"]
+    for file in files:
+        file.write_text("x")
+    checkpoints.seal(tmp_path, {})
+    assert synced == files and checkpoints.is_whole(tmp_path)

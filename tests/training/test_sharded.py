@@ -1,0 +1,76 @@
+"""FSDP on two CPU ranks: each holds its part, and together they give what one process gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from scripting import ROOT
+from trainings import losses, options, tensors
+
+from utils.console import UserError
+from utils.models import loading
+
+torch.set_num_threads(1)
+
+
+def configured(name="fsdp.yaml"):
+    """What accelerate hands to a program from one of the configuration files."""
+    settings = yaml.safe_load((ROOT / "scripts" / "accelerate" / name).read_text("utf-8"))["fsdp_config"]
+    return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value).lower() for key, value in settings.items()}
+
+
+def train_sharded(arguments):
+    """What each of two ranks says of itself."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [sys.executable, *launcher, str(Path(__file__).with_name("fsdp_on_cpus.py")), *arguments]
+    env = configured() | {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = [json.JSONDecoder().raw_decode(part)[0] for part in done.stdout.split("rank ")[1:] if part.startswith("{")]
+    return sorted(told, key=lambda facts: facts["rank"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "whole", "near"), [("float32", "[lm_head]", 1e-5), ("bfloat16", "[]", 1e-2)], ids=["float32", "bfloat16"]
+)
+def test_two_ranks_hold_half_each_and_give_what_one_gives(script, bases, data, tmp_path, dtype, whole, near):
+    changes = {"max_steps": 3, "val_set_size": 8, "lora_dropout": 0, "learning_rate": 1e-3, "dtype": dtype}
+    changes["modules_to_save"] = whole
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "one", **changes)).ok()
+    first, second = train_sharded(options(bases["llama"], data, tmp_path / "two", **changes))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=near)
+    if dtype == "float32":
+        for name, tensor in tensors(tmp_path / "one").items():
+            assert (tensors(tmp_path / "two")[name] - tensor).abs().max() < near, name
+    assert second["after loading"] < 1e-3 * first["after loading"]
+    assert max(first["in the end"], second["in the end"]) <= 0.51 * first["after loading"]
+    wanted = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    for facts in (first, second):
+        kind, values = facts["rotary"]
+        assert kind == "torch.float32" and torch.allclose(torch.tensor(values), wanted, rtol=1e-6)
+        assert facts["trained"] == ["torch.float32"]
+
+
+def test_a_configuration_that_would_train_wrongly_is_refused(monkeypatch):
+    for name in ("fsdp.yaml", "fsdp-4bit.yaml"):
+        for key, value in configured(name).items():
+            monkeypatch.setenv(key, value)
+        loading.place(False, False)
+    for key, value in (("VERSION", "1"), ("STATE_DICT_TYPE", "SHARDED_STATE_DICT"), ("CPU_RAM_EFFICIENT_LOADING", "false")):
+        with monkeypatch.context() as changed:
+            changed.setenv(f"FSDP_{key}", value)
+            with pytest.raises(UserError, match=f"FSDP: fsdp_{key.lower()} is {value}, and has to be"):
+                loading.place(False, False)
+
+
+def test_pairs_are_not_sharded(script, bases, tmp_path):
+    pairs = [{"instruction": f"问{i}", "chosen": "好", "rejected": "坏"} for i in range(8)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), "utf-8")
+    run = options(bases["llama"], tmp_path / "pairs.json", tmp_path / "out")
+    assert "FSDP: trains on raw text and on questions" in script("finetune.py", *run, **configured()).error

@@ -1,0 +1,131 @@
+"""Trackers are really written to, without the net, and read back by their own libraries; each is asked for before the work."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripting import ROOT, warm
+from trainings import options
+
+from utils.files import write_json
+
+warm("transformers.trainer", "utils.evaluation.during_training")
+torch.set_num_threads(1)
+
+LOG = """
+def records(path):  # of LevelDB's log format, behind a header of seven bytes
+    data, place, record = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):
+            yield record
+            record = b""
+"""
+READ = {
+    "wandb": LOG
+    + """
+from pathlib import Path
+from wandb.proto.wandb_internal_pb2 import Record
+for data in records(next(Path("wandb").glob("offline-run-*/*.wandb"))):
+    record = Record()
+    record.ParseFromString(data)
+    for item in record.history.item:
+        if item.key == "train/loss" or list(item.nested_key) == ["train/loss"]:
+            losses.append(json.loads(item.value_json))
+for table in sorted(Path("wandb").rglob("*.table.json"), key=lambda file: file.stat().st_mtime):
+    answers.append([answer for _, answer in json.loads(table.read_text("utf-8"))["data"]])
+""",
+    "swanlab": LOG
+    + """
+from pathlib import Path
+from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+for data in records(next(Path("swanlog").glob("run-*/*.swanlab"))):
+    record = Record()
+    record.ParseFromString(data)
+    if record.HasField("scalar") and record.scalar.key == "train/loss":
+        losses.append(record.scalar.value.number)
+answers.append([file.read_text("utf-8") for file in Path("swanlog").glob("run-*/media/text/*")])
+""",
+    "mlflow": """
+import mlflow
+client = mlflow.MlflowClient()
+(run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+assert run.info.status == "FINISHED"
+losses = [one.value for one in client.get_metric_history(run.info.run_id, "loss")]
+for file in sorted(client.list_artifacts(run.info.run_id, "answers"), key=lambda one: int(one.path.split("-")[-1][:-3])):
+    text = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{file.path}")
+    answers.append([line.split(" | ")[1].removesuffix(" |") for line in text.splitlines()[2:]])
+""",
+}
+
+
+def run(base, data, folder, name, python=sys.executable):
+    """A short run in `folder` with one tracker."""
+    write_json(folder / "asked.json", [{"instruction": f"{n}+{n}"} for n in range(3)])
+    argv = options(base, data, folder / "out", eval_answers=folder / "asked.json", max_new_tokens=4, report_to=f"[{name}]")
+    env = os.environ | {"WANDB_MODE": "offline", "SWANLAB_MODE": "offline", "MLFLOW_TRACKING_URI": str(folder / "mlruns")}
+    env |= {"MLFLOW_ALLOW_FILE_STORE": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    done = subprocess.run(
+        [python, ROOT / "finetune.py", *argv], cwd=folder, capture_output=True, text=True, env=env, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return env
+
+
+def logged(folder):
+    """The losses and the answers of the run's own log."""
+    entries = [json.loads(line) for line in (folder / "out/train_log.jsonl").read_text("utf-8").splitlines()]
+    answers = [[one["answer"] for one in entry["answers"]] for entry in entries if "answers" in entry]
+    return [entry["loss"] for entry in entries if "loss" in entry], answers
+
+
+def test_tensorboard_holds_the_losses_and_the_answers(script, bases, data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_json(tmp_path / "asked.json", [{"instruction": f"{n}+{n}"} for n in range(3)])
+    changes = {"eval_answers": tmp_path / "asked.json", "max_new_tokens": 4, "report_to": "[tensorboard]"}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **changes)).ok()
+    losses, answers = logged(tmp_path)
+    events = EventAccumulator(str(next((tmp_path / "out/runs").iterdir())))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("eval/answers/text_summary")]
+    assert len(texts) == len(answers) == 2
+    for text, given in zip(texts, answers, strict=True):
+        assert all(answer.replace("|", "\\|").replace("\n", "<br>") in text for answer in given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ)
+def test_each_tracker_is_written_to_offline(bases, data, tmp_path, name):
+    """Set TRACKERS_PYTHON to the Python of an environment that has the trackers beside what this project needs."""
+    python = os.environ.get("TRACKERS_PYTHON", sys.executable if importlib.util.find_spec(name) else "")
+    if not python:
+        pytest.skip(f"{name} is not installed; name the Python of an environment that has it as TRACKERS_PYTHON")
+    env = run(bases["llama"], data, tmp_path, name, python)
+    program = f"import json\nlosses, answers = [], []\n{READ[name]}\nprint('found ' + json.dumps([losses, answers]))"
+    read = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
+    assert read.returncode == 0, read.stderr
+    losses, answers = json.loads(read.stdout.rpartition("found ")[2])
+    wanted = logged(tmp_path)
+    assert losses == pytest.approx(wanted[0], rel=1e-4)
+    found, given = ({one.strip() for answers in steps for one in answers} for steps in (answers, wanted[1]))
+    assert found == given
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_refused_before_the_work(script, bases, data, tmp_path, name):
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed")
+    error = script("finetune.py", *options(bases["llama"], data, tmp_path / "out", report_to=f"[tensorboard,{name}]")).error
+    assert f"--report_to {name}: the {name} package is not installed; pip install {name}, or leave it out" in error
+    assert not (tmp_path / "out").exists()

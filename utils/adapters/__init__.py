@@ -1,0 +1,1 @@
+"""Adapters (LoRA weights): files, settings, and switching between them."""

@@ -1,0 +1,207 @@
+"""A conversation of the chat page: its turns, how it is shown, and how it becomes a record, a file, and what browsers keep."""
+
+import dataclasses
+import json
+import uuid
+from typing import Any, NamedTuple, cast
+
+from utils.chat.markdown import answer_as_markdown, question_as_markdown
+from utils.console import UserError
+from utils.datasets.item_formats import InvalidRecord, as_record
+from utils.datasets.records import Record, validate
+from utils.datasets.templates import split_thinking
+
+WHOLE, CUT, STOPPED = "stop", "length", "stopped"  # how an answer ended; "" while it grows
+ENDS = (WHOLE, CUT, STOPPED, "")
+NAME = 24  # characters of a first question that name its conversation
+LARGEST = 1_000_000  # characters of a conversation that a browser sends
+Message = dict[str, Any]
+
+
+class Turn(NamedTuple):
+    """A question, its answer so far, how that ended, and who gave it: `model`, `template` and settings by name."""
+
+    question: str
+    answer: str = ""
+    finish: str = ""
+    by: dict[str, Any] = {}  # noqa: RUF012 (a named tuple's default, which nobody changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns (the last one's answer may be unfinished, or ""), and a `system` text where there is one."""
+
+    turns: tuple[Turn, ...] = ()
+    system: str = ""
+
+    def asked(self, question: str) -> "Conversation":
+        """With one more question, open; a turn that was never answered goes, an answer that grew is a stopped one."""
+        before = [turn for turn in self.stopped().turns if turn.answer]
+        return dataclasses.replace(self, turns=(*before, Turn(question)))
+
+    def stopped(self) -> "Conversation":
+        """With an answer that grew as a stopped one."""
+        turns = (turn._replace(finish=STOPPED) if turn.answer and not turn.finish else turn for turn in self.turns)
+        return dataclasses.replace(self, turns=tuple(turns))
+
+    def asked_again(self, place: int, changed: str = "") -> "Conversation":
+        """Up to the question of a turn (-1: the last), as it was or changed, open."""
+        return self.until(place).asked(changed or self.turns[place].question)
+
+    def answered(self, answer: str, finish: str = WHOLE, by: dict[str, Any] | None = None) -> "Conversation":
+        """With `answer` to the last question."""
+        last = self.turns[-1]._replace(answer=answer, finish=finish, by=by or {})
+        return dataclasses.replace(self, turns=(*self.turns[:-1], last))
+
+    def until(self, place: int) -> "Conversation":
+        """Its first `place` turns."""
+        return dataclasses.replace(self, turns=self.turns[:place])
+
+    def messages(self, notes: list[str], thought: str, growing: str = "") -> list[Message]:
+        """As a chat shows it: thoughts folded, `notes` (one a turn) below the answers, `growing` where there is no text yet."""
+        shown: list[Message] = []
+        for turn, note in zip(self.turns, notes, strict=True):
+            shown.append({"role": "user", "content": question_as_markdown(turn.question)})
+            thoughts, said = split_thinking(turn.answer)
+            if thoughts:
+                metadata = {"title": thought, "status": "done" if said or turn.finish else "pending"}
+                shown.append({"role": "assistant", "content": answer_as_markdown(thoughts), "metadata": metadata})
+            if said or turn.finish:
+                below = f'\n\n<small class="by">{note}</small>' if note else ""
+                shown.append({"role": "assistant", "content": answer_as_markdown(said) + below})
+        if growing and self.turns and not (self.turns[-1].answer or self.turns[-1].finish):
+            shown.append({"role": "assistant", "content": growing})
+        return shown
+
+    def turn_of(self, message: int) -> int:
+        """Which turn the message with this number, as `messages` counts them, belongs to."""
+        owners: list[int] = []
+        for message_shown in self.messages([""] * len(self.turns), "-"):
+            owners.append((owners[-1] if owners else -1) + (message_shown["role"] == "user"))
+        return owners[min(message, len(owners) - 1)]
+
+    def record(self) -> Record:
+        """In the record format: the last turn, with those before it as its history."""
+        *history, last = self.turns
+        record: Record = {"instruction": last.question, "input": "", "output": last.answer}
+        if history:
+            record["history"] = [[turn.question, turn.answer] for turn in history]
+        if self.system:
+            record["system"] = self.system
+        return record
+
+    def to_file(self, unfinished: bool = False) -> str:
+        """A JSON array of one record, which finetune.py takes as it is; "" where nothing has been answered.
+
+        Answers that were stopped or cut are in it to be read, and to be learned only where they are wanted `unfinished`.
+        `answers` says who gave each.
+        """
+        whole = tuple(turn for turn in self.turns if turn.answer)
+        if not whole:
+            return ""
+        record = dataclasses.replace(self, turns=whole).record()
+        learn = [unfinished or turn.finish == WHOLE for turn in whole]
+        if not all(learn):
+            record["learn"] = learn
+        answers = [turn.by | {"finish": turn.finish or STOPPED} for turn in whole]
+        return json.dumps([record | {"answers": answers}], ensure_ascii=False, indent=1) + "\n"
+
+
+@dataclasses.dataclass
+class Talk:
+    """What the page keeps of a visitor: the conversation with its name, and how often it was changed otherwise than by a
+    growing answer, which goes on growing only while that number stays.
+
+    `begun`: the answer that is wanted continues what there is of it; `vary`: it must not be the likeliest one again.
+    """
+
+    conversation: Conversation = Conversation()
+    changes: int = 0
+    wanted: int = -1  # the number of changes with which an answer was last wanted
+    begun: bool = False
+    vary: bool = False
+    name: str = ""
+    id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+    def change(self, conversation: Conversation, begun: bool = False, vary: bool = False) -> None:
+        """Have another conversation, and no more of the answer that grew in the one before."""
+        self.conversation, self.changes, self.begun, self.vary = conversation, self.changes + 1, begun, vary
+
+    def begin(self, conversation: Conversation = Conversation(), id: str = "", name: str = "") -> None:
+        """Have a conversation that is not the one before."""
+        self.change(conversation)
+        self.id, self.name = id or uuid.uuid4().hex, name
+
+    def title(self) -> str:
+        """Its name, or the beginning of its first question."""
+        first = self.conversation.turns[0].question.split("\n")[0] if self.conversation.turns else ""
+        return self.name or (first[:NAME] + "…" if len(first) > NAME else first)
+
+    def to_browser(self) -> str:
+        """What a browser keeps, as JSON; one without turns is to be forgotten."""
+        turns = [list(turn) for turn in self.conversation.turns]
+        kept = {"id": self.id, "title": self.title(), "name": self.name, "system": self.conversation.system, "turns": turns}
+        return json.dumps(kept, ensure_ascii=False)
+
+    def from_browser(self, text: str) -> None:
+        """Have what a browser kept. Raises ValueError if it is none."""
+        kept = json.loads(text) if len(text) <= LARGEST else None
+        fields = ("id", "name", "system")
+        if not isinstance(kept, dict) or not all(isinstance(kept.get(field), str) for field in fields):
+            raise ValueError("no conversation")
+        turns = [Turn(*turn) for turn in kept.get("turns") or [] if isinstance(turn, list) and len(turn) == len(Turn._fields)]
+        for turn in turns:
+            if not all(isinstance(part, str) for part in turn[:3]) or turn.finish not in ENDS or not isinstance(turn.by, dict):
+                raise ValueError("no turn")
+        self.begin(Conversation(tuple(turns), kept["system"]).stopped(), kept["id"][:64], kept["name"][:200])
+
+
+def from_file(text: str) -> Conversation:
+    """The first record of a file, in any format of records, as a conversation; an input is joined to its question.
+
+    Raises ValueError, with the reason, where there is no record.
+    """
+    try:
+        value = first_value(text.removeprefix("\ufeff"))
+        first = value[0] if isinstance(value, list) and value else value
+        if not isinstance(first, dict):
+            raise ValueError(str(first)[:40])
+        record = validate(as_record(first), need_output=False)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"JSON: {error}") from None
+    except InvalidRecord as dirt:
+        raise ValueError(str(dirt)) from None
+    question = "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
+    pairs = [*record.get("history", []), (question, record["output"])]
+    givers = first.get("answers")
+    if not (isinstance(givers, list) and len(givers) == len(pairs) and all(isinstance(one, dict) for one in givers)):
+        givers = [{}] * len(pairs)
+    turns = []
+    for (asked, answer), giver in zip(pairs, givers, strict=True):
+        finish = giver.get("finish") if giver.get("finish") in ENDS else WHOLE
+        turns.append(Turn(asked, answer, finish if answer else "", {key: giver[key] for key in giver if key != "finish"}))
+    return Conversation(tuple(turns), record.get("system", ""))
+
+
+def asked_after(history: Any, question: str) -> Record:
+    """A record of a question after earlier turns: pairs of texts, or messages with role and content.
+
+    Raises UserError if these are neither.
+    """
+    try:
+        if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+            return cast(Record, as_record({"messages": [*history, {"role": "user", "content": question}]}))
+        checked = validate({"instruction": "x", "output": "", "history": history}, need_output=False)
+        return {"instruction": question, "history": checked.get("history", [])}
+    except InvalidRecord as dirt:
+        raise UserError(f"history: {dirt}; give pairs of question and answer, or messages with role and content") from None
+
+
+def first_value(text: str) -> Any:
+    """A file of JSON whole, or the first line of JSON Lines. Raises JSONDecodeError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if "Extra data" not in str(error):
+            raise
+        return json.loads(text.strip().partition("\n")[0])

@@ -1,0 +1,61 @@
+"""What visitors think of answers, in JSON Lines: votes as preference records, thumbs as records with a label."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from utils.files import replacing
+
+VOTES, TIES, THUMBS = "votes.jsonl", "ties.jsonl", "thumbs.jsonl"
+
+
+class Feedback:
+    """Writes into a folder, which is made with the first line."""
+
+    def __init__(self, folder: str):
+        self.folder, self.lock = Path(folder), threading.Lock()
+
+    def vote(self, question: dict[str, Any], answers: dict[str, str], better: str, settings: dict[str, Any], vote: str) -> Path:
+        """Note which of two answerers' answers is `better`, as finetune.py learns from it; "" where neither is.
+
+        `vote` is what was said of two that are alike: both good, or both bad. Returns the file.
+        """
+        facts = {"settings": settings, "time": now()}
+        if not better:
+            return self.append(TIES, question | {"answers": answers, "vote": vote} | facts)
+        (other,) = answers.keys() - {better}
+        pair = {"chosen": answers[better], "rejected": answers[other], "chosen_model": better, "rejected_model": other}
+        return self.append(VOTES, question | pair | facts)
+
+    def thumb(self, key: str, record: dict[str, Any], by: dict[str, Any], liked: bool | None) -> Path:
+        """Note that an answer, which `key` tells from all others, was liked or not; None takes it back. Returns the file."""
+        path = self.folder / THUMBS
+        with self.lock:
+            lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+            kept = [line for line in lines if json.loads(line).get("id") != key]
+            if liked is not None:
+                kept.append(line_of(record | {"label": liked, "by": by, "id": key, "time": now()}))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as aside:
+                aside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        return path
+
+    def append(self, name: str, line: dict[str, Any]) -> Path:
+        """Add a line to a file."""
+        with self.lock:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(line_of(line) + "\n")
+        return self.folder / name
+
+
+def line_of(value: dict[str, Any]) -> str:
+    """An object as a line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def now() -> str:
+    """The time, as ISO 8601 has it, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,84 @@
+// What the page does in the browser itself: dialogues kept there, files saved and read, texts copied as they are.
+// Dialogues are kept one by one: gradio's BrowserState holds a list of all in each tab, and the tab that writes last
+// would drop those of the others.
+const dreamer = {
+  prefix: "dreamer-dialogue-",
+  most: 50,
+
+  stored() {
+    const names = Object.keys(localStorage).filter((name) => name.startsWith(this.prefix));
+    const found = names.map((name) => { try { return JSON.parse(localStorage.getItem(name)); } catch { return null; } });
+    return found.filter((one) => one && one.id).sort((one, other) => other.time - one.time);
+  },
+
+  // keep a dialogue, or forget it once it has no turns; what is kept, newest first, as [[title, id], …]
+  keep(text) {
+    if (text) {
+      const kept = JSON.parse(text);
+      if (!kept.turns.length) localStorage.removeItem(this.prefix + kept.id);
+      else {
+        const value = JSON.stringify({...kept, time: Date.now()});
+        for (;;) {
+          try { localStorage.setItem(this.prefix + kept.id, value); break; } catch {
+            const oldest = this.stored().filter((one) => one.id !== kept.id).pop();
+            if (!oldest) break;
+            localStorage.removeItem(this.prefix + oldest.id);
+          }
+        }
+      }
+      sessionStorage.setItem(this.prefix, kept.id);
+      for (const old of this.stored().slice(this.most)) localStorage.removeItem(this.prefix + old.id);
+    }
+    return JSON.stringify(this.stored().map((one) => [one.title, one.id]));
+  },
+
+  dialogue(id) { return localStorage.getItem(this.prefix + id) || ""; },
+
+  open(id) {
+    sessionStorage.setItem(this.prefix, id);
+    return this.dialogue(id);
+  },
+
+  // the dialogue of this tab before it was refreshed; in a new tab the newest
+  last() {
+    const id = sessionStorage.getItem(this.prefix), first = this.stored()[0];
+    return id !== null ? this.dialogue(id) : first ? JSON.stringify(first) : "";
+  },
+
+  save(text, name) {
+    if (!text) return;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+    link.download = name;
+    link.click();
+    URL.revokeObjectURL(link.href);
+  },
+
+  load: () => new Promise((resolve) => {
+    const input = document.createElement("input");
+    input.type = "file";
+    input.accept = ".json,.jsonl";
+    input.onchange = async () => resolve(await input.files[0].text());
+    input.oncancel = () => resolve("");
+    input.click();
+  }),
+
+  // undoes utils/chat/markdown.py
+  typed: (text) => text.replace(/\n\n<small class="by">.*?<\/small>/g, "")
+    .replace(/&#0(\d+);/g, (_, code) => String.fromCharCode(code)),
+};
+
+if (navigator.clipboard) {
+  const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+  navigator.clipboard.writeText = (text) => write(dreamer.typed(text));
+}
+document.addEventListener("focusin", ({target}) => {
+  if (!target.matches("#chat textarea")) return;
+  target.value = dreamer.typed(target.value);
+  target.dispatchEvent(new Event("input", {bubbles: true}));
+});
+document.addEventListener("keydown", (event) => {
+  if (!event.target.matches("#chat textarea") || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  event.target.closest(".message-row").nextElementSibling?.querySelector("button")?.click();  // submit
+});

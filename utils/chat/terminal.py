@@ -1,0 +1,70 @@
+"""Chat in the terminal: a line is a question, its answer is written as it grows."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from utils.chat.conversations import Conversation
+from utils.chat.sessions import ChatReply, ChatService
+from utils.console import UserError, harmless, say
+from utils.inference.engine import Engine
+from utils.inference.sampling_params import SamplingParams
+
+HELP = "/model NAME: who answers; /clear: a new dialogue; /exit, or Ctrl-D: the end; Ctrl-C stops an answer"
+
+
+def talk(engine: Engine, settings: SamplingParams) -> None:
+    """Read questions and write answers until the input ends."""
+    with contextlib.suppress(ImportError):  # a line can be edited, and earlier ones are found by the arrow keys
+        import readline  # noqa: F401
+    service = ChatService(engine, settings.max_new_tokens)
+    names = [one.name for one in engine.answerers]
+    name, conversation = names[-1], Conversation()
+    say(f"{engine.base_model}, {engine.placement}; {', '.join(names)}\n{HELP}")
+    try:
+        while (line := asked(name)) is not None:
+            command, _, rest = line.strip().partition(" ")
+            if command == "/exit":
+                return
+            if command == "/clear":
+                conversation = Conversation()
+            elif command == "/model" and rest in names:
+                name = rest
+            elif command.startswith("/"):
+                say(f"{HELP}; names are {', '.join(names)}")
+            elif line.strip():
+                conversation = conversation.asked(line)
+                conversation = conversation.answered(written(service.reply(name, conversation.record(), settings)))
+    finally:
+        service.scheduler.close()
+
+
+def asked(name: str) -> str | None:
+    """The next line, "" if it was given up by Ctrl-C; None at the end of the input."""
+    try:
+        return input(f"{name}> ")
+    except KeyboardInterrupt:  # perhaps meant for the answer that has just ended
+        print()
+        return ""
+    except EOFError:
+        print()
+        return None
+
+
+def written(replies: Iterator[ChatReply]) -> str:
+    """Write an answer as it grows; returns what there is of it at its end, or when Ctrl-C is pressed."""
+    text = ""
+    try:
+        for reply in replies:
+            new = reply.text[len(text) :] if reply.text.startswith(text) else ""
+            sys.stdout.write(harmless(new))
+            sys.stdout.flush()
+            text += new
+            if reply.finish == "length":
+                sys.stdout.write(" … (cut: --max_new_tokens)")
+    except UserError as error:
+        say(f"no answer: {error}")
+    except KeyboardInterrupt:
+        sys.stdout.write(" … (stopped)")
+    print()
+    return text

@@ -1,0 +1,1 @@
+"""Records: reading data files, templates, encoding."""

@@ -1,0 +1,361 @@
+"""The tokenizer's own chat template: how a dialogue is asked with it, which tokens are learned, and where an answer ends."""
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from utils.console import UserError, reason, say
+from utils.datasets.records import Record
+from utils.datasets.templates import CHAT, Prompter, split_thinking
+from utils.datasets.tool_calls import Message, open_part, parsed_json, words_of
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+EMPTY_THOUGHT = re.compile(r"\A\s*(<think>)?\s*</think>\n*")
+CONTROL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>")
+SEPARATE = ("reasoning_content", "thinking", "reasoning")  # what templates call thoughts that they are given apart
+PROBE = "ANSWER-PROBE"
+QUESTION = {"role": "user", "content": "Q"}
+CALL: Message = {
+    "id": "call_probe-1",
+    "type": "function",
+    "function": {"name": "name_probe", "arguments": '{"key": "VALUE-PROBE"}'},
+}
+SHORT_ID = "call00001"  # nine letters and digits, which some templates demand
+Ids = list[int]
+
+
+class Sequence(NamedTuple):
+    """One sequence to learn from: its `labels` count `answer_tokens` of answers, `raw_answers` of which stand in the record
+    and not in what the template writes."""
+
+    input_ids: Ids
+    labels: Ids
+    answer_tokens: int
+    raw_answers: int
+
+
+class ChatPrompter:
+    """The chat template of a tokenizer, with what a `Prompter` offers, and encodings that it alone can make.
+
+    `ends` are the tokens that end an answer, to which the one is added that the template writes after an answer;
+    `thinking` is passed to the template as its `enable_thinking` (None: the template's own default). The empty thought that
+    some templates write before an answer without any is never learned; with `thinking` False it is read, as it is asked with.
+    Raises UserError if the tokenizer has no chat template, or it cannot be rendered.
+    """
+
+    name = CHAT
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], thinking: bool | None = None):
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"{tokenizer.name_or_path}: its tokenizer has no chat template; name a template of templates/ instead of {CHAT}"
+            )
+        self.tokenizer, self.thinking = tokenizer, thinking
+        self.takes_system = self._takes_system()
+        if not self.takes_system:
+            say(f"{tokenizer.name_or_path}: its chat template takes no system text; one is put before the first question")
+        if "strftime_now" in str(tokenizer.chat_template):
+            say(f"{tokenizer.name_or_path}: its chat template writes the day's date into prompts")
+        self.thought_key = next(filter(self._takes_thoughts_as, SEPARATE), "")
+        self.end, self.stop_strings = self._written_end()
+        self.ends = frozenset([*ends, *([self.end] if self.end is not None else [])])
+        if not self.ends:
+            raise UserError(f"{tokenizer.name_or_path}: no token ends an answer; give its tokenizer_config.json an eos_token")
+        self.call_ids, self.call_forms = self._call_forms()
+        self.carries = frozenset(["tools"] * self._takes_tools() + ["calls"] * bool(self.call_forms))
+        self.markers = self._markers_of_calls()
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What prompts and labels depend on."""
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
+        return {"chat_template": with_switch(self.tokenizer.get_chat_template(), self.thinking), "ends": " ".join(ends)}
+
+    def messages(self, record: Record) -> list[Message]:
+        """A record as messages, the open question last or, where the record has an output, its answer.
+
+        An input is joined to its instruction by a line break.
+        """
+        found = record.get("messages") or spoken(record)
+        system = record.get("system")
+        if not system:
+            return found
+        if self.takes_system:
+            return [{"role": "system", "content": system}, *found]
+        return [found[0] | {"content": f"{system}\n\n{found[0]['content']}"}, *found[1:]]
+
+    def encode_prompt(self, record: Record) -> Ids:
+        """The ids that a model is asked the record's last question with."""
+        messages = open_part(self.messages(record | {"output": ""}))
+        return self._ids(self._render(messages, True, self.thinking, record.get("tools")))
+
+    def sample_call(self) -> Ids:
+        """An answer that calls a tool, as the template writes it; empty where it writes none."""
+        message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+        return self._turn([QUESTION], message, None)[1] if self.call_forms else []
+
+    def encode(self, record: Record, train_on_inputs: bool) -> list[Sequence]:
+        """The sequences of a record.
+
+        Each answer is learned after the prompt that it is asked with, up to its end token. Where the template rewrites
+        what came before (thoughts are removed from the history, say), so that the next prompt does not continue what
+        was learned, a new sequence begins. An answer that the record's `learn` excludes has no labels.
+        Raises UserError if an answer holds the text of an end token, after which nothing would be learned.
+        """
+        messages = self.messages(record)
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        sequences: list[Sequence] = []
+        ids, labels, count, raw = Ids(), Ids(), 0, 0
+        for place, learn in zip(answers, record.get("learn") or [True] * len(answers), strict=True):
+            prompt, answer, is_raw = self._turn(messages[:place], messages[place], record.get("tools"))
+            if ids and prompt[: len(ids)] != ids:
+                sequences.append(Sequence(ids, labels, count, raw))
+                ids, labels, count, raw = [], [], 0, 0
+            new = prompt[len(ids) :]
+            ids = prompt + answer
+            labels = labels + (new if train_on_inputs else [IGNORED] * len(new))
+            labels = labels + (answer if learn else [IGNORED] * len(answer))
+            count += len(answer) if learn else 0
+            raw += is_raw and learn
+        sequences.append(Sequence(ids, labels, count, raw))
+        return [one for one in sequences if one.answer_tokens] or sequences[-1:]
+
+    def _turn(self, asked: list[Message], message: Message, tools: list[dict] | None) -> tuple[Ids, Ids, bool]:
+        """The ids of a prompt, and of the answer to it with its end; True if the template does not write this answer.
+
+        The answer is what the template writes after the prompt. Where it writes something else (R1 opens a thought in
+        the prompt and removes it from the answer), it is the answer as it stands in the record.
+        """
+        content, calls = message["content"], message.get("tool_calls") or []
+        words = [word for text in words_of(calls) for word in [text.strip()] if word]
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
+        for text, token in ((text, token) for text in [content, *words] for token in ends if token in text):
+            raise UserError(f"{shown(text)}: this answer holds {token}, which ends an answer; remove it from the record")
+        thought, answer = split_thinking(content)
+        for switch in (None, True) if thought else (self.thinking,):  # a template's default may be not to think
+            prompt = self._render(asked, True, switch, tools)
+            whole = self._render([*asked, message], False, switch, tools)
+            rest = whole[len(prompt) :]
+            is_raw = not (whole.startswith(prompt) and answer.strip() in rest and thought in rest)
+            if not is_raw:
+                break
+        opened = prompt.rstrip().endswith("<think>")
+        if is_raw:
+            said = {"role": "assistant", "content": PROBE}
+            other = self._render([*asked, said], False, self.thinking, tools) if calls else ""
+            prompt, rest = self._raw_turn(message, prompt, whole, other, opened)
+        elif not thought and (empty := EMPTY_THOUGHT.match(rest)):
+            own = empty.end() - (len(content) - len(content.lstrip("\n")))  # line breaks that the answer itself begins with
+            start = own if rest[own:].startswith(content) else empty.end()
+            prompt, rest = prompt + rest[:start] * opened, rest[start:]
+        if not all(word in rest or json.dumps(word, ensure_ascii=False)[1:-1] in rest for word in words):
+            raise UserError(f"{shown(' '.join(words))}: the chat template does not write this tool call whole; leave it out")
+        return *self._boundary(prompt, rest, "tool" if calls else "user"), is_raw
+
+    def _raw_turn(self, message: Message, prompt: str, whole: str, other: str, opened: bool) -> tuple[str, str]:
+        """The texts of a prompt and of the answer to it as it stands in the record, where the template does not write it after
+        this prompt.
+
+        Calls are what the `whole` text has in place of the answer in an `other` one. `opened`: the prompt opens a thought.
+        """
+        content = message["content"]
+        thought, answer = split_thinking(content)
+        if message.get("tool_calls"):
+            rest = EMPTY_THOUGHT.sub("", whole[self._shared(whole, other) :], count=1)
+            before = f"{content.partition('</think>')[0]}</think>\n\n" if thought and thought not in rest else ""
+            content = answer = before + rest
+        elif whole.startswith(prompt) and not (opened or thought):
+            rest = whole[len(prompt) :]
+            space = rest[: len(rest) - len(rest.lstrip())]
+            content = space + content.lstrip() if space else content
+        if not opened:
+            return prompt, content
+        if thought:
+            return prompt, content.lstrip().removeprefix("<think>").lstrip("\n")
+        return prompt + "\n</think>\n\n", answer
+
+    def _shared(self, one: str, other: str) -> int:
+        """How many characters two texts begin with in common, up to a boundary between tokens of both."""
+        pairs = enumerate(zip(one, other, strict=False))
+        length = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+        ids = self._ids(one), self._ids(other)
+        while (head := self._ids(one[:length])) and any(whole[: len(head)] != head for whole in ids):
+            length -= 1
+        return length
+
+    def _boundary(self, prompt: str, rest: str, next_role: str) -> tuple[Ids, Ids]:
+        """The ids of a prompt and of its answer, up to the first token that ends one; where there is none, with it."""
+        before, both = self._ids(prompt), self._ids(prompt + rest)
+        joined = both[: len(before)] == before  # else a token would straddle the boundary
+        after = both[len(before) :] if joined else self._ids(rest)
+        end = next((place for place, token in enumerate(after) if token in self.ends), None)
+        return before, after[: end + 1] if end is not None else [*after, self._closing(next_role)]
+
+    @functools.cache  # noqa: B019  (a prompter lives as long as its program)
+    def _closing(self, next_role: str) -> int:
+        """The end of an answer that the template leaves without one: what opens the turn after it where that is an end token
+        (GLM's), else the tokenizer's own."""
+        if self.end is not None:
+            return self.end
+        answer: Message = {"role": "assistant", "content": PROBE}
+        result: Message = QUESTION
+        if next_role == "tool":
+            answer = {"role": "assistant", "content": "", "tool_calls": [self._as_taken(CALL)]}
+            result = {"role": "tool", "content": "R", "tool_call_id": self._as_taken(CALL)["id"], "name": "name_probe"}
+        texts = [self._tried([QUESTION, answer, *more]) for more in ([], [result])]
+        opens = self._ids(texts[1][len(texts[0]) :])[:1] if texts[0] and texts[1].startswith(texts[0]) else []
+        default = self.tokenizer.eos_token_id
+        return next((token for token in opens if token in self.ends), default if default in self.ends else min(self.ends))
+
+    # What the template has a place for, found out by rendering probes
+
+    def _takes_system(self) -> bool:
+        """Whether the template renders a system text."""
+        return "SYSTEM-PROBE" in self._tried([{"role": "system", "content": "SYSTEM-PROBE"}, QUESTION])
+
+    def _takes_thoughts_as(self, key: str) -> bool:
+        """Whether the template writes thoughts that stand beside an answer under this key."""
+        answer = {"role": "assistant", "content": PROBE, key: "THOUGHT-PROBE"}
+        return any("THOUGHT-PROBE" in self._tried([QUESTION, answer], **switch) for switch in ({}, {"enable_thinking": True}))
+
+    def _written_end(self) -> tuple[int | None, tuple[str, ...]]:
+        """The control token that the template writes after an answer (None: it writes none), and the text that it ends an
+        answer with in place of one."""
+        tail = self._render([QUESTION, {"role": "assistant", "content": PROBE}], False).rpartition(PROBE)[2]
+        known = self.tokenizer.added_tokens_decoder
+        end = next((token for token in self._ids(tail) if token in known), None)
+        return end, (tail.strip(),) if end is None and tail.strip() else ()
+
+    def _takes_tools(self) -> bool:
+        """Whether the template writes the definitions of tools."""
+        function = {"name": "name_probe", "description": "TOOL-PROBE", "parameters": {"type": "object", "properties": {}}}
+        return "TOOL-PROBE" in self._tried([QUESTION], tools=[{"type": "function", "function": function}])
+
+    def _call_forms(self) -> tuple[bool, tuple[type, ...]]:
+        """Whether ids of calls must be short, and in which form the template takes their arguments: as JSON (str), as objects
+        (dict), as both where it writes them alike, or as none, since it writes no calls or no results."""
+        for short in (False, True):
+            written = {form: text for form in (dict, str) if (text := self._written_call(form, short))}
+            if written:
+                return short, tuple(written) if len(set(written.values())) == 1 else (dict,)
+        return False, ()
+
+    def _written_call(self, form: type, short: bool) -> str:
+        """A call with arguments of this form and its result, as the template writes them; "" where it does not."""
+        function, name = CALL["function"], SHORT_ID if short else CALL["id"]
+        arguments = function["arguments"] if form is str else json.loads(function["arguments"])
+        calls = [CALL | {"id": name, "function": function | {"arguments": arguments}}]
+        result = {"role": "tool", "content": "RESULT-PROBE", "tool_call_id": name, "name": "name_probe"}
+        text = self._tried([QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}, result])
+        as_written = function["arguments"] in text if form is str else "VALUE-PROBE" in text and "'VALUE-PROBE'" not in text
+        return text if as_written and "name_probe" in text and "RESULT-PROBE" in text else ""
+
+    def _markers_of_calls(self) -> frozenset[int]:
+        """The control tokens that stand in calls and in no other answers, such as Mistral's [TOOL_CALLS]."""
+        called = {"role": "assistant", "content": "", "tool_calls": [self._as_taken(CALL)]}
+        if not self.call_forms:
+            return frozenset()
+        call, text = (self._ids(self._tried([QUESTION, one])) for one in (called, {"role": "assistant", "content": PROBE}))
+        special = {token for token, known in self.tokenizer.added_tokens_decoder.items() if known.special}
+        return frozenset(special.intersection(call).difference(text, self.ends))
+
+    def _as_taken(self, call: dict, number: int = 1) -> dict:
+        """A call as the template takes it."""
+        arguments = call["function"]["arguments"]
+        if type(arguments) not in self.call_forms:
+            arguments = parsed_json(arguments) if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        given = {"id": f"call{number:05}"} if self.call_ids else {}
+        return call | given | {"function": call["function"] | {"arguments": arguments}}
+
+    def _for_template(self, messages: list[Message]) -> list[Message]:
+        """Messages as the template takes them: thoughts apart where it has a key for them, calls in its own form."""
+        found, ids = [], dict[str, str]()
+        for message in messages:
+            message = dict(message)
+            if message["role"] == "assistant" and self.thought_key and (thought := split_thinking(message["content"])[0]):
+                answer = message["content"].partition("</think>")[2].lstrip("\n")
+                message |= {"content": answer, self.thought_key: thought}
+            if "tool_calls" in message:
+                calls = [self._as_taken(call, len(ids) + place) for place, call in enumerate(message["tool_calls"], 1)]
+                ids |= {old["id"]: new["id"] for old, new in zip(message["tool_calls"], calls, strict=True)}
+                message["tool_calls"] = calls
+            if message["role"] == "tool":
+                message["tool_call_id"] = ids.get(message["tool_call_id"], message["tool_call_id"])
+            found.append(message)
+        return found
+
+    def _tried(self, messages: list[Message], **more: Any) -> str:
+        """The text of messages that ask nothing more, "" where the template refuses them."""
+        try:
+            return self._rendered(messages, False, **more)
+        except Exception:  # a template may raise anything
+            return ""
+
+    def _render(
+        self, messages: list[Message], open_answer: bool, thinking: bool | None = None, tools: list[dict] | None = None
+    ) -> str:
+        """The text of messages, rendered in the library's sandbox. Raises UserError if the template refuses them."""
+        switch = {} if thinking is None else {"enable_thinking": thinking}
+        given = {"tools": tools} if tools and "tools" in self.carries else {}
+        try:
+            return self._rendered(self._for_template(messages), open_answer, **switch, **given)
+        except Exception as error:  # a template may raise anything
+            first = shown(messages[0]["content"])
+            raise UserError(f"{first}: the chat template cannot render this dialogue ({reason(error)}); change it") from None
+
+    def _rendered(self, messages: list[Message], open_answer: bool, **more: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=open_answer, tokenize=False, **more)
+
+    def _ids(self, text: str) -> Ids:
+        """A rendered text as transformers encodes it."""
+        return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def spoken(record: Record) -> list[Message]:
+    """The messages of a record in which no tools are called, the last answer where it is there."""
+    question = "\n".join(filter(None, [record["instruction"], record.get("input")]))
+    pairs = [*(record.get("history") or []), (question, record.get("output") or "")]
+    texts = [text for pair in pairs for text in pair]
+    found = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    return found if found[-1]["content"] else found[:-1]
+
+
+def with_switch(template: str, thinking: bool | None) -> str:
+    """A chat template whose `enable_thinking`, where it is not given, is `thinking`; None leaves the template as it is."""
+    if thinking is None:
+        return template
+    value = str(thinking).lower()
+    return f"{{%- if enable_thinking is not defined -%}}{{%- set enable_thinking = {value} -%}}{{%- endif -%}}\n{template}"
+
+
+def shown(text: str) -> str:
+    """The beginning of a text, in one line."""
+    return repr(text[:40])
+
+
+def make_prompter(
+    template: str, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], thinking: bool | None = None
+) -> Prompter | ChatPrompter:
+    """The template of that name for a tokenizer.
+
+    Raises UserError if it has control tokens in its texts, which would be encoded as plain characters.
+    """
+    if template == CHAT:
+        return ChatPrompter(tokenizer, ends, thinking)
+    prompter = Prompter(template)
+    special = set(tokenizer.all_special_tokens) | {
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+    }
+    literals = [literal for parts in prompter.parts.values() for literal, _ in parts]
+    for literal in literals:
+        found = next(iter([*CONTROL.findall(literal), *sorted(token for token in special if token in literal)]), None)
+        if found:
+            raise UserError(
+                f"{prompter.path}: {found} is a control token, and a template's text is encoded as characters; "
+                f"use the tokenizer's own chat template (--prompt_template_name {CHAT})"
+            )
+    return prompter

@@ -1,0 +1,60 @@
+"""Raw text to pre-train on: documents of .txt and .md files, and of {"text": …} records."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.console import UserError, say
+from utils.datasets.file_formats import UnreadableItem, opened, place_of, read_items
+from utils.datasets.item_formats import ANSWERS, DIALOGUES, QUESTIONS
+from utils.datasets.text_encoding import as_utf8
+
+ENDINGS = (".txt", ".md", ".txt.gz", ".md.gz")
+LONGEST = 2**22  # bytes of a text file that are one document
+
+
+def is_text_file(file: Path) -> bool:
+    """True for a file that is a document itself."""
+    return file.name.lower().endswith(ENDINGS)
+
+
+def is_document(item: Any) -> bool:
+    """True for an item such as {"text": …}, which may have other fields, but none that a record of questions has."""
+    others = {*QUESTIONS, *ANSWERS, *DIALOGUES}
+    return isinstance(item, dict) and isinstance(item.get("text"), str) and not others & item.keys()
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The texts of one file; at its end what was dropped is printed, with its count and first place.
+
+    Raises UserError if the file cannot be read, is neither UTF-8 nor GBK nor UTF-16, or holds no text.
+    """
+    found, dropped, first = 0, 0, ""
+    for number, item in text_parts(path) if is_text_file(path) else read_items(path):
+        text = item["text"] if isinstance(item, dict) and is_document(item) else item if isinstance(item, str) else ""
+        if isinstance(item, UnreadableItem) or not text.strip():
+            dropped, first = dropped + 1, first or place_of(path, number)
+            continue
+        found += 1
+        yield text
+    if dropped:
+        say(f"{path}: {dropped} of {found + dropped} documents dropped, without a text (the first: {first})")
+    if not found:
+        raise UserError(f'{path}: holds no text; write documents as {{"text": …}}, one a line, or as a .txt or .md file')
+
+
+def text_parts(path: Path) -> Iterator[tuple[int, str]]:
+    """A text file as one document, or a large one as several that end with a line, which is printed; with numbers."""
+    with opened(path) as file:
+        number = 1
+        text = as_utf8(path, file)
+        while lines := text.readlines(LONGEST):
+            try:
+                yield number, b"".join(lines).decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(
+                    f"{path}: has bytes that are not UTF-8; convert it (iconv -c -t UTF-8), or download it again"
+                ) from None
+            number += 1
+    if number > 2:
+        say(f"{path}: read as {number - 1} documents, since it is longer than {LONGEST / 1e6:.0f} MB")

@@ -1,0 +1,147 @@
+"""Preference records, in the forms in which they are published: pairs of answers, and answers labelled good or bad."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from utils.console import UserError, say
+from utils.datasets.file_formats import UnreadableItem, place_of, read_items
+from utils.datasets.item_formats import InvalidRecord, as_record, dialogue, roles_and_texts
+from utils.datasets.records import Record, validate
+
+ANSWERS = ("chosen", "rejected")
+LABELS = ("label", "kto_tag")  # trl's name, and LLaMA-Factory's
+Form = TypeVar("Form")
+
+
+class Pair(NamedTuple):
+    """Two records of one question: with the answer that was chosen, and with the one that was rejected."""
+
+    chosen: Record
+    rejected: Record
+
+
+class Judged(NamedTuple):
+    """A record whose answer somebody found `good`, or not."""
+
+    record: Record
+    good: bool
+
+
+def is_pair(item: Any) -> bool:
+    """True for an item with a chosen and a rejected answer."""
+    return isinstance(item, dict) and all(name in item for name in ANSWERS)
+
+
+def is_judged(item: Any) -> bool:
+    """True for an item whose answer has a label, true or false."""
+    return isinstance(item, dict) and not is_pair(item) and any(isinstance(item.get(name), bool) for name in LABELS)
+
+
+def read_pairs(path: Path) -> Iterator[Pair]:
+    """The pairs of one file; at its end what was dropped is printed by cause, with its count and first place.
+
+    Raises UserError if the file cannot be read, or holds no pair that can be used.
+    """
+    return read_as(path, lambda item: [as_pair(item)], "pair")
+
+
+def read_judged(path: Path) -> Iterator[Judged]:
+    """The labelled answers of one file, of a pair both; otherwise as `read_pairs`."""
+    return read_as(path, as_judged, "labelled answer")
+
+
+def read_as(path: Path, convert: Callable[[Any], Iterable[Form]], noun: str) -> Iterator[Form]:
+    """What `convert` makes of the items of one file, which is called `noun`; those for which it raises are dropped."""
+    dropped: Counter[str] = Counter()
+    places: dict[str, str] = {}
+    found = 0
+    for number, item in read_items(path):
+        try:
+            made = convert(item)
+        except InvalidRecord as error:
+            dropped[str(error)] += 1
+            places.setdefault(str(error), place_of(path, number))
+            continue
+        found += 1
+        yield from made
+    for cause, count in dropped.most_common():
+        say(f"{path}: {count} of {found + dropped.total()} {noun}s dropped: {cause} (the first: {places[cause]})")
+    if not found:
+        causes = ", ".join(f"{cause}: {count:,}" for cause, count in dropped.most_common()) or "it holds none"
+        raise UserError(f"{path}: no {noun} in it can be used ({causes}); for their forms see data/README.md")
+
+
+def as_judged(item: Any) -> list[Judged]:
+    """One item as labelled answers: a record in any known form with its label, or the two answers of a pair.
+
+    Raises InvalidRecord if it is none.
+    """
+    if is_pair(item):
+        pair = as_pair(item)
+        return [Judged(pair.chosen, True), Judged(pair.rejected, False)]
+    if isinstance(item, UnreadableItem):
+        raise InvalidRecord(item.cause)
+    if not is_judged(item):
+        raise InvalidRecord("label is neither true nor false")
+    label = next(item[name] for name in LABELS if isinstance(item.get(name), bool))
+    return [Judged(validate(as_record({name: item[name] for name in item if name not in LABELS})), label)]
+
+
+def as_pair(item: Any) -> Pair:
+    """One item as a pair. Raises InvalidRecord if it is none, or both answers are the same.
+
+    Known are, with `chosen` and `rejected` as a text, a message or a list of messages: our own records (`instruction`,
+    `input`, `history`, `system`), LLaMA-Factory's (`conversations`), trl's (`prompt` as a text or messages, or none,
+    where both lists begin with it) and UltraFeedback's (`prompt` beside lists that begin with it).
+    """
+    if isinstance(item, UnreadableItem):
+        raise InvalidRecord(item.cause)
+    if not is_pair(item):
+        raise InvalidRecord("chosen or rejected is missing")
+    known = {name: item[name] for name in item if name not in ("tools", "messages")}  # which only other records may have
+    pair = Pair(*(validate(known | answered(item, item[name], name)) for name in ANSWERS))
+    if pair.chosen["output"].strip() == pair.rejected["output"].strip():
+        raise InvalidRecord("both answers are the same")
+    if {**pair.chosen, "output": ""} != {**pair.rejected, "output": ""}:
+        raise InvalidRecord("the answers are to different questions")
+    return pair
+
+
+def answered(item: dict[str, Any], answer: Any, name: str) -> dict[str, Any]:
+    """The fields of the record that the question of `item` makes with one of its answers."""
+    turns = answer if isinstance(answer, list) else [answer] if isinstance(answer, dict) else None
+    if turns is None and not isinstance(answer, str):
+        raise InvalidRecord(f"{name} is not a text")
+    if item.get("instruction") is not None:
+        return {"output": last_text(turns, name) if turns is not None else answer}
+    asked = question_of(item)
+    if not asked and (turns is None or not any(role == "user" for role, _ in roles_and_texts(turns))):
+        raise InvalidRecord("the question is missing")
+    if turns is None:
+        return dialogue([*asked, ("assistant", answer)], item.get("system"))
+    given = roles_and_texts(turns)
+    if len(given) == 1 or not any(role == "user" for role, _ in given):
+        given = asked + given
+    return dialogue(given, item.get("system"))
+
+
+def question_of(item: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The turns before the answers, where they stand in a field of their own."""
+    for name in ("conversations", "messages", "prompt"):
+        value = item.get(name)
+        if isinstance(value, str) and value:
+            return [("user", value)]
+        if isinstance(value, list) and value:
+            turns = roles_and_texts(value)
+            return turns[:-1] if turns[-1][0] == "assistant" and name == "messages" else turns
+    return []
+
+
+def last_text(turns: list[Any], name: str) -> str:
+    """The text of the last of some messages, which must be the assistant's."""
+    found = roles_and_texts(turns)
+    if not found or found[-1][0] != "assistant":
+        raise InvalidRecord(f"{name} does not end with an answer")
+    return found[-1][1]

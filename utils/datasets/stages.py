@@ -1,0 +1,79 @@
+"""What is trained follows from the form of the records: raw text, questions with answers, or preferences.
+
+Records of questions with answers can also be learned by rewards, which is the one thing that their form does not say.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.console import UserError
+from utils.datasets.documents import is_document, is_text_file, read_documents
+from utils.datasets.file_formats import read_items
+from utils.datasets.preferences import is_judged, is_pair, read_judged, read_pairs
+from utils.datasets.records import read_records
+from utils.datasets.sources import data_files
+
+TEXT, INSTRUCTION, PREFERENCE, LABELLED, REWARD = "text", "instruction", "preference", "labelled", "reward"
+NAMES = {
+    TEXT: "raw text",
+    INSTRUCTION: "questions and answers",
+    PREFERENCE: "preferences",
+    LABELLED: "answers with a label",
+}
+STAGES = {TEXT: (TEXT,), INSTRUCTION: (INSTRUCTION, REWARD), PREFERENCE: (PREFERENCE,), LABELLED: (PREFERENCE, INSTRUCTION)}
+
+
+READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Any]]] = {  # of a file, and what the template carries of tools
+    TEXT: lambda file, carries: read_documents(file),
+    INSTRUCTION: lambda file, carries: read_records(file, carries=carries),
+    PREFERENCE: lambda file, carries: read_pairs(file),
+    LABELLED: lambda file, carries: read_judged(file),
+    REWARD: lambda file, carries: read_records(file, need_output=False, carries=carries),
+}
+
+
+def stage_of(data_path: str, asked: str = "", preference_loss: str = "", rewards: bool = False) -> str:
+    """The stage that the files of a data path are trained by, by the first item of each.
+
+    That is one of READERS: pairs whose `preference_loss` is kto are learned as LABELLED answers. `asked` is the stage
+    that the user named, "" where it follows from the records and from whether there are `rewards`.
+    Raises UserError if the files are for different stages, or for another than what the options say.
+    """
+    form = form_of(data_path)
+    stage = asked or (REWARD if rewards else STAGES[form][0])
+    if stage not in STAGES[form]:
+        told = f"--stage {asked}" if asked else "--rewards"
+        raise UserError(f"{told}: {data_path} holds {NAMES[form]}; give other records, or leave the option out")
+    if rewards != (stage == REWARD):
+        fix = "give --rewards" if stage == REWARD else f"leave one of them out; rewards are for --stage {REWARD}"
+        raise UserError(f"--stage {stage}: {'without' if stage == REWARD else 'with'} --rewards; {fix}")
+    if stage != PREFERENCE:
+        return stage
+    if form == LABELLED and preference_loss not in ("", "kto"):
+        raise UserError(
+            f"--preference_loss {preference_loss}: compares two answers, and {data_path} holds {NAMES[form]}; "
+            "give records with chosen and rejected, or --preference_loss kto"
+        )
+    return LABELLED if preference_loss == "kto" else form
+
+
+def form_of(data_path: str) -> str:
+    """The form of the records in all files of a data path. Raises UserError if they are of different ones."""
+    forms = {file: form_of_file(file) for file in data_files(data_path)}
+    first, *others = forms
+    for other in others:
+        if forms[other] != forms[first]:
+            raise UserError(
+                f"--data_path {data_path}: {first} holds {NAMES[forms[first]]}, {other} holds {NAMES[forms[other]]}; "
+                "train on one kind, then on the other with --resume_from_checkpoint"
+            )
+    return forms[first]
+
+
+def form_of_file(file: Path) -> str:
+    """The form of the records in one file, by the first."""
+    if is_text_file(file):
+        return TEXT
+    _, first = next(read_items(file), (0, None))
+    return TEXT if is_document(first) else PREFERENCE if is_pair(first) else LABELLED if is_judged(first) else INSTRUCTION

@@ -1,0 +1,1 @@
+"""Scoring answers: judges, metrics, likelihood, tables, charts."""

@@ -1,0 +1,134 @@
+"""The answers of several systems to the same prompts: read, put side by side, given category and reference."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from utils.console import UserError, say
+from utils.datasets.prompts import RESULT, Record
+from utils.datasets.records import read_records
+from utils.datasets.templates import split_thinking
+
+ALL = "all"  # the category of prompts that have none
+SAMPLE = "#"  # between the name of a system and the number of its sample
+
+
+def answer_files(answers: list[str]) -> dict[str, Path]:
+    """The files of `NAME=PATH` pairs, by name; a folder stands for its test.json. A name that is given again is another
+    sample of the same system, `f1#2`. Raises UserError."""
+    files: dict[str, Path] = {}
+    for pair in answers:
+        name, equals, path = pair.partition("=")
+        name = name.strip()
+        if not equals or not name or not path:
+            raise UserError(f"--answers {pair}: not NAME=PATH; write it like --answers f1=output/f1/{RESULT}")
+        if SAMPLE in name:
+            raise UserError(f"--answers {pair}: {SAMPLE} is for further samples of a system; choose a name without it")
+        number = sum(known.partition(SAMPLE)[0] == name for known in files)
+        name = f"{name}{SAMPLE}{number + 1}" if number else name
+        files[name] = Path(path) / RESULT if Path(path).is_dir() else Path(path)
+    return files
+
+
+def side_by_side(files: dict[str, Path]) -> tuple[list[Record], dict[str, list[str]]]:
+    """The prompts, in the order of the first file, and each system's answers in that order.
+
+    Raises UserError if a file cannot be read, holds no answers, or holds other prompts than the first.
+    """
+    prompts: list[Record] = []
+    answers: dict[str, list[str]] = {}
+    first: Path | None = None
+    for name, path in files.items():
+        found = numbered(list(read_records(path, need_output=False)))
+        if not found:
+            raise UserError(f"{path}: holds no answers; make it with generate.py --is_ui False --test_input_path …")
+        if first is None:
+            first, order = path, found
+            prompts = [
+                cast(Record, {key: value for key, value in record.items() if key != "output"}) for record in found.values()
+            ]
+        check_same(order, found, first, path)
+        parts = [split_thinking(found[key]["output"]) for key in order]
+        answers[name] = [said for _, said in parts]
+        if thoughtful := sum(bool(thought) for thought, _ in parts):
+            say(f"{path}: {thoughtful} of {len(found)} answers begin with thoughts, which are left out")
+        empty = sum(not answer.strip() for answer in answers[name])
+        if empty == len(found):
+            raise UserError(f"{path}: holds prompts, and no output to any; name the file with the answers ({RESULT})")
+        if empty:
+            say(f"{path}: {empty} of {len(found)} answers are empty")
+    return prompts, answers
+
+
+def numbered(records: list[Record]) -> dict[tuple[str, int], Record]:
+    """Records by what they ask, and numbered where several ask the same."""
+    found: dict[tuple[str, int], Record] = {}
+    times: dict[str, int] = {}
+    for record in records:
+        asked = key_of(record)
+        times[asked] = times.get(asked, 0) + 1
+        found[asked, times[asked]] = record
+    return found
+
+
+def key_of(record: Record) -> str:
+    """What a record asks, as one text."""
+    return json.dumps([record["instruction"], record.get("input") or "", record.get("history") or []], ensure_ascii=False)
+
+
+def check_same(one: dict, other: dict, first: Path, path: Path) -> None:
+    """Raises UserError that names the prompts which only one of two files holds."""
+    told = []
+    for only, file in ((one.keys() - other.keys(), first), (other.keys() - one.keys(), path)):
+        if only:
+            records = one if file is first else other
+            shown = [records[key]["instruction"][:40] for key in records if key in only][:3]
+            more = f" and {len(only) - 3} more" if len(only) > 3 else ""
+            told.append(f"only in {file}: {', '.join(repr(text) for text in shown)}{more}")
+    if told:
+        raise UserError(f"{path}: its prompts are not those of {first} ({'; '.join(told)}); answer the same prompts with both")
+
+
+def add_references(prompts: list[Record], known: list[Record]) -> list[Record]:
+    """Prompts with the category and reference that equal prompts in `known` have, where they have none of their own."""
+    by_key = {key_of(record): record for record in reversed(known)}
+    completed: list[Record] = []
+    for record in prompts:
+        twin: Mapping[str, Any] = by_key.get(key_of(record), {})
+        added = {key: twin[key] for key in ("category", "reference") if key in twin}
+        completed.append(cast(Record, {"category": ALL} | added | record))
+    return completed
+
+
+def by_category(records: list[Record]) -> dict[str, list[int]]:
+    """The positions of the records of each category, in the order of their first."""
+    members: dict[str, list[int]] = {}
+    for position, record in enumerate(records):
+        members.setdefault(record["category"], []).append(position)
+    return members
+
+
+def samples(systems: list[str]) -> dict[str, list[str]]:
+    """Which of the systems are samples of the same one, `f1`, `f1#2`, … of `f1`."""
+    found: dict[str, list[str]] = {}
+    for system in systems:
+        name, mark, number = system.rpartition(SAMPLE)
+        found.setdefault(name if mark and number.isdigit() and name in systems else system, []).append(system)
+    return found
+
+
+def sample_notes(tables: list[Any]) -> list[str]:
+    """For each table and system with several samples, the mean over these and how far they differ (standard deviation)."""
+    lines = []
+    for table in tables:
+        for name, systems in samples(table.systems).items():
+            columns = [[row.values.get(system) for row in table.rows] for system in systems]
+            means = [statistics.fmean(values) for values in columns if values and None not in values]  # type: ignore[type-var]
+            if len(means) > 1:
+                spread = statistics.stdev(means)
+                mean = f"{statistics.fmean(means):.{table.digits}f}"
+                shown = f"mean {mean}, standard deviation {spread:.{table.digits + 1}f}"
+                lines.append(f"{table.title}: {name} over {len(means)} samples: {shown}")
+    return lines

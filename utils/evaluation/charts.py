@@ -1,0 +1,195 @@
+"""A table of scores as a picture: a radar over the categories, and bars; with a font that has Chinese."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.console import say
+from utils.evaluation.tables import Table
+from utils.files import replacing
+
+PREFERRED = (  # of those that have every character needed, one made for Chinese on a screen comes first
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "Source Han Sans CN",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "PingFang HK",
+    "Hiragino Sans GB",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Arial Unicode MS",
+)
+BOXES = ("Last Resort", ".LastResort", "LastResort")  # they have every character, and show a box for it
+MOST_SIDES = 12  # a radar with more is not readable
+
+
+def find_font(text: str, files: Iterable[str | Path]) -> Path | None:
+    """A font file out of `files` that has every character of `text`; None where there is none.
+
+    By hand: matplotlib's fallbacks must be named, and draw boxes where none of them has a character.
+    """
+    from matplotlib.ft2font import FT2Font
+
+    needed = {ord(sign) for sign in text if not sign.isspace()}
+    fitting: dict[str, Path] = {}
+    for file in files:
+        try:
+            font = FT2Font(str(file))
+            family, style, fits = font.family_name, font.style_name, needed <= font.get_charmap().keys()
+        except (RuntimeError, OSError):
+            continue  # a bitmap font, or a broken file
+        if fits and not family.startswith(BOXES) and (family not in fitting or style == "Regular"):
+            fitting[family] = Path(file)
+    ranked = [fitting[family] for family in PREFERRED if family in fitting]
+    return next(iter([*ranked, *fitting.values()]), None)
+
+
+def draw(table: Table, path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
+    """Write a PNG with a radar (from three categories on) and bars of the table.
+
+    Its font is found among the files `fonts`, or all of the system's. Where none has the characters of the labels,
+    that is printed, and the categories' plain names are used instead.
+    """
+    from matplotlib import pyplot
+
+    categories = [(row.label, row.category) for row in table.rows]
+    with chinese_font([*table.systems, table.title], categories, path, fonts) as labels:
+        radar = 3 <= len(labels) <= MOST_SIDES
+        figure = pyplot.figure(figsize=(6 * radar + max(6.0, 1.1 * len(labels)), 6), layout="constrained")
+        grid = figure.add_gridspec(1, 2 if radar else 1, width_ratios=[1, max(1.0, len(labels) / 6)] if radar else None)
+        if radar:
+            draw_radar(figure.add_subplot(grid[0, 0], projection="polar"), table, labels)
+        draw_bars(figure.add_subplot(grid[0, -1]), table, labels)
+        figure.suptitle(table.title)
+        figure.legend(
+            *figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(table.systems))
+        )
+        save(figure, path)
+
+
+def draw_chain(tables: list[Table], steps: list[str], path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
+    """Write a PNG with a panel a table: a line for each category over the `steps` of a chain that have a value.
+
+    The font is found as by `draw`.
+    """
+    from matplotlib import pyplot
+
+    categories = list(dict.fromkeys((row.label, row.category) for table in tables for row in table.rows))
+    with chinese_font([*steps, *(table.title for table in tables)], categories, path, fonts) as labels:
+        named = dict(zip((category for _, category in categories), labels, strict=True))
+        columns = min(3, len(tables))
+        lines = math.ceil(len(tables) / columns)
+        figure, axes = pyplot.subplots(lines, columns, figsize=(5 * columns, 3.5 * lines), squeeze=False, layout="constrained")
+        for panel, table in zip(axes.flat, tables, strict=False):
+            shown = [step for step in steps if step in table.systems]
+            for row in table.rows:
+                values = [math.nan if (value := row.values.get(step)) is None else value for step in shown]
+                panel.plot(range(len(shown)), values, marker="o", markersize=3, label=named[row.category])
+            panel.set_xticks(range(len(shown)), shown)
+            panel.set_title(table.title, fontsize="medium")
+            panel.grid(alpha=0.3)
+        for panel in axes.flat[len(tables) :]:
+            panel.set_axis_off()
+        entries = {name: line for panel in axes.flat for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(1 + 2 * columns, len(entries)))
+        save(figure, path)
+
+
+def draw_matrix(tables: list[Table], path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
+    """Write a PNG with a panel a table: a field for each row and column, darker the larger its value, which it shows.
+
+    The font is found as by `draw`.
+    """
+    from matplotlib import pyplot
+
+    categories = list(dict.fromkeys((row.label, row.category) for table in tables for row in table.rows))
+    texts = [text for table in tables for text in (*table.systems, table.title)]
+    with chinese_font(texts, categories, path, fonts) as labels:
+        named = dict(zip((category for _, category in categories), labels, strict=True))
+        most = max(len(table.rows) for table in tables)
+        size = (2.5 + 1.3 * sum(len(table.systems) for table in tables), 1.8 + 0.7 * most)
+        figure, axes = pyplot.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
+        for panel, table in zip(axes.flat, tables, strict=True):
+            values = [[math.nan if (v := row.values.get(s)) is None else v for s in table.systems] for row in table.rows]
+            panel.imshow(values, cmap="Blues", aspect="auto")
+            middle = sum(edges(values)) / 2
+            for y, row in enumerate(table.rows):
+                for x, system in enumerate(table.systems):
+                    color = "white" if (row.values.get(system) or 0) > middle else "black"
+                    panel.text(x, y, table.shown(row.values.get(system)), ha="center", va="center", color=color)
+            panel.set_xticks(range(len(table.systems)), table.systems)
+            panel.set_yticks(range(len(table.rows)), [named[row.category] for row in table.rows])
+            panel.set_title(table.title, fontsize="medium")
+        save(figure, path)
+
+
+def edges(values: list[list[float]]) -> tuple[float, float]:
+    """The least and the largest of the numbers that are there."""
+    known = [value for row in values for value in row if not math.isnan(value)]
+    return min(known, default=0.0), max(known, default=0.0)
+
+
+@contextlib.contextmanager
+def chinese_font(
+    texts: list[str], categories: list[tuple[str, str]], path: str | Path, fonts: Iterable[str | Path] | None
+) -> Iterator[list[str]]:
+    """Draw within this with a font that has all of `texts` and the categories' labels; gives the labels to use.
+
+    `categories`: label and plain name of each; the plain names are used, which is printed, where no font has the labels.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import font_manager
+
+    labels = [label for label, _ in categories]
+    fonts = sorted(font_manager.findSystemFonts()) if fonts is None else fonts
+    font = find_font("".join([*labels, *texts]), fonts)
+    if font is None and not "".join(labels + texts).isascii():
+        say(f"{path}: no font has all characters of the labels (install Noto Sans CJK, say); categories get their plain names")
+        labels = [category for _, category in categories]
+    family = {}
+    if font is not None:
+        font_manager.fontManager.addfont(font)
+        family = {"font.family": [font_manager.FontProperties(fname=str(font)).get_name(), "DejaVu Sans"]}
+    with matplotlib.rc_context(family | {"axes.unicode_minus": False}):
+        yield labels
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure as PNG, the same bytes for the same figure, and close it."""
+    from matplotlib import pyplot
+
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def draw_radar(axes: Any, table: Table, labels: list[str]) -> None:
+    """A closed line a system; a missing value leaves a gap."""
+    angles = [2 * math.pi * index / len(labels) for index in range(len(labels))]
+    for system in table.systems:
+        values = [math.nan if (value := row.values.get(system)) is None else value for row in table.rows]
+        axes.plot([*angles, angles[0]], [*values, values[0]], marker="o", markersize=3, label=system)
+    axes.set_xticks(angles, labels)
+    axes.tick_params(axis="x", pad=12)
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    axes.set_ylim(0, 100)
+
+
+def draw_bars(axes: Any, table: Table, labels: list[str]) -> None:
+    """A group of bars a category, a bar a system."""
+    width = 0.8 / len(table.systems)
+    for index, system in enumerate(table.systems):
+        places = [place - 0.4 + (index + 0.5) * width for place in range(len(labels))]
+        axes.bar(places, [row.values.get(system) or 0 for row in table.rows], width, label=system)
+    axes.set_xticks(range(len(labels)), labels, rotation=0 if len(labels) <= 6 else 30)
+    axes.set_ylim(0, 100)
+    axes.grid(axis="y", alpha=0.3)

@@ -1,0 +1,155 @@
+"""Code that answers hold: run against each problem's tests, in a child without rights, and counted as pass@k."""
+
+import math
+import re
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from utils.console import UserError, progress
+from utils.datasets.file_formats import UnreadableItem, read_items
+from utils.datasets.prompts import Record
+from utils.evaluation.answers import ALL, key_of, samples
+from utils.evaluation.intervals import bootstrap
+from utils.evaluation.sandbox import REFUSED
+from utils.evaluation.tables import Row, Table
+
+SECONDS, WALL, MEGABYTES = 10, 30, 1024
+SANDBOX = Path(__file__).with_name("sandbox.py")
+BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S | re.I)
+
+
+class Task(NamedTuple):
+    """A problem: the beginning of the program (a function's head, or nothing), the function's name, and the tests."""
+
+    prefix: str
+    entry_point: str
+    tests: str
+
+
+def read_tasks(paths: Sequence[str]) -> dict[str, Task]:
+    """The problems of files that data/code/prepare.py wrote, by what they ask. Raises UserError if there are none."""
+    found = {}
+    for path in paths:
+        for _, item in read_items(Path(path)):
+            if not isinstance(item, UnreadableItem) and isinstance(item, dict) and isinstance(item.get("tests"), str):
+                task = Task(str(item.get("prefix") or ""), str(item.get("entry_point") or ""), item["tests"])
+                found[key_of({"instruction": item.get("instruction", "")})] = task
+    if not found:
+        raise UserError("--run_code: --test_input_path holds no problem with tests; data/code/prepare.py makes such files")
+    return found
+
+
+def program(answer: str, task: Task) -> str:
+    """The program that an answer makes: its first block of code, or all of it, after the problem's own beginning where it does
+    not define the function itself; then the tests."""
+    block = BLOCK.search(answer)
+    code = block[1] if block else answer
+    defines = re.search(rf"^\s*def\s+{re.escape(task.entry_point)}\b", code, re.M) if task.entry_point else True
+    return f"{code if defines else task.prefix + code}\n\n{task.tests}\n"
+
+
+def outcome(text: str) -> str:
+    """What comes of a program: "" if all tests pass, else why not. Raises UserError where it cannot be run safely here.
+
+    One that ends before its tests do does not pass. Its output is bounded as all files that it writes.
+    """
+    word = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        command = [sys.executable, "-I", str(SANDBOX), folder, str(SECONDS), str(MEGABYTES)]
+        given, nothing_else = f"{word}\n{text}".encode("utf-8", "replace"), {"LC_ALL": "C.UTF-8"}
+        try:
+            ended = subprocess.run(
+                command, input=given, stdout=out, stderr=err, timeout=WALL, env=nothing_else, start_new_session=True
+            )
+        except subprocess.TimeoutExpired:
+            return f"took over {WALL} s"
+        said, complained = last_line(out), last_line(err)
+    if ended.returncode == REFUSED:
+        raise UserError(
+            f"--run_code: this machine cannot shut a program in ({complained}); use Linux where namespaces are allowed, "
+            "which they are not in most containers"
+        )
+    if ended.returncode == 0:
+        return "" if said == word else "ended before its tests did"
+    return complained[:200] or f"ended with status {ended.returncode}"
+
+
+def last_line(file: IO[bytes]) -> str:
+    """The last line of a file, of its last kilobytes."""
+    file.seek(max(0, file.seek(0, 2) - 4096))
+    lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def run_all(
+    records: Sequence[Record], answers: Mapping[str, list[str]], tasks: Mapping[str, Task]
+) -> dict[str, list[str | None]]:
+    """For each system and record what came of its program (None: the record is not a problem of `tasks`)."""
+    known = [tasks.get(key_of({"instruction": record["instruction"]})) for record in records]
+    if not any(known):
+        raise UserError("--run_code: none of the answers is to a problem of --test_input_path; answer these with generate.py")
+    jobs = {
+        (system, place): program(given[place], task)
+        for system, given in answers.items()
+        for place, task in enumerate(known)
+        if task
+    }
+    outcome(next(iter(jobs.values())))  # alone, so that a machine that cannot do it is told once
+    with ThreadPoolExecutor(2) as pool, progress(total=len(jobs), desc="running code") as bar:
+
+        def counted(text: str) -> str:
+            found = outcome(text)
+            bar.update()
+            return found
+
+        results = dict(zip(jobs, pool.map(counted, jobs.values()), strict=True))
+    return {system: [results.get((system, place)) for place in range(len(records))] for system in answers}
+
+
+def pass_at(k: int, count: int, right: int) -> float:
+    """How likely one of `k` out of `count` programs passes, of which `right` do (the unbiased estimate of Chen et al. 2021)."""
+    return 1.0 - math.comb(count - right, k) / math.comb(count, k)
+
+
+def tabulate(records: Sequence[Record], results: Mapping[str, list[str | None]]) -> tuple[list[Table], list[str]]:
+    """A table for each k that there are samples for (1, 10, 100), and what went wrong most."""
+    groups = samples(list(results))
+    fewest = min(map(len, groups.values()))
+    places = [place for place, found in enumerate(next(iter(results.values()))) if found is not None]
+    members: dict[str, list[int]] = {}
+    for place in places:
+        members.setdefault(records[place].get("category", ALL), []).append(place)
+    tables = []
+    for k in [k for k in (1, 10, 100) if k <= fewest]:
+        rows = []
+        for category, inside in members.items():
+            values: dict[str, float | None] = {}
+            doubt = {}
+            for name, systems in groups.items():
+                shares = [100 * pass_at(k, len(systems), sum(results[s][p] == "" for s in systems)) for p in inside]
+                values[name], doubt[name] = statistics.fmean(shares), bootstrap([shares])
+            rows.append(Row(category, len(inside), values, doubt))
+        tables.append(Table(f"pass@{k} in % ({fewest} samples a problem, {SECONDS} s, {MEGABYTES} MB)", list(groups), rows))
+    return tables, notes(groups, results)
+
+
+def notes(groups: Mapping[str, list[str]], results: Mapping[str, list[Any]]) -> list[str]:
+    """How many programs passed, and what the others ended with."""
+    lines = []
+    for name, systems in groups.items():
+        found = [result for system in systems for result in results[system] if result is not None]
+        kinds = [result.partition(":")[0] for result in found if result]
+        most = ", ".join(
+            f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind))[:5]
+        )
+        lines.append(
+            f"{name}: {len(found) - len(kinds)} of {len(found)} programs pass" + (f"; the others: {most}" if most else "")
+        )
+    return lines

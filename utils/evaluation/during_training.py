@@ -1,0 +1,148 @@
+"""How a model is evaluated while it is trained: it answers a few prompts, and questions with choices."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.console import UserError
+from utils.datasets.chat_templates import ChatPrompter, make_prompter
+from utils.datasets.choices import Choice
+from utils.datasets.encoding import encode_prompt
+from utils.datasets.prompts import Record
+from utils.datasets.templates import Prompter, split_thinking
+from utils.evaluation import choices
+from utils.evaluation.intervals import wilson
+from utils.evaluation.metrics import CLOSENESS, final_number
+from utils.evaluation.training_questions import TrainingQuestions, reference_of
+from utils.inference.answerers import BASE
+from utils.inference.engine import Engine
+from utils.inference.kv_cache import Ids
+from utils.inference.rollouts import Sampler, cache_room, ready_to_answer
+from utils.inference.sampling_params import SamplingParams
+from utils.models.tokenizer import end_tokens
+from utils.training.evaluations import Evaluated
+
+WAY = choices.Way()  # as judge.py --choices asks unless it is told otherwise
+
+
+class LoadedEngine(Engine):
+    """The engine on a model that is loaded already, its only answerer; `room` as that of the Sampler."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], room: int):
+        self.stops, self.answerers, self.config = [], [], model.config
+        self.tokenizers, self.ends = {BASE: tokenizer}, {BASE: list(ends)}
+        self.__dict__["loaded"] = model, None
+        self.tokens = room
+
+    @property
+    def room(self) -> int:
+        """For how many tokens memory can hold keys and values, beside what training needs."""
+        return self.tokens
+
+
+class Evaluator:
+    """Evaluates a model with the same questions each time; prompts are answered greedily.
+
+    `window`: the longest text of the model in tokens, where it has such a limit; `room`: for how many tokens memory can hold
+    keys and values. Raises UserError if a prompt leaves no room for an answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompter: Prompter | ChatPrompter,
+        ends: Iterable[int],
+        asked: TrainingQuestions,
+        longest: int,
+        window: int | None,
+        room: int,
+        dtype: str,
+    ):
+        self.tokenizer, self.ends, self.room, self.dtype = tokenizer, list(ends), room, dtype
+        self.prompts, self.questions, self.scores = asked.prompts, asked.questions, asked.scores()
+        self.template = prompter.name
+        self.sampler = Sampler(tokenizer, prompter, ends, SamplingParams(num_beams=1, max_new_tokens=longest), room, window)
+        self.encoded: list[Ids] = [encode_prompt(record, prompter, tokenizer) for record in self.prompts]
+        for number, ids in enumerate(self.encoded, 1):
+            if window is not None and len(ids) >= window:
+                raise UserError(
+                    f"--eval_answers: prompt {number} has {len(ids)} tokens, the model's window is {window}; shorten it"
+                )
+
+    def __call__(self, model: PreTrainedModel) -> Evaluated:
+        """Evaluate the model as it is now; it is afterwards as it was before, and no random number is drawn."""
+        began, scores, notes = time.monotonic(), {}, []
+        with ready_to_answer(model):
+            if self.questions:
+                scores["eval_choices"], note = self.choose(model)
+                notes.append(note)
+            texts, cut = self.answer(model)
+        if "eval_chrf" in self.scores:
+            found, note = self.measure(texts)
+            scores |= found
+            notes.append(note)
+        if cut:
+            notes.append(f"{cut} of {len(texts)} answers reached --max_new_tokens before their end")
+        notes.append(f"answering took {time.monotonic() - began:.1f} s")
+        answers = [{"question": question_of(record), "answer": text} for record, text in zip(self.prompts, texts, strict=True)]
+        return Evaluated(scores, answers, notes)
+
+    def choose(self, model: PreTrainedModel) -> tuple[float, str]:
+        """The share of right choices in percent, and what stands behind it."""
+        engine = LoadedEngine(model, self.tokenizer, self.ends, self.room)
+        subjects: dict[str, list[Choice]] = {}
+        for one in self.questions:
+            subjects.setdefault(one.category, []).append(one)
+        right = counted = 0
+        for questions in subjects.values():
+            marks, _ = choices.mark(engine, BASE, questions, [], WAY)
+            places = choices.scored(questions, {BASE: marks}, WAY)
+            counted += len(places)
+            right += sum(choices.is_right(questions[place], marks[place]) for place in places)
+        if not counted:
+            raise UserError("--eval_choices: no question has one right choice and fits the model's window; give others")
+        low, high = (100 * edge for edge in wilson(right, counted))
+        left_out = f", {len(self.questions) - counted} left out" if counted < len(self.questions) else ""
+        behind = f"{counted} questions{left_out}, {WAY}, {self.dtype}; 95 % interval {low:.1f} to {high:.1f}"
+        return 100 * right / counted, f"right choices {100 * right / counted:.1f} % ({behind})"
+
+    def answer(self, model: PreTrainedModel) -> tuple[list[str], int]:
+        """What a person reads of the answers, without thoughts, and how many were cut."""
+        if not self.encoded:
+            return [], 0
+        ids = self.sampler(model, self.encoded, [0] * len(self.encoded))
+        texts = [split_thinking(self.sampler.text(one))[1] for one in ids]
+        return texts, sum(map(self.sampler.is_cut, ids))
+
+    def measure(self, texts: list[str]) -> tuple[dict[str, float], str]:
+        """How close answers are to their references, and what stands behind it."""
+        pairs = [(text, reference_of(record)) for text, record in zip(texts, self.prompts, strict=True)]
+        behind = f"{len(pairs)} prompts, template {self.template}, greedy, {self.dtype}; 95 % interval"
+        value, interval = CLOSENESS["chrF"].with_interval(pairs)
+        scores = {"eval_chrf": value}
+        edges = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "unknown, one prompt tells none"
+        shown = f"chrF {value:.1f} ({behind} {edges})"
+        if "eval_exact" in self.scores:
+            right = sum(final_number(text) == final_number(reference) for text, reference in pairs)
+            low, high = (100 * edge for edge in wilson(right, len(pairs)))
+            scores["eval_exact"] = 100 * right / len(pairs)
+            shown += f", exact numbers {scores['eval_exact']:.1f} % ({low:.1f} to {high:.1f})"
+        return scores, shown
+
+
+def make_evaluator(
+    options: Any, asked: TrainingQuestions, tokenizer: PreTrainedTokenizerBase, model: Any, dtype: str
+) -> Evaluator:
+    """What has the model answer at each evaluation, by the options of finetune.py."""
+    ends = end_tokens(options.base_model, tokenizer)
+    prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Evaluator(tokenizer, prompter, ends, asked, options.max_new_tokens, window, cache_room(options), dtype)
+
+
+def question_of(record: Record) -> str:
+    """What a prompt asks, as one text."""
+    turns: list[Any] = [text for turn in record.get("history") or [] for text in turn]
+    return "\n".join(text for text in [*turns, record["instruction"], record.get("input") or ""] if text)

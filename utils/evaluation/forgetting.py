@@ -1,0 +1,221 @@
+"""What a chain forgets: each step's adapter on the held-out records of every step, their loss and the right answers.
+
+The matrix is that of continual learning (Lopez-Paz and Ranzato 2017, https://arxiv.org/abs/1706.08840, section 3).
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.console import UserError, progress, say
+from utils.datasets import dataset, stages
+from utils.datasets.sources import sources
+from utils.evaluation.choices import plain
+from utils.evaluation.likelihood import load_engine
+from utils.evaluation.metrics import final_number
+from utils.evaluation.tables import Row, Table, Values
+from utils.files import sha256
+from utils.inference import batch
+from utils.inference.answerers import BASE
+from utils.inference.engine import Engine
+from utils.inference.sampling_params import SamplingParams
+from utils.models.tokenizer_files import tokenizer_hash
+from utils.training.loss import full_loss
+
+MOST = 100  # records of a step: the first of its validation set
+ANSWER = 128  # tokens of an answer
+LOSS, RIGHT = "loss of held-out records (nats a token)", "right answers to held-out records (%)"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A step's records that were not trained on: encoded `rows` as that step encodes them, and, where they are questions
+    with answers, the `records` themselves."""
+
+    step: str
+    stage: str
+    rows: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+
+
+def named_files(held_out: Sequence[str], steps: Sequence[str]) -> dict[str, str]:
+    """The files given as STEP=FILE, by step. Raises UserError if one has another form, or names no step of the chain."""
+    found = {}
+    for part in held_out:
+        name, sign, path = part.partition("=")
+        if not sign or not path:
+            raise UserError(f"--held_out {part}: give a step and its records, as f1=records.json")
+        if name not in steps:
+            raise UserError(f"--held_out {part}: {name} is not a step of the chain; its steps are {', '.join(steps)}")
+        if name in found:
+            raise UserError(f"--held_out {part}: {name} is given twice; name each step once")
+        for source in sources(path):
+            if not source.files:
+                raise UserError(f"--held_out {part}: holds no records; give another file")
+        found[name] = path
+    return found
+
+
+def held_out_records(engine: Engine, named: dict[str, str]) -> list[HeldOut]:
+    """The held-out records of each step of the engine's adapters: those of `named`, else its validation set.
+
+    A step that has none, whose files are gone or have changed, or that learned otherwise than from texts, answers or pairs
+    is left out, which is printed.
+    """
+    found = []
+    for one in engine.answerers:
+        if one.folder is None:
+            continue
+        step = one.lineage or {}
+        data = step.get("data") or {}
+        why = unusable(step, data) if one.name not in named else ""
+        stage = stages.stage_of(named[one.name]) if one.name in named else data.get("stage", stages.INSTRUCTION)
+        if stage not in (stages.TEXT, stages.INSTRUCTION, stages.PREFERENCE):
+            why = f"it learned from {stages.NAMES.get(stage, 'rewards')}, which are not measured"
+        if why:
+            say(f"{one.name}: without held-out records, since {why} (--held_out {one.name}=FILE names some)")
+            continue
+        found.append(read_held_out(engine, one.name, stage, step, named.get(one.name, "")))
+    return found
+
+
+def unusable(step: dict[str, Any], data: dict[str, Any]) -> str:
+    """Why the validation set of a step cannot be drawn again; "" if it can."""
+    if not data.get("validation"):
+        return "it was trained without --val_set_size"
+    for file, content in data["files"].items():
+        if not Path(file).is_file():
+            return f"{file} is not there any more"
+        if sha256(file) != content:
+            return f"{file} has changed since it was learned"
+    return (
+        ""
+        if {"seed", "val_set_size", "data_path"} <= step["options"].keys()
+        else "its lineage.json does not say how to draw them"
+    )
+
+
+def read_held_out(engine: Engine, name: str, stage: str, step: dict[str, Any], path: str) -> HeldOut:
+    """The records of `path`, or (\"\") the validation set that training drew, as the step encodes them."""
+    options = step.get("options", {})
+    tokenizer, cutoff = engine.tokenizers[name], options.get("cutoff_len", 512)
+    words = f"{tokenizer_hash(engine_home(engine, name))} {type(tokenizer).__name__}"
+    kind = dataset.PairEncoder if stage == stages.PREFERENCE else dataset.Encoder
+    encoder: dataset.Encoder | dataset.DocumentEncoder = (
+        dataset.DocumentEncoder(tokenizer, words, cutoff)
+        if stage == stages.TEXT
+        else kind(engine.prompters[name], tokenizer, words, cutoff, options.get("train_on_inputs", False))
+    )
+    data_path, seed = path or options["data_path"], options.get("seed", 42)
+    parts = sources(data_path)
+    hashes = {str(file): sha256(file) for source in parts for file in source.files}
+    table, asked = dataset.encode_all(encoder, data_path, hashes, seed, keep=False)
+    numbers = dataset.usable(table, asked, cutoff)
+    if not path:
+        numbers = dataset.split(numbers, options["val_set_size"], seed)[1]
+    if len(numbers) > MOST:
+        say(f"{name}: the first {MOST} of {len(numbers):,} held-out records are measured")
+    numbers = numbers[:MOST]
+    records = records_at(encoder, parts, numbers) if stage == stages.INSTRUCTION else []
+    return HeldOut(name, stage, [table[int(number)] for number in numbers], records)
+
+
+def engine_home(engine: Engine, name: str) -> str | Path:
+    """The folder of an answerer's tokenizer."""
+    from utils.inference.answerers import tokenizer_home
+
+    return next(tokenizer_home(one, engine.base_model) for one in engine.answerers if one.name == name)
+
+
+def records_at(encoder: Any, parts: Sequence[Any], numbers: np.ndarray) -> list[dict[str, Any]]:
+    """The records with these numbers among those of all files, which the encoder makes a row each of."""
+    wanted = set(numbers.tolist())
+    every = itertools.chain.from_iterable(encoder.read(file) for source in parts for file in source.files)
+    found = {number: record for number, record in enumerate(every) if number in wanted}
+    return [found[number] for number in numbers.tolist()]
+
+
+@torch.inference_mode()
+def mean_loss(engine: Engine, rows: list[dict[str, Any]], ids: str = "input_ids", labels: str = "labels") -> list[float]:
+    """The mean loss of each row's supervised tokens by the answerer in use."""
+    device = engine.model.device
+    found = []
+    for row in rows:
+        wanted = torch.tensor([row[labels]], device=device)
+        total = full_loss(engine.model.forward, torch.tensor([row[ids]], device=device), wanted)
+        found.append(total.item() / max(1, int((wanted[:, 1:] != dataset.IGNORED).sum())))
+    return found
+
+
+def measure(engine: Engine, name: str, one: HeldOut) -> tuple[float, list[bool]]:
+    """The mean loss over a step's held-out tokens by the answerer `name`, and which records it answers rightly.
+
+    An answer is right if it is the record's but for marks and spaces, or ends with its number where that is one; of a pair,
+    if a token of the chosen answer is on average likelier than one of the rejected. Texts have no answers.
+    """
+    engine.use(name)
+    losses = mean_loss(engine, one.rows)
+    weights = [row["supervised"] if one.stage != stages.PREFERENCE else supervised(row["labels"]) for row in one.rows]
+    loss = sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights)
+    if one.stage == stages.PREFERENCE:
+        other = mean_loss(engine, one.rows, "rejected_ids", "rejected_labels")
+        return loss, [chosen < rejected for chosen, rejected in zip(losses, other, strict=True)]
+    if not one.records:
+        return loss, []
+    answers = generate(engine, name, one.records)
+    return loss, [is_right(answer, record["output"]) for answer, record in zip(answers, one.records, strict=True)]
+
+
+def supervised(labels: list[int]) -> int:
+    """How many tokens of a row are predicted."""
+    return sum(label != dataset.IGNORED for label in labels[1:])
+
+
+def is_right(answer: str, reference: str) -> bool:
+    """True if an answer is the reference but for marks and spaces, or ends with the number that the reference is."""
+    number = final_number(reference) if not plain(reference).strip("0123456789一二三四五六七八九十百千万零两") else None
+    return plain(answer) == plain(reference) or (number is not None and final_number(answer) == number)
+
+
+def generate(engine: Engine, name: str, records: list[Any]) -> list[str]:
+    """Greedy answers to the records' questions, each asked with the answerer's own template; "" to one that is too long."""
+    settings = SamplingParams(num_beams=1, max_new_tokens=ANSWER)
+    prompts = [engine.encode(name, record) for record in records]
+    fitting = [place for place, ids in enumerate(prompts) if len(ids) < (engine.window or math.inf)]
+    texts, ending = [""] * len(prompts), engine.ending(name)
+    for places in batch.plan([prompts[place] for place in fitting], 1, ANSWER, engine.room, 0):
+        chosen = [fitting[place] for place in places]
+        for step in engine.answer(name, [prompts[place] for place in chosen], settings):
+            for row, ids in step.finished.items():
+                texts[chosen[row]] = ending.text(ids)
+    return texts
+
+
+def matrix(base_model: str, folders: dict[str, Path], held_out: Sequence[str], load_8bit: bool) -> list[Table]:
+    """The two tables, a row for each step's held-out records and a column for the base and each step; none, which is
+    printed, where no step has such records. Raises UserError if base or adapters cannot be loaded."""
+    named = named_files(held_out, list(folders))
+    engine = load_engine(base_model, [str(folder) for folder in folders.values()], load_8bit)
+    systems = dict(zip([BASE, *folders], (one.name for one in engine.answerers), strict=True))
+    by_step = {systems[step]: path for step, path in named.items()}
+    data = held_out_records(engine, by_step)
+    losses: list[Row] = []
+    rights: list[Row] = []
+    names = {own: step for step, own in systems.items()}
+    for one in data:
+        found = {
+            step: measure(engine, own, one) for step, own in progress(systems.items(), desc=f"{names[one.step]}'s records")
+        }
+        label, count = f"{names[one.step]}'s records", len(one.rows)
+        losses.append(Row(label, count, {step: loss for step, (loss, _) in found.items()}))
+        values: Values = {step: 100 * sum(right) / len(right) if right else None for step, (_, right) in found.items()}
+        if any(value is not None for value in values.values()):
+            rights.append(Row(label, count, values))
+    tables = [Table(LOSS, list(systems), losses, digits=3, marked=False)] if losses else []
+    return tables + ([Table(RIGHT, list(systems), rights)] if rights else [])

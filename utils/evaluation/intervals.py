@@ -1,0 +1,106 @@
+"""How sure a result is: 95 % intervals of shares and means, and whether two systems differ at all."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import Any
+
+SURE = 0.95
+RESAMPLES = 2000
+
+Interval = tuple[float, float]
+
+
+def wilson(right: int, total: int) -> Interval:
+    """The interval of a share, `right` of `total` (Wilson 1927), each from 0 to 1."""
+    z = NormalDist().inv_cdf((1 + SURE) / 2)
+    share, spread = right / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """How likely two equally good systems differ so much, or more (exact, two-sided; McNemar 1947).
+
+    `only_one`, `only_other`: the questions that only the one, or only the other, answered correctly.
+    """
+    discordant = only_one + only_other
+    tail = sum(math.comb(discordant, count) for count in range(min(only_one, only_other) + 1))
+    return min(1.0, 2 * tail / 2**discordant)
+
+
+def bootstrap(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval | None:
+    """The interval of the mean over groups of the mean in each, by resampling values within each (Efron 1979).
+
+    None where a group has fewer than two values, since drawing from one tells nothing.
+    """
+    import numpy
+
+    if not groups or min(map(len, groups)) < 2:
+        return None
+    chance = numpy.random.default_rng(seed)
+    means = [numpy.asarray(group)[chance.integers(len(group), size=(RESAMPLES, len(group)))].mean(1) for group in groups]
+    edges: list[float] = numpy.quantile(numpy.mean(means, 0), [(1 - SURE) / 2, (1 + SURE) / 2]).tolist()
+    return edges[0], edges[1]
+
+
+def resampled(counts: Sequence[Sequence[float]], value: Callable[[Sequence[float]], float], seed: int = 0) -> Any:
+    """What `value` makes of the sums over questions drawn with replacement (Efron 1979), for each drawing: (resamples,).
+
+    `counts`: the same numbers for each question. The same questions are drawn for every system that has as many of them, so
+    that two systems' values can be subtracted (a paired bootstrap, Koehn 2004).
+    """
+    import numpy
+
+    total = len(counts)
+    times = numpy.random.default_rng(seed).multinomial(total, [1 / total] * total, RESAMPLES)
+    return numpy.array([value(sums) for sums in (times @ numpy.asarray(counts)).tolist()])
+
+
+def middle(values: Any) -> Interval:
+    """The interval that holds the middle 95 % of values."""
+    import numpy
+
+    low, high = numpy.quantile(values, [(1 - SURE) / 2, (1 + SURE) / 2]).tolist()
+    return low, high
+
+
+def compare(one: str, other: str, interval: Interval | None, digits: int = 1, word: str = "better") -> str:
+    """In words, how the system `one` differs from `other`, by the interval of the difference of their means.
+
+    `word` says what having more is.
+    """
+    if interval is None:
+        return f"{one} and {other}: too few prompts to tell a difference"
+    shown = f"95 % interval of the difference {interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"
+    if interval[0] <= 0 <= interval[1]:
+        return f"{one} and {other}: no difference can be told ({shown})"
+    better, worse = (one, other) if interval[0] > 0 else (other, one)
+    return f"{better} {verb(word)} than {worse} ({shown})"
+
+
+def verb(word: str) -> str:
+    """What the one with more is or has."""
+    return "is better" if word == "better" else f"has {word}"
+
+
+def compare_shares(right: dict[str, list[bool]], word: str = "better") -> list[str]:
+    """A line for each pair of systems: whether they differ in which of the same questions they answered correctly.
+
+    `word` says what having more of them is.
+    """
+    hit = "right" if word == "better" else "yes"
+    lines = []
+    for one, other in itertools.combinations(right, 2):
+        pairs = list(zip(right[one], right[other], strict=True))
+        counts = pairs.count((True, False)), pairs.count((False, True))
+        chance = mcnemar(*counts)
+        shown = f"only {one} {hit} {counts[0]}, only {other} {hit} {counts[1]}, McNemar p = {chance:.3f}"
+        if chance >= 1 - SURE:
+            lines.append(f"{one} and {other}: no difference can be told ({shown})")
+        else:
+            better, worse = (one, other) if counts[0] > counts[1] else (other, one)
+            lines.append(f"{better} {verb(word)} than {worse} ({shown})")
+    return lines

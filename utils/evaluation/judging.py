@@ -1,0 +1,108 @@
+"""A model as judge: the published prompt, the order the systems are shown in, and asking until scores are certain."""
+
+import random
+from typing import NamedTuple
+
+from utils.datasets.prompts import Record
+from utils.evaluation.judge_scores import read_scores
+from utils.inference.remote import last_turn
+from utils.inference.requests import Endpoint
+
+COUNTS = {2: "两", 3: "三", 4: "四", 5: "五", 6: "六", 7: "七", 8: "八"}
+PREAMBLE = (
+    "以下是{count}个类似 ChatGPT 的系统的输出。请以 10 分制为每一项打分，并给出解释以证明您的分数。"
+    "输出结果格式为：System 分数；System 解释。"
+)
+REMINDER = "（上一次的回答里，{systems}的分数无法确定。请给每个 System 各打一个 0 到 10 之间的分数。）"
+ASKED = 3  # times in all, until every system has a certain score
+
+
+class Judgement(NamedTuple):
+    """What the judge said about one prompt, once: the order shown, the scores (None: missing), its answers, what is wrong."""
+
+    prompt: int
+    repeat: int
+    order: list[str]
+    scores: dict[str, float | None]
+    answers: list[str]
+    problems: list[str]
+
+
+def judge_prompt(record: Record, answers: list[str], with_reference: bool = False) -> str:
+    """The prompt of the published experiment, for 2 to 8 answers; the record's reference, if asked for, is added to it."""
+    lines = [PREAMBLE.format(count=COUNTS[len(answers)]), f"Prompt: {question(record)}"]
+    lines += [f"参考答案：{record['reference']}"] if with_reference and record.get("reference") else []
+    lines.append("答案：")
+    return "\n".join(lines + [f"System{number}: {answer}" for number, answer in enumerate(answers, 1)])
+
+
+def question(record: Record) -> str:
+    """What the systems were asked, after the earlier turns of a dialogue."""
+    history = record.get("history") or []
+    turns = [f"用户：{asked}\n助手：{reply}" for asked, reply in history]
+    return "\n".join([*turns, f"用户：{last_turn(record)}"]) if history else last_turn(record)
+
+
+def shown_order(systems: list[str], seed: int, prompt: int, repeat: int) -> list[str]:
+    """The order in which the judge sees the systems: shuffled for each prompt, and moved on by one with each repeat."""
+    order = list(systems)
+    random.Random(f"{seed} {prompt}").shuffle(order)
+    start = repeat % len(order)
+    return order[start:] + order[:start]
+
+
+class Question(NamedTuple):
+    """What the judge is asked: about which prompt, in which repeat, in which order, in which words."""
+
+    prompt: int
+    repeat: int
+    order: list[str]
+    content: str
+
+    def key(self, attempt: int) -> str:
+        """What it is called in the journal when it is asked for the `attempt`-th time, from 0."""
+        return f"prompt {self.prompt + 1}, repeat {self.repeat + 1}, time {attempt + 1}"
+
+
+async def judge(endpoint: Endpoint, asked: Question) -> Judgement:
+    """Have the answers to one prompt scored; where a score is not certain, the judge is asked again, twice.
+
+    Of several answers of the judge the one with the most certain scores counts; scores are not mixed.
+    """
+    said: list[str] = []
+    best, reminder = None, ""
+    for attempt in range(ASKED):
+        reply = await endpoint.ask(asked.key(attempt), [{"role": "user", "content": asked.content + reminder}])
+        said.append(reply.text)
+        reading = read_scores("" if reply.finish == "refused" else reply.text, len(asked.order))
+        if best is None or len(reading.problems) < len(best.problems):
+            best = reading
+        if not reading.problems or reply.finish == "refused":
+            break
+        reminder = "\n" + REMINDER.format(systems="、".join(problem.partition(":")[0] for problem in reading.problems))
+    assert best is not None
+    problems = [f"refused: {reply.text}"] if reply.finish == "refused" else list(best.problems)
+    problems += ["cut off (--max_tokens)"] if problems and reply.finish == "length" else []
+    return Judgement(asked.prompt, asked.repeat, asked.order, dict(zip(asked.order, best.scores, strict=True)), said, problems)
+
+
+def judge_all(
+    endpoint: Endpoint,
+    records: list[Record],
+    answers: dict[str, list[str]],
+    repeats: int,
+    seed: int,
+    with_references: bool = False,
+) -> list[Judgement]:
+    """Judge every prompt `repeats` times. `answers`: of each system, one for each record.
+
+    What that will cost is printed first. Raises UserError if it is over a limit.
+    """
+    questions = []
+    for repeat in range(repeats):
+        for prompt, record in enumerate(records):
+            order = shown_order(list(answers), seed, prompt, repeat)
+            content = judge_prompt(record, [answers[system][prompt] for system in order], with_references)
+            questions.append(Question(prompt, repeat, order, content))
+    endpoint.announce({one.key(0): one.content for one in questions})
+    return endpoint.gather([judge(endpoint, one) for one in questions], "judging")

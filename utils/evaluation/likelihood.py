@@ -1,0 +1,96 @@
+"""How likely a model finds the right answers: the mean log-likelihood of references, under each adapter of a base."""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.console import UserError, progress, say
+from utils.datasets.encoding import encode
+from utils.datasets.prompts import Record
+from utils.evaluation.intervals import bootstrap, compare
+from utils.evaluation.tables import Row, Table, Values
+from utils.inference.answerers import BASE, resolve, with_base
+from utils.inference.engine import Engine
+from utils.models.loading import place
+from utils.training.loss import full_loss
+
+Members = dict[str, list[int]]
+
+LONGEST = 1 << 20  # tokens: nothing is cut
+
+
+def load_engine(base_model: str, folders: Sequence[str], load_8bit: bool) -> Engine:
+    """A base model, and the adapters in `folders` on it. Raises UserError if they cannot be loaded or do not fit each other."""
+    base_model, answerers = resolve(base_model, folders, "")
+    return Engine(base_model, with_base(answerers), place(load_8bit, False))
+
+
+@torch.inference_mode()
+def log_likelihoods(engine: Engine, name: str, records: Sequence[Record]) -> list[float | None]:
+    """For each record the mean over its reference's tokens, end of sequence included, of the natural logarithm of
+    the probability that the answerer `name` gives to it after the prompt; None where the model's window is too short.
+    """
+    engine.use(name)
+    answered = [record | {"output": record["reference"]} for record in records]
+    how = {"prompter": engine.prompters[name], "tokenizer": engine.tokenizers[name], "train_on_inputs": False}
+    encoded = [encode([one], cutoff_len=LONGEST, **how)[-1] for one in answered]  # the sequence that ends with the answer
+    found: list[float | None] = []
+    for one in progress(encoded, desc=f"log-likelihood, {name}", leave=False):
+        if engine.window is not None and one.full_length > engine.window:
+            found.append(None)
+            continue
+        ids = torch.tensor([one.input_ids], device=engine.model.device)
+        labels = torch.tensor([one.labels], device=engine.model.device)
+        found.append(-full_loss(engine.model.forward, ids, labels).item() / one.answer_tokens)
+    return found
+
+
+def table_where_possible(base_model: str, *rest: Any) -> tuple[list[Table], list[str]]:
+    """`table_of`; none, which is said, where no `base_model` was given and the adapters lead to none that loads."""
+    try:
+        table, lines = table_of(base_model, *rest)
+        return [table], lines
+    except UserError as error:
+        if base_model:
+            raise
+        say(f"log-likelihoods are left out: {error}")
+        return [], []
+
+
+def table_of(
+    base_model: str, folders: dict[str, Path], records: Sequence[Record], members: Members, load_8bit: bool
+) -> tuple[Table, list[str]]:
+    """The mean log-likelihood of the references of each category under the base, and under each adapter on it; and in words
+    which of them differ.
+
+    `folders`: the adapters by their systems' names; `members`: positions of each category's records.
+    Raises UserError if base or adapters cannot be loaded, or do not fit each other.
+    """
+    engine = load_engine(base_model, [str(folder) for folder in folders.values()], load_8bit)
+    groups = {c: [p for p in positions if records[p].get("reference")] for c, positions in members.items()}
+    asked = [position for positions in groups.values() for position in positions]
+    found = {
+        system: dict(zip(asked, log_likelihoods(engine, one.name, [records[p] for p in asked]), strict=True))
+        for system, one in zip([BASE, *folders], engine.answerers, strict=True)
+    }
+    too_long = {position for given in found.values() for position, value in given.items() if value is None}
+    if too_long:
+        say(f"{len(too_long)} of {len(asked)} references are longer, with their prompts, than the model's window; left out")
+    rows = []
+    for category, positions in groups.items():
+        kept = [position for position in positions if position not in too_long]
+        if kept:
+            values: Values = {system: statistics.fmean(given[p] for p in kept) for system, given in found.items()}  # type: ignore[misc]
+            doubt = {system: bootstrap([[given[p] for p in kept]]) for system, given in found.items()}  # type: ignore[misc]
+            rows.append(Row(category, len(kept), values, doubt))
+    title = f"log-likelihood of the reference (nats a token; own template, {engine.placement.dtype_name})"
+    everywhere = [position for position in asked if position not in too_long]
+    lines = []
+    for one, other in itertools.combinations(found, 2):
+        gaps = [found[one][p] - found[other][p] for p in everywhere]  # type: ignore[operator]
+        lines.append(f"log-likelihood, all {len(gaps)} prompts: {compare(one, other, bootstrap([gaps]), 3)}")
+    return Table(title, list(found), rows, digits=3), lines

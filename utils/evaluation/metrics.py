@@ -1,0 +1,255 @@
+"""Measures of answers that need no judge: closeness to a reference, exact numbers, length, repetition, script, refusals."""
+
+import dataclasses
+import functools
+import itertools
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from utils.datasets.prompts import Record
+from utils.evaluation.answers import samples
+from utils.evaluation.intervals import Interval, compare, compare_shares, middle, resampled, wilson
+from utils.evaluation.tables import Row, Table, Values
+
+Pairs = list[tuple[str, str]]  # answers with their references
+DIGITS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
+UNITS = {"十": 10, "百": 100, "千": 1000}
+NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?")
+IN_CHINESE = re.compile(rf"[{''.join(DIGITS)}{''.join(UNITS)}万]+")
+MARKER = re.compile(r"答案\s*(?:应该|应)?(?:是|为|:|】)+|\\boxed|####|answer\s*(?:is|:)+", re.I)
+FRACTION = re.compile(r"\\[dt]?frac\{\s*(\d+)\s*\}\{\s*(\d+)\s*\}")
+PARTS = re.compile(r"([零〇一二两三四五六七八九十百千]+)分之([零〇一二两三四五六七八九十百千]+)|(\d+)分之(\d+)")
+CANNOT = "(?:不能|无法|不可以|没有办法|没办法|不会|拒绝|不便|不应该)"
+REFUSAL = re.compile(
+    rf"(?:抱歉|对不起|不好意思|请原谅|遗憾)[^。！？\n]{{0,30}}{CANNOT}"
+    rf"|(?:我|本人|作为[^。！？\n]{{0,20}}[，,]\s*我?){CANNOT}(?:向您|向你|为您|为你|给您|给你|帮您|帮你|对此|满足)?"
+    r"(?:提供|帮助|协助|回答|告诉|满足|参与|支持|编写|编造|写|做|完成|执行|讨论|给出|生成|创作|这样|这么|您|你)"
+    r"|i(?:'m|’m| am) sorry|i (?:can't|can’t|cannot|won't|won’t|am unable|am not able)|i(?:'m|’m) (?:unable|not able)",
+    re.I,
+)
+OPENING = 120  # characters within which an answer that refuses says so
+
+
+def tokens(text: str) -> list[str]:
+    """Characters of Chinese, words of other scripts, marks: sacrebleu's tokenisation for Chinese, in lower case."""
+    from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
+
+    return TokenizerZh()(text).lower().split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A measure of a set of answers: `count` gives some numbers for each one, and `value` what the sums of these amount to.
+
+    With `yes_or_no` the numbers are 1 or 0 and then 1: the value is a share in percent.
+    """
+
+    count: Callable[[Pairs], list[Any]]
+    value: Callable[[Sequence[float]], float]
+    yes_or_no: bool = False
+
+    def __call__(self, pairs: Pairs) -> float:
+        """The value of answers with their references ("" where a measure needs none)."""
+        return self.value([sum(column) for column in zip(*self.count(pairs), strict=True)])
+
+    def with_interval(self, pairs: Pairs) -> tuple[float, Interval | None]:
+        """The value, and its 95 % interval (Wilson of a share, else by resampling answers); None where one answer is all."""
+        counts = self.count(pairs)
+        value = self.value([sum(column) for column in zip(*counts, strict=True)])
+        if self.yes_or_no:
+            low, high = wilson(sum(yes for yes, _ in counts), len(counts))
+            return value, (100 * low, 100 * high)
+        return value, middle(resampled(counts, self.value)) if len(counts) > 1 else None
+
+
+def of_library(name: str, **settings: Any) -> Measure:
+    """A measure of sacrebleu."""
+
+    @functools.cache
+    def metric() -> Any:
+        import sacrebleu.metrics
+
+        return getattr(sacrebleu.metrics, name)(**settings)
+
+    def count(pairs: Pairs) -> list[Any]:
+        answers, references = zip(*pairs, strict=True)
+        return metric()._extract_corpus_statistics(answers, [references])
+
+    return Measure(count, lambda sums: metric()._compute_score_from_stats(sums).score)
+
+
+def mean(of_one: Callable[[str, str], float], percent: bool = True) -> Measure:
+    """The mean over answers of a number, from 0 to 1 if it is given in percent."""
+    factor = 100 if percent else 1
+    return Measure(lambda pairs: [(of_one(*pair), 1) for pair in pairs], lambda sums: factor * sums[0] / sums[1])
+
+
+def share(of_one: Callable[[str, str], bool]) -> Measure:
+    """The share of answers, in percent, of which something is true."""
+    return dataclasses.replace(mean(of_one), yes_or_no=True)
+
+
+bleu = of_library("BLEU", tokenize="zh")  # Papineni et al. 2002; 0 to 100, with sacrebleu's Chinese tokenisation
+chrf = of_library("CHRF")  # Popović 2015; 0 to 100
+
+
+def common_share(answer: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004) of an answer: the F1 of the longest common subsequence of tokens."""
+    ours, wanted = tokens(answer), tokens(reference)
+    common = common_subsequence(ours, wanted)
+    return 2 * common / (len(ours) + len(wanted)) if common else 0.0
+
+
+def common_subsequence(one: list[str], other: list[str]) -> int:
+    """The length of the longest common subsequence, a row of the table at a time as one integer (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for position, token in enumerate(one):
+        places[token] = places.get(token, 0) | 1 << position
+    whole = (1 << len(one)) - 1
+    row = whole
+    for token in other:
+        matched = row & places.get(token, 0)
+        row = (row + matched | row - matched) & whole
+    return len(one) - row.bit_count()
+
+
+def is_exact(answer: str, reference: str) -> bool:
+    """True if an answer's final number is the reference's."""
+    return final_number(answer) == final_number(reference)
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number that an answer ends in: the one after its last 答案 (or the like), else its last one; None without one.
+
+    Fractions, percentages without their sign, thousands separators and, after 答案, Chinese numerals are read; of an
+    equation, the right side counts.
+    """
+    text = unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("−", "-")
+    text = PARTS.sub(lambda m: f"{in_digits(m[2] or m[4])}/{in_digits(m[1] or m[3])}", FRACTION.sub(r"\1/\2", text))
+    for marker in reversed(list(MARKER.finditer(text))):
+        line = text[marker.end() :].strip().partition("\n")[0].rpartition("=")[2]
+        found = NUMBER.search(line) or IN_CHINESE.search(line)
+        if found:
+            return as_fraction(found[0])
+    numbers = NUMBER.findall(text)
+    return as_fraction(numbers[-1]) if numbers else None
+
+
+def as_fraction(number: str) -> Fraction | None:
+    """`1,234.5`, `2/15` or `四十二` as an exact number."""
+    over, _, under = re.sub(r"[\s,]", "", number).partition("/")
+    try:
+        return Fraction(in_digits(over)) / Fraction(under or 1)
+    except ZeroDivisionError:
+        return None
+
+
+def in_digits(number: str) -> str:
+    """A Chinese numeral below 100 million in digits; any other text as it is."""
+    if not IN_CHINESE.fullmatch(number):
+        return number
+    total, section, digit = 0, 0, 0
+    for sign in number:
+        if sign in DIGITS:
+            digit = DIGITS[sign]
+        elif sign in UNITS:
+            section += (digit or 1) * UNITS[sign]
+            digit = 0
+        else:
+            total, section, digit = (section + digit or 1) * 10000, 0, 0
+    return str(total + section + digit)
+
+
+def repeated(answer: str, _: str) -> float:
+    """The share of runs of four tokens that the answer had before (seq-rep-4, Welleck et al. 2020)."""
+    found = tokens(answer)
+    runs = [tuple(found[start : start + 4]) for start in range(len(found) - 3)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def letters(pairs: Pairs) -> list[tuple[int, int]]:
+    """How many Chinese characters each answer has, and how many letters of any script."""
+    signs = [[sign for sign in answer if sign.isalpha()] for answer, _ in pairs]
+    return [(sum(map(is_chinese, one)), len(one)) for one in signs]
+
+
+def is_chinese(sign: str) -> bool:
+    return "\u4e00" <= sign <= "\u9fff" or "\u3400" <= sign <= "\u4dbf" or "\U00020000" <= sign <= "\U0003134f"
+
+
+def refuses(answer: str, _: str = "") -> bool:
+    """True if an answer opens with a refusal, in its usual Chinese or English wordings; an evasive one is not found."""
+    return bool(REFUSAL.search(answer[:OPENING]))
+
+
+rouge_l = mean(common_share)
+exact = share(is_exact)
+length = mean(lambda answer, _: len(answer), percent=False)
+repetition = mean(repeated)
+chinese = Measure(letters, lambda sums: 100 * sums[0] / sums[1] if sums[1] else 0.0)  # of all letters, not the mean of shares
+refusals = share(refuses)
+
+CLOSENESS = {"BLEU": bleu, "chrF": chrf, "ROUGE-L": rouge_l}
+EXACT = "exact number (%)"
+SHAPE = {"length (characters)": length, "repetition (%)": repetition, "Chinese (%)": chinese, "refusals (%)": refusals}
+
+
+def numeric_only(records: list[Record], referenced: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The categories in which every reference is a number."""
+    return {c: ps for c, ps in referenced.items() if ps and all(NUMBER.fullmatch(records[p]["reference"]) for p in ps)}
+
+
+def measure(
+    records: list[Record], members: dict[str, list[int]], answers: dict[str, list[str]]
+) -> tuple[list[Table], list[str]]:
+    """A table for each measure, with 95 % intervals, and in words which systems differ in it.
+
+    `members`: positions of each category; `answers`: of each system, one for each record. Closeness is measured on the
+    records with a reference; exact numbers where every reference of a category is a number.
+    """
+    referenced = {category: [p for p in positions if records[p].get("reference")] for category, positions in members.items()}
+    groups = [(name, one, referenced) for name, one in CLOSENESS.items()]
+    groups += [(EXACT, exact, numeric_only(records, referenced))]
+    groups += [(name, one, members) for name, one in SHAPE.items()]
+    tables, notes = [], []
+    for name, one, categories in groups:
+        rows = []
+        for category, positions in categories.items():
+            if positions:
+                found = {system: one.with_interval(pairs_of(records, given, positions)) for system, given in answers.items()}
+                values: Values = {system: value for system, (value, _) in found.items()}
+                rows.append(Row(category, len(positions), values, {system: known for system, (_, known) in found.items()}))
+        if rows:
+            tables.append(Table(name, list(answers), rows, marked=name not in SHAPE))
+            everywhere = [position for positions in categories.values() for position in positions]
+            counts = {system: one.count(pairs_of(records, given, everywhere)) for system, given in answers.items()}
+            notes += [f"{name}, all {len(everywhere)} prompts: {line}" for line in differences(one, counts, name in SHAPE)]
+    return tables, notes
+
+
+def pairs_of(records: list[Record], answers: list[str], positions: list[int]) -> Pairs:
+    """The answers at these positions, with their references."""
+    return [(answers[position], records[position].get("reference") or "") for position in positions]
+
+
+def differences(one: Measure, counts: dict[str, list[Any]], neither_is_better: bool) -> list[str]:
+    """A line for each two systems: whether they differ in a measure, by McNemar's test or a paired bootstrap.
+
+    `counts`: of each system, on the same prompts. The samples of a system are taken together.
+    """
+    groups = samples(list(counts))
+    word = "more" if neither_is_better else "better"
+    if one.yes_or_no and all(len(systems) == 1 for systems in groups.values()):
+        return compare_shares({system: [bool(yes) for yes, _ in found] for system, found in counts.items()}, word)
+    pooled = {
+        name: [[sum(column) for column in zip(*of_one, strict=True)] for of_one in zip(*map(counts.get, systems), strict=True)]  # type: ignore[arg-type]
+        for name, systems in groups.items()
+    }
+    if any(len(found) < 2 for found in pooled.values()):
+        return [compare(first, second, None) for first, second in itertools.combinations(pooled, 2)]
+    drawn = {name: resampled(found, one.value) for name, found in pooled.items()}
+    pairs = itertools.combinations(drawn, 2)
+    return [compare(first, second, middle(drawn[first] - drawn[second]), word=word) for first, second in pairs]

@@ -1,0 +1,115 @@
+"""Runs a Python program without network, with nothing of the disk but Python's libraries, and with bounds on what it takes.
+
+    python -I utils/evaluation/sandbox.py FOLDER SECONDS MEGABYTES < program.py
+
+The first line of standard input is a word that is printed if the program comes to its end. A program of its own, which imports
+nothing of this project. Linux takes its rights away first: it sees no network and no other processes (namespaces), a small
+disk of its own in memory beside Python's libraries (mounted read-only), is nobody, and has bounds (setrlimit). FOLDER is an
+empty one, where that disk is mounted, invisible outside. Exit status 97 means that the machine does not let it do that; nothing
+was run then.
+"""
+
+import ctypes
+import os
+import signal
+import struct
+import sys
+
+REFUSED = 97
+NEW_MOUNTS, NEW_USER, NEW_PID, NEW_NET, NEW_IPC = 0x20000, 0x10000000, 0x20000000, 0x40000000, 0x8000000
+READ_ONLY, NO_SUID, NO_DEV, REMOUNT, BIND, MOVE, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 8192, 16384, 1 << 18
+DIE_WITH_PARENT, DUMPABLE, NO_NEW_PRIVILEGES, CAPABILITIES_3 = 1, 4, 38, 0x20080522
+NOBODY = 65534
+FILE_BYTES, DISK_BYTES, DISK_FILES, OPEN_FILES, PROCESSES = 1 << 24, 1 << 26, 1024, 64, 16
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def main() -> None:
+    """Drop all privileges, then run the program."""
+    if libc is None:
+        print("namespaces: this is not Linux", file=sys.stderr)
+        sys.exit(REFUSED)
+    import resource  # here, since the module is also imported where there is none
+
+    folder, seconds, megabytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    word, _, program = sys.stdin.read().partition("\n")
+    was_root, was = os.geteuid() == 0, (os.geteuid(), os.getegid())
+    check("namespaces", libc.unshare(NEW_MOUNTS | NEW_PID | NEW_NET | NEW_IPC | (0 if was_root else NEW_USER)))
+    if not was_root:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{was[0]} {was[0]} 1"), ("gid_map", f"{was[1]} {was[1]} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    first = os.fork()  # the first process of its namespace: whatever is started in there ends with it
+    if first:
+        pass_on(first)
+    os.setsid()  # out of the process group that a signal to "all of my group" would reach
+    change_root(folder)
+    become_nobody(was_root)
+    libc.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(DUMPABLE, 0, 0, 0, 0)  # so that the program cannot take this process over
+    second = os.fork()
+    if second:
+        pass_on(second, ran=True)
+    limits = {"CPU": seconds, "AS": megabytes << 20, "FSIZE": FILE_BYTES, "NOFILE": OPEN_FILES, "CORE": 0, "NPROC": PROCESSES}
+    for name, bound in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (bound, bound))
+    exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+    print(f"\n{word}", flush=True)
+
+
+def pass_on(child: int, ran: bool = False) -> None:
+    """Wait for a child, and end as it did; what has run the program does not say that it was refused."""
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
+    os._exit(1 if ran and status == REFUSED else status)
+
+
+def change_root(folder: str) -> None:
+    """Have this process and its children see a small disk in memory alone, with Python's libraries in it, read-only."""
+    mount(None, "/", PRIVATE | RECURSIVE)
+    mount("tmpfs", folder, NO_SUID | NO_DEV, "tmpfs", f"size={DISK_BYTES},nr_inodes={DISK_FILES},mode=755")
+    wanted = {os.path.realpath(path) for path in (*sys.path, *LIBRARIES) if os.path.isdir(path)}
+    for path in sorted(wanted):
+        if not any(path.startswith(f"{other}/") for other in wanted):
+            os.makedirs(folder + path)
+            mount(path, folder + path, BIND | RECURSIVE)
+            mount(None, folder + path, BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEV)
+    for path in LIBRARIES:
+        if os.path.islink(path):
+            os.symlink(os.path.realpath(path), folder + path)
+    os.makedirs(f"{folder}/tmp")
+    os.chmod(f"{folder}/tmp", 0o777)
+    os.chdir(folder)
+    mount(".", "/", MOVE)
+    os.chroot(".")
+    os.chdir("/tmp")
+
+
+def mount(what: "str | None", where: str, flags: int, kind: "str | None" = None, settings: "str | None" = None) -> None:
+    """Mount something; ends this program where that is not allowed."""
+    texts = [None if text is None else text.encode() for text in (what, where, kind, settings)]
+    assert libc is not None
+    check("mounting", libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3]))
+
+
+def become_nobody(was_root: bool) -> None:
+    """Give up all that this process may do more than others, for good."""
+    if was_root:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    assert libc is not None
+    header, nothing = struct.pack("=Ii", CAPABILITIES_3, 0), bytes(24)
+    check("capabilities", libc.capset(header, nothing))
+    check("privileges", libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0))
+
+
+def check(what: str, result: int) -> None:
+    """End if the machine refused `what`."""
+    if result:
+        print(f"{what}: {os.strerror(ctypes.get_errno())}", file=sys.stderr, flush=True)
+        os._exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What judge.py does with its options, stage by stage: find the systems, have them judged, compared, measured or scored."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.console import UserError, say
+
+if TYPE_CHECKING:
+    from utils.datasets.prompts import Record
+    from utils.evaluation.report import Findings
+    from utils.inference.openai_client import ModelServer
+    from utils.inference.requests import RequestLimits
+
+TEST_DATA = Path(__file__).parents[2] / "test_data"
+Options = Any  # judge.Options; modules import no scripts
+
+
+def service(options: Options, model: str = "") -> "ModelServer":
+    """A model behind the API, the first one named unless another is. Raises UserError if the address is none, or a key is
+    missing."""
+    from utils.inference.openai_client import ModelServer
+
+    model = model or options.answer_with or options.judge_model
+    return ModelServer(model, options.api_base, options.temperature, options.max_tokens, options.timeout)
+
+
+def terms(options: Options) -> "RequestLimits":
+    """The options about the number of requests and their price."""
+    from utils.inference.requests import RequestLimits
+
+    return RequestLimits(options.concurrency, options.budget, options.price_in, options.price_out, options.max_cost)
+
+
+def read_prompts(options: Options) -> list["Record"]:
+    """The prompts to answer, or to take categories and references from."""
+    from utils.datasets.prompts import read_prompts
+
+    return read_prompts(options.test_input_path or [str(TEST_DATA)])
+
+
+def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The answer files of all systems by name, and the folders of those that are the steps of the chain, in order.
+
+    Where steps have no answers yet, and nothing asks for them, there are no files.
+    """
+    from utils.datasets.prompts import RESULT
+    from utils.evaluation.answers import answer_files
+
+    files = answer_files(options.answers)
+    steps: dict[str, Path] = {}
+    if options.chain:
+        from utils.evaluation.chain import chain_folders
+
+        steps = chain_folders(options.chain)
+        missing = [str(folder) for folder in steps.values() if not (folder / RESULT).is_file()]
+        command = f"python generate.py --is_ui False --test_input_path test_data --lora_weights {','.join(missing)}"
+        asked = options.judge_model or options.votes or options.metrics or options.run_code or options.answers
+        if missing and (asked or (len(missing) < len(steps) and not options.held_out)):
+            raise UserError(f"{','.join(missing)}: without a {RESULT}; make it with {command}")
+        if missing:
+            say(f"steps without a {RESULT}: what was forgotten is measured, and no answers are compared ({command} makes them)")
+            return files, steps
+        for name in files.keys() & steps.keys():
+            raise UserError(f"--answers {name}=…: also the name of a step of the chain; choose another")
+    files |= {name: folder / RESULT for name, folder in steps.items()}
+    if (options.judge_model or options.votes) and not 2 <= len(files) <= 8:
+        raise UserError(f"--judge_model: a judge is shown 2 to 8 systems, not {len(files)}; give as many --answers")
+    return files, steps
+
+
+def have_judged(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
+    """Score the answers; write the scores and the picture, and print how even the judge was."""
+    from utils.evaluation import aggregate, tables
+    from utils.evaluation.charts import draw
+    from utils.evaluation.judging import judge_all
+    from utils.files import write_json
+    from utils.inference.requests import asking
+
+    folder = Path(options.output_dir)
+    header = {"seed": options.seed} | judged_header(prompts, answers, bool(options.show_references))
+    with asking(service(options), terms(options), folder / "judge.jsonl", header) as endpoint:
+        judgements = judge_all(
+            endpoint, prompts, answers, options.repeats, options.seed, with_references=bool(options.show_references)
+        )
+    table = aggregate.tabulate(f"scores by {options.judge_model}", prompts, list(answers), judgements)
+    notes = aggregate.notes(prompts, table, judgements)
+    write_json(folder / "judgements.json", [aggregate.as_record(one, prompts[one.prompt]) for one in judgements])
+    tables.write(folder / "scores", [table], notes, aggregate.facts(prompts, list(answers), judgements))
+    draw(table, folder / "scores.png")
+    say("\n".join(notes))
+    findings.tables.append(table)
+    findings.notes += notes
+    findings.pictures.append((table.title, folder / "scores.png"))
+    for one in judgements:
+        shown = ", ".join(f"{name} {'—' if score is None else f'{score:g}'}" for name, score in one.scores.items())
+        findings.questions[one.prompt]["remarks"] += [f"{options.judge_model}: {shown}", *one.answers, *one.problems]
+
+
+def judged_header(prompts: list["Record"], answers: dict[str, list[str]], with_references: bool) -> dict[str, Any]:
+    """What a judge's journal is for."""
+    from utils.evaluation.answers import key_of
+    from utils.files import digest
+
+    header: dict[str, Any] = {"prompts and answers": digest([[key_of(prompt) for prompt in prompts], answers])}
+    return header | ({"references": digest([prompt.get("reference") for prompt in prompts])} if with_references else {})
+
+
+def have_compared(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
+    """Compare every two systems by each judge, people's votes among them; write and print ratings, and how far judges
+    agree."""
+    from utils.evaluation import pairwise, tables
+    from utils.files import write_json
+    from utils.inference.requests import asking
+
+    folder, with_references = Path(options.output_dir), options.show_references is not False
+    judges = {pairwise.PEOPLE: pairwise.read_votes(options.votes, prompts, answers)} if options.votes else {}
+    models = [model for model in (options.judge_model, options.second_judge) if options.pairwise and model]
+    for number, model in enumerate(models):
+        path = folder / ("pairwise.jsonl", "pairwise-2.jsonl")[number]
+        header = judged_header(prompts, answers, with_references)
+        with asking(service(options, model), terms(options), path, header) as endpoint:
+            judges[model] = pairwise.compare_all(endpoint, prompts, answers, with_references)
+    found, notes = [], pairwise.agreement(judges)
+    for judge, comparisons in judges.items():
+        found += pairwise.tabulate(judge, prompts, list(answers), comparisons)
+        notes += pairwise.notes(judge, prompts, answers, comparisons)
+        for one in comparisons:
+            findings.questions[one.prompt]["remarks"] += [pairwise.shown(one, judge), *one.answers[-1:]]
+    records = [pairwise.as_record(one, prompts[one.prompt], judge) for judge, given in judges.items() for one in given]
+    write_json(folder / "comparisons.json", records)
+    tables.write(folder / "pairwise", found, notes)
+    say("\n".join(notes))
+    findings.tables += found
+    findings.notes += notes
+
+
+def have_measured(
+    options: Options,
+    findings: "Findings",
+    prompts: list["Record"],
+    answers: dict[str, list[str]],
+    files: dict[str, Path],
+) -> None:
+    """Compute what needs no judge, and write it; print how many prompts have a reference."""
+    from utils.evaluation import tables
+    from utils.evaluation.answers import by_category
+    from utils.evaluation.metrics import measure
+
+    members = by_category(prompts)
+    found, differences = measure(prompts, members, answers)
+    referenced = sum("reference" in prompt for prompt in prompts)
+    notes = [f"{referenced} of {len(prompts)} prompts have a reference; intervals are 95 %", *differences]
+    adapters = {name: file.parent for name, file in files.items() if (file.parent / "adapter_config.json").is_file()}
+    if options.likelihood and adapters and referenced:
+        from utils.evaluation.likelihood import table_where_possible
+
+        likelihoods, lines = table_where_possible(options.base_model, adapters, prompts, members, options.load_8bit)
+        found += likelihoods
+        notes += lines
+    elif options.likelihood and adapters:
+        notes.append("no log-likelihoods, BLEU, chrF or ROUGE-L; name the files with the references as --test_input_path")
+    tables.write(Path(options.output_dir) / "metrics", found, notes)
+    say("\n".join(notes))
+    findings.tables += found
+    findings.notes += notes
+
+
+def have_run(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
+    """Run the code in the answers against the problems' tests; write the shares that pass."""
+    from utils.evaluation import code, tables
+
+    tasks = code.read_tasks([str(file) for path in options.test_input_path for file in prompt_files(path)])
+    results = code.run_all(prompts, answers, tasks)
+    found, notes = code.tabulate(prompts, results)
+    tables.write(Path(options.output_dir) / "code", found, notes)
+    say("\n".join(notes))
+    findings.tables += found
+    findings.notes += notes
+    for system, ended in results.items():
+        for place, result in enumerate(ended):
+            if result is not None:
+                findings.questions[place]["remarks"].append(f"{system}: {result or 'passes'}")
+
+
+def prompt_files(path: str) -> list[Path]:
+    """The files that one of --test_input_path stands for."""
+    from utils.datasets.prompts import prompt_sources
+
+    return [file for source in prompt_sources(path) for file in source.files]
+
+
+def have_remembered(options: Options, findings: "Findings", steps: dict[str, Path]) -> None:
+    """Measure each step on the held-out records of every step; write and draw the matrix. Raises UserError if there is nothing
+    to show at all."""
+    from utils.evaluation import forgetting, tables
+    from utils.evaluation.charts import draw_matrix
+
+    found = forgetting.matrix(options.base_model, steps, options.held_out, options.load_8bit)
+    if found:
+        folder = Path(options.output_dir)
+        tables.write(folder / "forgetting", found)
+        draw_matrix(found, folder / "forgetting.png")
+        findings.tables += found
+        findings.pictures.append(("what each step knows of every step's records", folder / "forgetting.png"))
+    elif not findings.tables:
+        raise UserError(f"{options.chain}: no step of the chain has answers or held-out records; give --held_out STEP=FILE")
+
+
+def start_findings(
+    prompts: list["Record"], answers: dict[str, list[str]], files: dict[str, Path], steps: dict[str, Path]
+) -> "Findings":
+    """What there is to show before anything is found: the prompts, and the systems with their answers."""
+    from utils.evaluation.judging import question
+    from utils.evaluation.report import Findings
+    from utils.inference.answerers import BASE
+
+    asked: list[dict[str, Any]] = []
+    for place, prompt in enumerate(prompts):
+        texts = {"问题 question": question(prompt)}
+        texts |= {"参考 reference": prompt["reference"]} if prompt.get("reference") else {}
+        given = {system: texts[place] for system, texts in answers.items()}
+        asked.append({"category": prompt["category"], "texts": texts, "answers": given, "remarks": []})
+    folders = {name: file.parent for name, file in files.items()} | steps
+    return Findings(questions=asked, steps=[BASE, *steps] if steps else [], folders=folders)
+
+
+def have_chosen(options: Options) -> "Findings":
+    """Score base model and adapters on choice records; write the tables, and every question with what was chosen."""
+    from utils.datasets.choices import read_choices
+    from utils.evaluation import choices, tables
+    from utils.evaluation.chain import chain_folders
+    from utils.evaluation.likelihood import load_engine
+    from utils.evaluation.report import Findings
+    from utils.files import locked, write_json
+    from utils.inference.answerers import BASE
+
+    folder = Path(options.output_dir)
+    way = choices.Way(options.shots, options.choices_by, options.choices_template)
+    questions = read_choices(options.choices)
+    examples = choices.read_examples(options.shots_path, questions, options.choices, options.shots)
+    adapters = [str(path) for path in chain_folders(options.chain).values()] if options.chain else options.lora_weights
+    engine = load_engine(options.base_model, adapters, options.load_8bit)
+    with locked(folder):
+        marks = choices.mark_all(engine, questions, examples, way, folder / "choices.jsonl")
+        found, notes = choices.tabulate(questions, marks, way, engine.placement.dtype_name)
+        tables.write(folder / "choices", found, notes)
+        write_json(folder / "questions.json", choices.as_records(questions, marks))
+    say("\n".join(notes))
+    folders = {one.name: one.folder for one in engine.answerers if one.folder}
+    steps = [BASE, *folders] if options.chain else []
+    return Findings(found, notes, [], choices.for_report(questions, marks), steps, folders)
+
+
+def answer_prompts(options: Options) -> None:
+    """Let the model behind the API answer the prompts, into a test.json of its own."""
+    from utils.datasets.prompts import RESULT, answered
+    from utils.datasets.records import write_records
+    from utils.evaluation.judging import question
+    from utils.files import digest, locked
+    from utils.inference.remote import ask_all, messages
+    from utils.inference.requests import asking
+
+    prompts, folder = read_prompts(options), Path(options.output_dir)
+    with locked(folder):
+        if (folder / RESULT).exists() and not (folder / "answers.jsonl").exists():
+            raise UserError(f"{folder / RESULT}: was not made by --answer_with; choose another --output_dir")
+        header = {"prompts": digest(prompts)}
+        with asking(service(options), terms(options), folder / "answers.jsonl", header) as endpoint:
+            endpoint.announce({f"prompt {number}": question(prompt) for number, prompt in enumerate(prompts, 1)})
+            replies = ask_all(endpoint, [messages(prompt) for prompt in prompts], "--max_tokens")
+        write_records(folder / RESULT, [answered(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)])
+    say(f"{folder / RESULT}: {len(prompts)} answers of {options.answer_with}")

@@ -1,0 +1,175 @@
+"""Tables of results: a row a category, a column a system, the best in bold, the second best starred."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.evaluation.intervals import Interval
+from utils.files import replacing, write_json
+
+LABELS = {
+    "01qa": "知识问答",
+    "02translate": "翻译",
+    "03generate": "文本生成",
+    "04analyse": "情感分析",
+    "05understanding": "阅读理解",
+    "06chinese": "中文特色",
+    "07code": "代码生成",
+    "08alignment": "伦理、拒答类",
+    "09math": "数学推理",
+    "10dialogue": "多轮对话",
+}
+NOTHING = "—"
+Values = dict[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One category: its number of samples, for each system a value, or None where there is none, and its 95 % interval,
+    where there is one."""
+
+    category: str
+    samples: int
+    values: Values
+    intervals: Mapping[str, Interval | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The category's Chinese name, for the ten that have one."""
+        return LABELS.get(self.category, self.category)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of categories over columns of systems. `marked` is False where more is not better, so nothing is best.
+
+    Values are compared as they are shown, with `digits` decimals: what looks equal is equal.
+    """
+
+    title: str
+    systems: list[str]
+    rows: list[Row]
+    digits: int = 1
+    marked: bool = True
+
+    def shown(self, value: float | None) -> str:
+        """A value as the table shows it: rounded, a whole number without decimals."""
+        if value is None:
+            return NOTHING
+        text = f"{rounded(value, self.digits):.{self.digits}f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+
+    def doubt(self, row: Row, system: str) -> str:
+        """The interval of a value as the table shows it after that; "" where there is none."""
+        known = row.intervals.get(system)
+        return "" if known is None else f" [{self.shown(known[0])}, {self.shown(known[1])}]"
+
+
+def rounded(value: float, digits: int) -> float:
+    """`value` with `digits` decimals, never minus zero."""
+    return round(value, digits) + 0.0
+
+
+def marks(values: Values, digits: int = 1) -> tuple[list[str], list[str]]:
+    """The systems with the highest value, and those with the next lower one; all of them, where several are equal."""
+    known = {system: rounded(value, digits) for system, value in values.items() if value is not None}
+    ranks = [*sorted(set(known.values()), reverse=True), None, None]
+    best, second = ([system for system, value in known.items() if value == rank] for rank in ranks[:2])
+    return best, second
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown, bold and stars included."""
+
+    def cells(row: Row) -> list[str]:
+        best, second = marks(row.values, table.digits) if table.marked else ([], [])
+        texts = []
+        for system in table.systems:
+            text = table.shown(row.values.get(system))
+            marked = f"**{text}**" if system in best else f"{text}*" if system in second else text
+            texts.append(marked + table.doubt(row, system))
+        return texts
+
+    return grid(table, cells)
+
+
+def gains(table: Table) -> str:
+    """The table as Markdown where the systems are steps of a chain: each value with its change from the step before."""
+
+    def cells(row: Row) -> list[str]:
+        texts: list[str] = []
+        before: float | None = None
+        for system in table.systems:
+            value = row.values.get(system)
+            change = None if value is None or before is None else rounded(value, table.digits) - before
+            sign = "+" if change and change > 0 else "−" if change and change < 0 else "±"
+            texts.append(table.shown(value) + table.doubt(row, system))
+            texts[-1] += f" ({sign}{table.shown(abs(change))})" if change is not None else ""
+            before = before if value is None else rounded(value, table.digits)
+        return texts
+
+    return grid(table, cells)
+
+
+def grid(table: Table, cells: Callable[[Row], list[str]]) -> str:
+    """Markdown with a column for the categories, one for their numbers of samples, and one for each system."""
+    rows = [["类别", "样本数", *table.systems], ["---", *["---:"] * (len(table.systems) + 1)]]
+    rows += [[row.label, str(row.samples), *cells(row)] for row in table.rows]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n"
+
+
+def comma_separated(tables: list[Table]) -> str:
+    """Tables as CSV, one below the other: title, category, label, samples, a column a system, best and second best; then,
+    where there are intervals, two columns a system for these."""
+    systems = list(dict.fromkeys(system for table in tables for system in table.systems))
+    doubtful = [system for system in systems if any(row.intervals.get(system) for table in tables for row in table.rows)]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    edges = [f"{system} {edge}" for system in doubtful for edge in ("low", "high")]
+    writer.writerow(["table", "category", "label", "samples", *systems, "best", "second", *edges])
+    for table in tables:
+        for row in table.rows:
+            numbers = ["" if value is None else table.shown(value) for value in map(row.values.get, systems)]
+            best, second = marks(row.values, table.digits) if table.marked else ([], [])
+            names = ["; ".join(best), "; ".join(second)]
+            known = [row.intervals.get(system) for system in doubtful]
+            limits = [table.shown(edge) if edge is not None else "" for pair in known for edge in (pair or (None, None))]
+            writer.writerow([table.title, row.category, row.label, row.samples, *numbers, *names, *limits])
+    return out.getvalue()
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """The table as JSON values, unrounded."""
+    rows = []
+    for row in table.rows:
+        best, second = marks(row.values, table.digits) if table.marked else ([], [])
+        values = {system: row.values.get(system) for system in table.systems}
+        found: dict[str, Any] = {"category": row.category, "label": row.label, "samples": row.samples, "values": values}
+        found |= {"intervals": row.intervals} if row.intervals else {}
+        rows.append(found | ({"best": best, "second": second} if table.marked else {}))
+    return {"title": table.title, "systems": table.systems, "rows": rows}
+
+
+def write(base: Path, tables: list[Table], notes: Sequence[str] = (), facts: dict[str, Any] | None = None) -> None:
+    """Write tables as `base`.md (with notes below), .csv and .json (with further facts)."""
+    texts = [f"## {table.title}\n\n{markdown(table)}" for table in tables]
+    texts += ["".join(f"- {note}\n" for note in notes)] if notes else []
+    for ending, text in ((".md", "\n".join(texts)), (".csv", comma_separated(tables))):
+        with replacing(base.with_name(base.name + ending)) as aside:
+            aside.write_text(text, "utf-8")
+    found = {"tables": [as_json(table) for table in tables], "notes": list(notes)} | (facts or {})
+    write_json(base.with_name(base.name + ".json"), found)
+
+
+def write_gains(path: Path, tables: list[Table], steps: list[str]) -> str:
+    """Write, as Markdown, how the values of the systems `steps` change from each one to the next; returns the text."""
+    parts = []
+    for table in tables:
+        chain = dataclasses.replace(table, systems=[system for system in steps if system in table.systems])
+        parts.append(f"## {table.title}, and its change from the step before\n\n{gains(chain)}")
+    with replacing(path) as aside:
+        aside.write_text("\n".join(parts), "utf-8")
+    return "\n".join(parts)

@@ -1,0 +1,80 @@
+"""What a model is asked at each evaluation of its training: a few prompts, and questions with choices."""
+
+import dataclasses
+from typing import Any
+
+from utils.console import UserError
+from utils.datasets.choices import Choice, read_choices
+from utils.datasets.prompts import Record, prompt_sources, read_prompts
+from utils.evaluation.metrics import NUMBER
+from utils.files import sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingQuestions:
+    """The prompts and the questions with choices of the files `answers` and `choices` ("": none).
+
+    Raises UserError if a file cannot be read, or holds nothing to ask.
+    """
+
+    answers: str
+    choices: str
+    prompts: list[Record] = dataclasses.field(init=False)
+    questions: list[Choice] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", read_prompts([self.answers]) if self.answers else [])
+        object.__setattr__(self, "questions", read_choices([self.choices], "--eval_choices") if self.choices else [])
+
+    def __bool__(self) -> bool:
+        """True if there is anything to ask."""
+        return bool(self.prompts or self.questions)
+
+    def scores(self) -> list[str]:
+        """The names of the scores that these give: of answers only where each prompt has a reference."""
+        references = [reference_of(record) for record in self.prompts]
+        found = ["eval_choices"] if self.questions else []
+        if references and all(references):
+            found += ["eval_chrf"] + (["eval_exact"] if all(NUMBER.fullmatch(text) for text in references) else [])
+        return found
+
+    def hashes(self) -> dict[str, str]:
+        """The hash of each file, by its name."""
+        paths = [path for path in (self.answers, self.choices) if path]
+        return {str(file): sha256(file) for path in paths for one in prompt_sources(path) for file in one.files}
+
+
+def read(options: Any) -> TrainingQuestions:
+    """What the options of finetune.py name. Raises UserError if it cannot be read, or the best adapter not be chosen by it."""
+    found = TrainingQuestions(options.eval_answers, options.eval_choices)
+    best_metric(options.metric_for_best_model, found, bool(options.val_set_size))
+    if options.metric_for_best_model and not options.load_best_model_at_end:
+        raise UserError("--metric_for_best_model: chooses the best adapter, and --load_best_model_at_end is False; give one")
+    return found
+
+
+def reference_of(record: Record) -> str:
+    """What a prompt should be answered with; "" where that is not known."""
+    return record.get("reference") or record.get("output") or ""
+
+
+def best_metric(wanted: str, questions: TrainingQuestions, validates: bool) -> str:
+    """The name in the log of what the best adapter is chosen by; "" if nothing is measured that it could be.
+
+    `wanted` is a name with or without `eval_`, or "". Raises UserError if that is not measured.
+    """
+    measured = [*(["eval_loss"] if validates else []), *questions.scores()]
+    if not wanted:
+        return "eval_loss" if validates else ""
+    name = f"eval_{wanted.removeprefix('eval_')}"
+    needs = {
+        "eval_loss": "a validation set (--val_set_size)",
+        "eval_choices": "--eval_choices",
+        "eval_chrf": "--eval_answers, with an output for each of its prompts",
+        "eval_exact": "--eval_answers, with a number as output for each of its prompts",
+    }
+    if name not in needs:
+        raise UserError(f"--metric_for_best_model {wanted}: unknown; give loss, choices, chrf or exact")
+    if name not in measured:
+        raise UserError(f"--metric_for_best_model {wanted}: needs {needs[name]}; give that, or leave it out")
+    return name

@@ -1,0 +1,1 @@
+"""Answering: decoding, caches, batches of prompts."""

@@ -1,0 +1,224 @@
+"""Batch runs: a file or folder of prompts in, `test.json` out, each answer on the disk when it is there."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import lineage
+from utils.adapters.adapters import find_weights
+from utils.console import UserError, progress, say
+from utils.datasets.prompts import Record, answered, check_output
+from utils.files import locked, sha256
+from utils.inference.answer_file import AnswerFile
+from utils.inference.engine import Engine
+from utils.inference.kv_cache import Ids
+from utils.inference.sampling_params import SamplingParams
+from utils.journal import Journal
+from utils.memory import is_out_of_memory
+
+Plan = list[list[int]]  # batches of positions among the distinct prompts
+EXPECTED = 256  # tokens of an answer that batches are planned for; what is longer is noticed on the way
+ROWS = 128  # more than these at once make a step longer without making it worth more
+PADDED = 1.5  # a batch's cache has at most this many columns for each one that holds a token
+
+
+def run(
+    engine: Engine, outputs: list[Path], records: list[Record], settings: SamplingParams, batch_size: int, overwrite: bool
+) -> None:
+    """Answer `records` as each of the engine's answerers in turn, into the files `outputs`.
+
+    `batch_size` 0 means batches by a budget of tokens. Raises UserError before the first answer where a prompt is
+    too long for the model, or an unfinished run of other settings is in the way.
+    """
+    tasks = []
+    for one, path in zip(engine.answerers, outputs, strict=True):
+        tasks.append(Task(engine, one.name, path, records, settings))
+    for task in tasks:
+        with locked(task.path):
+            check_output(task.path, records, overwrite)  # once more: until here another run may have written it
+            task.answer_all(batch_size, overwrite)
+
+
+class Task:
+    """One answerer's run over all prompts. Prompts of equal ids are answered once."""
+
+    def __init__(self, engine: Engine, name: str, path: Path, records: list[Record], settings: SamplingParams):
+        self.engine, self.name, self.path, self.records, self.settings = engine, name, path, records, settings
+        without = sum(bool(record.get("tools")) for record in records) * ("tools" not in engine.prompter(name).carries)
+        if without:
+            say(f"{name}: {without} prompts have tools, for which its template {engine.prompter(name).name} has no place")
+        encoded = [tuple(engine.encode(name, record)) for record in progress(records, desc="encoding", leave=False)]
+        self.prompts: list[Ids] = [list(ids) for ids in dict.fromkeys(encoded)]
+        places = {tuple(ids): place for place, ids in enumerate(self.prompts)}
+        self.places = [places[ids] for ids in encoded]
+        self.room: float = 0  # for the tokens of a batch
+        self.check_lengths()
+
+    def check_lengths(self) -> None:
+        """Print what the model's window leaves for the answers. Raises UserError if it leaves nothing."""
+        limits = [self.engine.limit(prompt, self.settings) for prompt in self.prompts]
+        for number, place in enumerate(self.places, 1):
+            if limits[place] < 1:
+                raise UserError(
+                    f"prompt {number}: {len(self.prompts[place])} tokens, the model's window is {self.engine.window}; "
+                    "shorten or remove it"
+                )
+        short = sum(limit < self.settings.max_new_tokens for limit in limits)
+        if short:
+            say(
+                f"{short} of {len(limits)} answers have room for {min(limits)} to {max(limits)} tokens instead of "
+                f"{self.settings.max_new_tokens}: prompt and answer share the model's window of {self.engine.window}"
+            )
+
+    def answer_all(self, batch_size: int, overwrite: bool) -> None:
+        """Answer what the journal does not hold yet, then write the result, and beside it how it was made."""
+        file = AnswerFile(self.path, self.header())
+        if not overwrite and file.is_done():
+            return
+        doubles = len(self.records) - len(self.prompts)
+        if doubles:
+            say(f"{doubles} of {len(self.records)} prompts are equal to an earlier one and answered with it")
+        self.room = self.engine.batch_room(self.name)  # which loads the model, before there is a journal
+        journal = file.open_journal(overwrite)
+        if "plan" not in journal.values:
+            expected = min(EXPECTED, self.settings.max_new_tokens)
+            journal.put("plan", plan(self.prompts, self.settings.num_beams, expected, self.room, batch_size))
+        if batch_size:
+            self.room = math.inf  # as the user has it
+        known = sum(str(place) in journal.values for place in range(len(self.prompts)))
+        if known:
+            say(f"{journal.path}: {known} of {len(self.prompts)} answers are there already; continuing")
+        began, tokens = time.monotonic(), 0
+        try:
+            with self.engine.merged(self.name), self.bar(known) as bar:
+                for batch in pending(journal):
+                    for grown, finished in self.answer_batch(batch, journal):
+                        tokens += grown
+                        bar.update(finished)
+                        bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.0f} tokens/s", refresh=False)
+        except BaseException:
+            journal.close(done=journal.values.keys() == {"plan"})  # without an answer it is not worth keeping
+            raise
+        file.finish(self.answered(journal.values))
+        self.report(journal.values, tokens, time.monotonic() - began)
+        journal.close(done=True)
+
+    def bar(self, known: int) -> Any:
+        """A progress bar that counts answers."""
+        return progress(total=len(self.prompts), initial=known, desc=self.name, unit=" answers")
+
+    def header(self) -> dict[str, Any]:
+        """What has to be the same for an answer to be the same."""
+        one = next(one for one in self.engine.answerers if one.name == self.name)
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "prompts": lineage.digest(self.prompts),
+            "base model": lineage.fingerprint(self.engine.base_model),
+            "adapter": sha256(find_weights(one.folder)) if one.folder else None,
+            "placement": str(self.engine.placement),
+            "stop strings": self.engine.ending(self.name).stops,
+        }
+
+    def answer_batch(self, batch: list[int], journal: Journal) -> Iterator[tuple[int, int]]:
+        """Answer one batch, cut where memory runs out, or will; yields new tokens and new answers, step by step."""
+        ending = self.engine.ending(self.name)
+        longest = max(len(self.prompts[place]) for place in batch)
+        try:
+            steps = self.engine.answer(self.name, [self.prompts[place] for place in batch], self.settings)
+            for columns, step in enumerate(steps, longest + 1):
+                new = [row for row in step.finished if str(batch[row]) not in journal.values]
+                for row in new:
+                    ids = step.finished[row]
+                    cut = not ending(ids)
+                    journal.put(str(batch[row]), {"output": ending.text(ids), "tokens": len(ids), "cut": cut})
+                yield step.rows, len(new)
+                rows = (step.rows - len(step.finished)) * self.settings.num_beams
+                if len(batch) > 1 and rows * columns > self.room:
+                    steps.close()
+                    return self.plan_anew(batch, journal)
+            return
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(batch) == 1:
+            raise UserError(
+                f"out of memory on one prompt of {len(self.prompts[batch[0]])} tokens; "
+                "give fewer --num_beams or --max_new_tokens, or --load_8bit"
+            )
+        half = (len(batch) + 1) // 2
+        say(f"out of memory with {len(batch)} prompts at once; continuing with {half}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        journal.put("plan", halved(journal.values["plan"], half, batch))
+
+    def plan_anew(self, batch: list[int], journal: Journal) -> None:
+        """Have those of a batch that have no answer yet answered in batches with room for the longest there may be."""
+        left = [place for place in batch if str(place) not in journal.values]
+        limit = self.settings.max_new_tokens
+        parts = plan([self.prompts[place] for place in left], self.settings.num_beams, limit, self.room, 0)
+        say(f"{len(left)} answers are longer than planned for: they are computed in {len(parts)} batches")
+        batches = journal.values["plan"]
+        first = batches.index(batch)
+        journal.put("plan", [*batches[:first], *([left[place] for place in part] for part in parts), *batches[first + 1 :]])
+
+    def answered(self, values: dict[str, Any]) -> Iterator[Record]:
+        """The records of the result, in the order of the input."""
+        for record, place in zip(self.records, self.places, strict=True):
+            yield answered(record, values[str(place)]["output"])
+
+    def report(self, values: dict[str, Any], tokens: int, seconds: float) -> None:
+        """Print what was made, and how many answers were cut."""
+        answers = [values[str(place)] for place in range(len(self.prompts))]
+        say(f"{self.path}: {len(self.records)} answers; {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} a second)")
+        cut = sum(answer["cut"] for answer in answers)
+        if cut:
+            say(f"{cut} answers reached their limit of tokens before their end (--max_new_tokens)")
+
+
+def pending(journal: Journal) -> Iterator[list[int]]:
+    """The batches of the journal's plan that are not answered whole, each as often as it takes.
+
+    Such a batch is computed whole again, so that its rows meet the same rounding as in a run that nothing stopped.
+    """
+    place = 0
+    while place < len(journal.values["plan"]):
+        batch = journal.values["plan"][place]
+        if all(str(prompt) in journal.values for prompt in batch):
+            place += 1
+        else:
+            yield batch
+
+
+def plan(prompts: list[Ids], beams: int, expected: int, room: float, batch_size: int) -> Plan:
+    """Batches of prompts of similar length, the longest first, so that what does not fit shows at once.
+
+    With `batch_size` 0, a batch has as many rows (`beams` for each prompt) as are worth it, and as memory, which has
+    `room` for so many tokens, holds with answers of `expected` tokens.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    batches: Plan = []
+    for place in order:
+        batch = [*batches[-1], place] if batches else [place]
+        longest, real = len(prompts[batch[0]]), sum(len(prompts[other]) for other in batch)
+        if batch_size:
+            fits = len(batch) <= batch_size
+        else:
+            rows = len(batch) * beams
+            fits = rows <= ROWS and rows * (longest + expected) <= room and len(batch) * longest <= PADDED * real
+        if fits and batches:
+            batches[-1] = batch
+        else:
+            batches.append([place])
+    return batches
+
+
+def halved(batches: Plan, half: int, batch: list[int]) -> Plan:
+    """The plan with `batch`, and every later one of more than `half` prompts, cut into parts of at most `half`."""
+    first = batches.index(batch)
+    cut = [part[start : start + half] for part in batches[first:] for start in range(0, len(part), half)]
+    return batches[:first] + cut

@@ -1,0 +1,149 @@
+"""The OpenAI-compatible protocol: where a model is served, how it is asked once, and what its errors mean."""
+
+import asyncio
+import dataclasses
+import email.utils
+import ipaddress
+import os
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+
+from utils.console import UserError
+
+OPENAI = "https://api.openai.com/v1"
+Messages = list[dict[str, str]]
+EXTENSIONS = ("top_k", "repetition_penalty")  # fields that OpenAI's own API does not have
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelServer:
+    """Which model answers, where, and how it is asked; None leaves the server's default. `timeout`: seconds a request.
+
+    `more`: further fields of each request.
+
+    Raises UserError if the address is none, or a key is needed and not there.
+    """
+
+    model: str
+    api_base: str = ""
+    temperature: float | None = 0.0
+    max_tokens: int | None = 1024
+    timeout: float = 600.0
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets or a port that are none
+            whole = False
+        if not whole:
+            raise UserError(f"--api_base {self.url}: no address; write it like http://localhost:8000/v1")
+        if not os.environ.get("OPENAI_API_KEY") and not self.is_local:
+            raise UserError(f"OPENAI_API_KEY: not set, and {self.url} is not on this machine or network; export your key")
+
+    @property
+    def url(self) -> str:
+        """The address of the API, up to its version."""
+        return self.api_base or os.environ.get("OPENAI_BASE_URL") or OPENAI
+
+    @property
+    def is_local(self) -> bool:
+        """True for an address on this machine or in its private network, where no key and no proxy are needed."""
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_private
+        except ValueError:
+            return host == "localhost" or "." not in host or host.endswith((".local", ".localhost"))
+
+    def connect(self) -> openai.AsyncOpenAI:
+        """A client that sends each request once, so that every one is counted by who asks."""
+        return openai.AsyncOpenAI(
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            base_url=self.url,
+            timeout=self.timeout,
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if self.is_local else None,
+        )
+
+
+class Unusable(Exception):
+    """A response without an error status that holds no answer."""
+
+
+async def request_completion(
+    client: openai.AsyncOpenAI, model: str, prompt: Messages | list[int], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Ask once: `{"answer", "finish", "prompt_tokens", "completion_tokens"}`, the last two None where not told.
+
+    Messages go to /chat/completions, token ids to /completions; `settings` are further fields of the request. Raises
+    openai.APIError, or Unusable.
+    """
+    extra = {name: settings[name] for name in EXTENSIONS if name in settings}
+    request: dict[str, Any] = {name: value for name, value in settings.items() if name not in extra}
+    is_chat = isinstance(prompt[0], dict)
+    request |= {"model": model, "extra_body": extra or None, "messages" if is_chat else "prompt": prompt}
+    create: Any = client.chat.completions.create if is_chat else client.completions.create
+    try:
+        response = await create(**request)
+    except ValueError:
+        raise Unusable("a response that is not JSON") from None
+    try:
+        choice = response.choices[0]
+        answer, finish = (choice.message.content if is_chat else choice.text) or "", choice.finish_reason or ""
+    except (AttributeError, TypeError, IndexError):
+        raise Unusable("a response without an answer in it") from None
+    if not isinstance(answer, str):
+        raise Unusable("a response whose answer is not text")
+    counts = {name: getattr(response.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+    answer = answer.encode("utf-8", "replace").decode()  # half a character, which JSON can name, could not be written
+    return {"answer": answer, "finish": str(finish)} | {n: c if isinstance(c, int) else None for n, c in counts.items()}
+
+
+def served_models(server: ModelServer) -> list[str]:
+    """The names of the models that a server has. Raises UserError if it cannot be asked for them."""
+
+    async def names() -> list[str]:
+        async with server.connect() as client:
+            return [model.id async for model in client.models.list()]
+
+    try:
+        return asyncio.run(names())
+    except (openai.APIError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"--api_base {server.url}: does not list its models ({reason_of(error)}); check the address") from None
+
+
+def reason_of(error: Exception) -> str:
+    """An error in a few words: the status, and what the server says."""
+    if isinstance(error, openai.APITimeoutError):
+        return "timed out"
+    if isinstance(error, openai.APIConnectionError):
+        return f"connection failed ({str(error.__cause__ or error).strip() or type(error.__cause__).__name__})"
+    body = getattr(error, "body", None)
+    told = (body.get("message") or body.get("detail")) if isinstance(body, dict) else None
+    text = " ".join(str(told or getattr(error, "message", "") or error).split())[:300]
+    return f"status {error.status_code}: {text}" if isinstance(error, openai.APIStatusError) else text
+
+
+def may_pass(error: Exception) -> bool:
+    """True for failures that another try may not meet: limits of rate, busy or broken servers, broken connections."""
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in (408, 409, 429) or error.status_code >= 500
+    return True
+
+
+def retry_after(error: Exception) -> float | None:
+    """The seconds that a response asks to wait (RFC 9110, 10.2.3: seconds or a date), None where it asks for nothing."""
+    headers = error.response.headers if isinstance(error, openai.APIStatusError) else {}
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * unit)
+        except (KeyError, ValueError):
+            pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    except (KeyError, ValueError):
+        return None

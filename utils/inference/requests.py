@@ -1,0 +1,315 @@
+"""Many requests to one model side by side: each one journaled, none paid twice, failures tried again."""
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import signal
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openai
+
+from utils.console import UserError, progress, say
+from utils.inference.openai_client import (
+    EXTENSIONS,
+    Messages,
+    ModelServer,
+    Unusable,
+    may_pass,
+    reason_of,
+    request_completion,
+    retry_after,
+)
+from utils.journal import Journal
+
+TRIES = 8  # of one request, before the run is given up
+FIRST_TRIES = 2  # while the server has never responded, so that a wrong address is known in a second
+LONGEST_WAIT = 3600.0  # seconds; who asks for more (a daily limit) is better asked again by a person
+REFUSALS = 3  # so many requests refused and none answered: it is the settings that are wrong, not the prompts
+NOTICEABLE = 10.0  # seconds of waiting that are printed
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestLimits:
+    """How requests are sent: how many at once, how many in all (`budget`, None: any), at what prices for a million tokens,
+    and up to what cost (`max_cost`, None: any).
+
+    `backoff`: the first pause after a failure, in seconds.
+    """
+
+    concurrency: int = 4
+    budget: int | None = None
+    price_in: float = 0.0
+    price_out: float = 0.0
+    max_cost: float | None = None
+    backoff: float = 1.0
+
+    def cost(self, sent: float, received: float) -> float:
+        """The cost of so many tokens."""
+        return (sent * self.price_in + received * self.price_out) / 1e6
+
+
+class Reply(NamedTuple):
+    """What came back: the text, and why it ended ("stop", "length", …; "refused" with the server's reason as text)."""
+
+    text: str
+    finish: str
+
+
+class Stopped(Exception):
+    """Ctrl-C was pressed."""
+
+
+class Endpoint:
+    """Asks the model of `service`; `journal` keeps each request with its answer or failure.
+
+    Failures that may pass are tried again, after the pause that the server asks for, or growing ones.
+    """
+
+    def __init__(self, service: ModelServer, journal: Journal, terms: RequestLimits):
+        self.service, self.journal, self.terms = service, journal, terms
+        self.sent = len(journal.values)
+        self.cost = sum(self._cost_of(entry) for entry in journal.values.values())
+        self.settings = {"temperature": service.temperature, "max_tokens": service.max_tokens} | service.more
+        self.stop: Exception | None = None
+        self.reached, self.answered, self.refused = False, 0, 0
+        self.resume_at = 0.0
+
+    def gather(self, jobs: Iterable[Coroutine[Any, Any, Any]], name: str) -> list[Any]:
+        """Run jobs that call `ask` side by side; their results in order.
+
+        After the first error, or Ctrl-C, no request is sent any more, but those under way are waited for, since they
+        are paid for. Raises UserError if going on is no use: a wrong key, model or address, an exhausted account,
+        a budget that is used up.
+        """
+        try:
+            return asyncio.run(self._gather(list(jobs), name))
+        except (Stopped, asyncio.CancelledError):
+            raise SystemExit(128 + signal.SIGINT) from None
+
+    async def _gather(self, jobs: list[Coroutine], name: str) -> list[Any]:
+        self.slots = asyncio.Semaphore(self.terms.concurrency)
+        loop, this = asyncio.get_running_loop(), asyncio.current_task()
+        loop.add_signal_handler(signal.SIGINT, self._interrupted, this)  # type: ignore[arg-type]
+        bar = progress(total=len(jobs), desc=name)
+
+        async def counted(job: Coroutine) -> Any:
+            try:
+                result = await job
+            except Exception as error:
+                self.stop = self.stop or error
+                raise
+            bar.update()
+            return result
+
+        try:
+            async with self.service.connect() as self.client:
+                results = await asyncio.gather(*map(counted, jobs), return_exceptions=True)
+        finally:
+            bar.close()
+            loop.remove_signal_handler(signal.SIGINT)
+        if self.stop is None and self.refused and not self.answered:
+            self.stop = UserError(f"{self.service.model}: refused every request; see {self.journal.path}")
+        if self.stop is not None:
+            raise self.stop
+        return results
+
+    def _interrupted(self, task: asyncio.Task) -> None:
+        """Ctrl-C: once lets the requests under way end, twice drops them."""
+        if self.stop is not None:
+            task.cancel()
+            return
+        say("stopping: waiting for the requests in flight (Ctrl-C again drops them); the same command resumes from here")
+        self.stop = Stopped()
+
+    def announce(self, prompts: Mapping[str, str]) -> None:
+        """Print what the prompts that the journal holds no answer to will about take, and cost.
+
+        Raises UserError, before anything is sent, if sending them alone costs more than the limit leaves.
+        """
+        left = [text for key, text in prompts.items() if key not in self.journal.values]
+        sent = sum(map(tokens_in, left))
+        received = len(left) * (self.service.max_tokens or 0)
+        limit = f"up to {received:,} received" if received else "what is received has no limit (--max_tokens)"
+        text = f"{len(left)} requests to send, about {sent:,} tokens, {limit}"
+        if self.terms.price_in or self.terms.price_out:
+            text += f"; cost about {self.terms.cost(sent, 0):.4f} to {self.terms.cost(sent, received):.4f}"
+        say(text)
+        if self.terms.max_cost is not None and self.cost + self.terms.cost(sent, 0) > self.terms.max_cost:
+            raise UserError(
+                f"--max_cost {self.terms.max_cost:g}: sending the prompts alone costs about {self.terms.cost(sent, 0):.4f}, "
+                f"and {self.cost:.4f} is spent; give fewer prompts or systems, or a higher limit"
+            )
+
+    def _cost_of(self, entry: dict[str, Any]) -> float:
+        """What an answer in the journal cost, by the server's counts, else by its texts."""
+        if "answer" not in entry:
+            return 0.0
+        sent, received = entry["prompt_tokens"], entry["completion_tokens"]
+        if sent is None:
+            sent = tokens_in("".join(str(one.get("content", "")) for one in entry.get("messages", [])))
+        return self.terms.cost(sent, tokens_in(entry["answer"]) if received is None else received)
+
+    async def ask(self, key: str, prompt: Messages | list[int]) -> Reply:
+        """The answer to `prompt`, messages or token ids; from the journal where it holds one under `key`."""
+        if key not in self.journal.values:
+            async with self.slots:
+                refusal = await self._send(key, prompt)
+            if refusal is not None:
+                return Reply(refusal, "refused")
+        self.answered += 1
+        entry = self.journal.values[key]
+        return Reply(entry["answer"], entry["finish"])
+
+    async def _send(self, key: str, prompt: Messages | list[int]) -> str | None:
+        """Send until there is an answer in the journal, or a refusal, whose reason is returned."""
+        tries = 0
+        while True:
+            await self._admitted()
+            tries += 1
+            settings = {name: value for name, value in self.settings.items() if value is not None}
+            try:
+                entry = await request_completion(self.client, self.service.model, prompt, settings)
+            except (openai.APIError, Unusable) as error:
+                self._failed(key, error)
+                self._check_fatal(error)
+                if self._adapted(error, settings):
+                    continue
+                if not may_pass(error):
+                    self._count_refusal(error)
+                    return reason_of(error)
+                await self._wait(error, tries)
+            else:
+                self.reached = True
+                kind = "messages" if isinstance(prompt[0], dict) else "prompt"
+                self.journal.put(key, {kind: prompt} | settings | entry)
+                self.cost += self._cost_of(self.journal.values[key])
+                return None
+
+    async def _admitted(self) -> None:
+        """Wait until a request may be sent, and count it. Raises what stopped the run, or that its budget is used up."""
+        await self._pause(0)
+        if self.stop is None and self.terms.budget is not None and self.sent >= self.terms.budget:
+            self.stop = UserError(
+                f"--budget {self.terms.budget}: used up, {self.sent} requests are sent; their answers are kept in "
+                f"{self.journal.path}, and the same command with a larger --budget resumes"
+            )
+        if self.stop is None and self.terms.max_cost is not None and self.cost >= self.terms.max_cost:
+            self.stop = UserError(
+                f"--max_cost {self.terms.max_cost:g}: reached, {self.cost:.4f} is spent; the answers are kept in "
+                f"{self.journal.path}, and the same command with a larger --max_cost goes on"
+            )
+        if self.stop is not None:
+            raise self.stop
+        self.sent += 1
+
+    def _failed(self, key: str, error: Exception) -> None:
+        """Journal a request that brought no answer: it was sent, and may have to be paid."""
+        self.reached = self.reached or not isinstance(error, openai.APIConnectionError)
+        number = sum(known.startswith(f"{key} failed ") for known in self.journal.values)
+        self.journal.put(f"{key} failed {number + 1}", {"error": reason_of(error)})
+
+    def _check_fatal(self, error: Exception) -> None:
+        """Stop the run where asking again is no use."""
+        ways_out = {
+            401: "check OPENAI_API_KEY",
+            403: "check what your key may do",
+            404: "check the model's name and --api_base",
+        }
+        fix = ways_out.get(getattr(error, "status_code", 0))
+        if getattr(error, "code", None) == "insufficient_quota":
+            fix = "top up the account, then the same command resumes"
+        if fix:
+            self._give_up(f"{self.service.model} at {self.service.url}: {reason_of(error)}; {fix}")
+
+    def _give_up(self, why: str) -> None:
+        """Stop sending requests. Raises UserError."""
+        self.stop = self.stop or UserError(why)
+        raise self.stop
+
+    def _adapted(self, error: Exception, used: dict[str, Any]) -> bool:
+        """True if the server refused a setting that it can be asked without, as reasoning models do; printed once."""
+        named = (name for name in EXTENSIONS if name in used and name in reason_of(error))
+        name = getattr(error, "param", None) or next(named, None)
+        if not isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)) or name not in used:
+            return False
+        if name == "max_tokens" and "max_completion_tokens" in reason_of(error):
+            if name in self.settings:
+                self.settings["max_completion_tokens"] = self.settings.pop(name)
+                say(f"{self.service.model}: takes max_completion_tokens instead of max_tokens")
+            return True
+        if name in ("temperature", *EXTENSIONS):
+            if self.settings.pop(name, None) is not None:
+                say(f"{self.service.model}: does not take {name} {used[name]:g}; its own is used")
+            return True
+        return False
+
+    def _count_refusal(self, error: Exception) -> None:
+        self.refused += 1
+        if not self.answered and self.refused >= REFUSALS:
+            self._give_up(f"{self.service.model}: refuses every request ({reason_of(error)}); fix what it names")
+
+    async def _wait(self, error: Exception, tries: int) -> None:
+        """Sleep before the next try, as long as the server asks for, else about twice as long as the last time."""
+        if tries >= (TRIES if self.reached or isinstance(error, openai.APITimeoutError) else FIRST_TRIES):
+            self._give_up(
+                f"{self.service.url}: no answer after {tries} tries ({reason_of(error)}); "
+                "check the server, then the same command resumes"
+            )
+        pause = retry_after(error)
+        if pause is not None and pause > LONGEST_WAIT:
+            self._give_up(f"{self.service.url}: asks to wait {pause / 3600:.1f} hours; after that the same command resumes")
+        if pause is None:
+            pause = min(60.0, self.terms.backoff * 2 ** (tries - 1)) * random.uniform(0.75, 1.25)
+        if pause >= NOTICEABLE:
+            say(f"{self.service.model}: {reason_of(error)}; waiting {pause:.0f} s")
+        if isinstance(error, openai.RateLimitError):
+            self.resume_at = max(self.resume_at, time.monotonic() + pause)  # the others would be told the same
+        else:
+            await self._pause(pause)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep so long, and until the server takes requests again; wake up where the run is stopped."""
+        until = time.monotonic() + seconds
+        while self.stop is None and (left := max(until, self.resume_at) - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.2))
+
+
+@contextlib.contextmanager
+def asking(service: ModelServer, terms: RequestLimits, path: Path, header: dict[str, Any]) -> Iterator[Endpoint]:
+    """An endpoint whose journal is the file `path`, which is kept as a record of every request; the same run resumes from it.
+
+    At the end, however it comes, what was used is printed. Raises UserError if `path` belongs to a run with another
+    `header` or another way to ask.
+    """
+    header = header | {"model": service.model, "api_base": service.url}
+    header |= {"temperature": service.temperature, "max_tokens": service.max_tokens}
+    journal = Journal(path, header)
+    if journal.values:
+        say(f"{path}: {len(journal.values)} requests were sent before; their answers are taken from there")
+    try:
+        yield Endpoint(service, journal, terms)
+    finally:
+        journal.close(done=False)
+        say(usage(journal, terms))
+
+
+def tokens_in(text: str) -> int:
+    """About how many tokens a text has: one for each Chinese character, one for four others."""
+    wide = sum(sign > "\u2e7f" for sign in text)
+    return wide + (len(text) - wide + 3) // 4
+
+
+def usage(journal: Journal, terms: RequestLimits) -> str:
+    """A line about the requests, tokens and cost of a whole run, its earlier starts included."""
+    answers = [entry for entry in journal.values.values() if "answer" in entry]
+    sent, received = (sum(entry[f"{kind}_tokens"] or 0 for entry in answers) for kind in ("prompt", "completion"))
+    failed = len(journal.values) - len(answers)
+    text = f"{len(journal.values)} requests ({failed} failed), {sent:,} tokens sent and {received:,} received"
+    uncounted = sum(entry["prompt_tokens"] is None for entry in answers)
+    text += f" (not counted by the server: those of {uncounted} answers)" if uncounted else ""
+    priced = terms.price_in or terms.price_out
+    return text + (f", cost {terms.cost(sent, received):.4f}" if priced else "")

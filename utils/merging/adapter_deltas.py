@@ -1,0 +1,225 @@
+"""What an adapter changes in a base model: which tensors, and how, in the order in which peft would do it.
+
+rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
+"""
+
+import functools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from utils.adapters.adapters import open_tensors
+from utils.adapters.settings import read_settings
+from utils.console import UserError
+from utils.files import sha256
+from utils.merging.tensor_recipes import Add, Change, Replace, ReplaceRows, Shift
+from utils.models.names import ModelNames, ask_library
+from utils.models.weights import Kind
+
+PREFIX = "base_model.model."
+PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|A|B|magnitude_vector)(?P<bias>\.bias)?(?:\.weight)?$")
+NOT_A_SUM = {
+    "target_parameters": "it changes parameters outside of linear layers",
+}
+TOKENS = ".token_adapter.trainable_tokens_delta"
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
+HEADS = ("lm_head", "embed_out")
+
+
+class Adapter:
+    """An adapter folder: its `settings`, its tensors (not read yet), and the base's tensors that they change.
+
+    Raises UserError if it is not a LoRA, or one that cannot be merged, and the reason.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.settings = read_settings(folder)
+        self.weights, self.names = open_tensors(folder)
+        for setting, reason in NOT_A_SUM.items():
+            if self.settings.get(setting):
+                raise UserError(f"{folder}: cannot be merged, since {reason} ({setting}); use it through peft")
+        self.modules: dict[str, dict[str, str]] = {}  # module -> "A", "B", … -> name in the file
+        self.replaced: dict[str, str] = {}  # name of a whole tensor -> name in the file
+        self.tokens: dict[str, str] = {}  # module whose single rows are replaced -> name in the file
+        for name, name_in_file in self.names.items():
+            name = name.removeprefix(PREFIX)
+            match = PART.match(name)
+            if match:
+                part = "bias" if match["bias"] else match["part"].removeprefix("embedding_")
+                self.modules.setdefault(match["module"], {})[part] = name_in_file
+            elif name.endswith(TOKENS):
+                self.tokens[name.removesuffix(TOKENS)] = name_in_file
+            else:
+                self.replaced[name.replace(".base_layer.", ".")] = name_in_file
+        for module, parts in self.modules.items():
+            if not {"A", "B"} <= parts.keys():
+                raise UserError(
+                    f"{folder}: {module} has no lora_{'B' if 'A' in parts else 'A'}; the save failed, train it again"
+                )
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each of its files, by name."""
+        return {file.name: sha256(file) for file in (*self.weights.files, self.folder / "adapter_config.json")}
+
+    def is_trained_copy(self, name: str) -> bool:
+        """True if a whole tensor is of a module in `modules_to_save`: then the base's own stays beside it, where it is tied."""
+        module = name.rpartition(".")[0]
+        return any(module == saved or module.endswith(f".{saved}") for saved in self.settings.get("modules_to_save") or [])
+
+    def replaced_rows(self, module: str, shape: tuple[int, ...]) -> ReplaceRows:
+        """The rows of `module`, which has this `shape`, that are replaced. Raises UserError if they do not fit."""
+        told = self.settings["trainable_token_indices"]
+        named = told if isinstance(told, dict) else {module: told}
+        index: list[int] = next((rows for name, rows in named.items() if f".{module}".endswith(f".{name}")), [])
+        found = self.weights.shape(self.tokens[module])
+        if found != (len(index), *shape[1:]) or not index or not 0 <= min(index) <= max(index) < shape[0]:
+            raise misfit(self.folder, f"{module}{TOKENS} for {len(index)} tokens", found, shape)
+        return ReplaceRows(self.weights, self.tokens[module], tuple(index))
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA. Raises UserError if the rank is not the one in the settings."""
+        expected = of_pattern(self.settings.get("rank_pattern"), module, self.settings.get("r"))
+        if rank != expected:
+            raise UserError(
+                f"{self.folder}: {module} has rank {rank}, its settings say {expected}; the files do not belong together"
+            )
+        alpha = of_pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha"))
+        return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
+
+    def addition(self, module: str, shape: tuple[int, ...]) -> Add:
+        """What is added to the weight of `module`, which has this `shape`. Raises UserError if it does not fit."""
+        parts = self.modules[module]
+        a, b = self.weights.shape(parts["A"]), self.weights.shape(parts["B"])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise UserError(
+                f"{self.folder}: {module} has lora_A {a} and lora_B {b}, which do not go together; download it again"
+            )
+        straight, turned = (b[0], a[1]), (a[1], b[0])
+        is_embedding = "lora_embedding" in parts["A"]
+        if shape not in (straight, turned) or (is_embedding and shape != turned):
+            raise misfit(self.folder, f"{module}.weight", turned if is_embedding else straight, shape)
+        columns = is_embedding or shape != straight or (straight == turned and bool(self.settings.get("fan_in_fan_out")))
+        magnitude = parts.get("magnitude_vector")
+        if magnitude and math.prod(self.weights.shape(magnitude)) != b[0]:
+            raise misfit(self.folder, f"{module}.lora_magnitude_vector", self.weights.shape(magnitude), (b[0],))
+        return Add(self.weights, parts["A"], parts["B"], self.scaling(module, a[0]), magnitude, columns)
+
+    def changes(self, kinds: dict[str, Kind], find: "Finder") -> dict[str, list[Change]]:
+        """The base's tensors that change, by name, and their changes in order; `kinds` are the tensors as they are so far.
+
+        A replacement may have more rows than what it replaces (new tokens), never fewer. Raises UserError if a
+        tensor of the adapter belongs to no tensor of the base, or does not fit it.
+        """
+        found: dict[str, list[Change]] = {}
+        shapes = {name: kind[0] for name, kind in kinds.items()}
+        lost = [name for name in self.replaced if not find(name)]
+        lost += [f"{module}.weight" for module in (*self.modules, *self.tokens) if not find(f"{module}.weight")]
+        if lost:
+            raise UserError(
+                f"{self.folder}: {len(lost)} of its layers are not in the base ({sorted(lost)[0]}, …), which has "
+                f"{find.layers} layers; use the base model that it was trained on"
+            )
+        for name, name_in_file in self.replaced.items():
+            target, shape = find(name), self.weights.shape(name_in_file)
+            grows = target in find.embeddings and shape[1:] == shapes[target][1:] and shape[0] > shapes[target][0]
+            if shape != shapes[target] and not grows:
+                raise misfit(self.folder, name, shape, shapes[target], target in find.embeddings)
+            shapes[target] = shape
+            found.setdefault(target, []).append(Replace(self.weights, name_in_file))
+        for module, parts in self.modules.items():
+            target = find(f"{module}.weight")
+            addition = self.addition(module, shapes[target])
+            found.setdefault(target, []).append(addition)
+            if "bias" in parts:
+                bias = find(f"{module}.bias")
+                if not bias:
+                    raise UserError(
+                        f"{self.folder}: {module} has a bias, the base's has none; it cannot be merged, use it through peft"
+                    )
+                shift = self.weights.tensor(parts["bias"]).float() * addition.scaling
+                found.setdefault(bias, []).append(Shift(shift))
+        for module in self.tokens:
+            target = find(f"{module}.weight")
+            found.setdefault(target, []).append(self.replaced_rows(module, shapes[target]))
+        used = len(self.replaced) + len(self.tokens) + sum(map(len, self.modules.values()))
+        if used != len(self.names) or used != self._count(found):
+            raise RuntimeError(f"{self.folder}: {self._count(found)} of {len(self.names)} tensors would be used")
+        return found
+
+    @staticmethod
+    def _count(found: dict[str, list[Change]]) -> int:
+        """How many of the adapter's tensors the changes use."""
+        changes = [change for changes in found.values() for change in changes]
+        return sum((3 if change.magnitude else 2) if isinstance(change, Add) else 1 for change in changes)
+
+
+class Finder:
+    """Finds the base's name for the name that a tensor has in the model that transformers builds.
+
+    Files of some families leave out the first part of every name (`h.0.…` for BLOOM's `transformer.h.0.…`), and those of
+    others have older names, for which the library is asked. An output layer that is tied to the embeddings is in no file,
+    but may be in an adapter; it is then a new tensor, `tied_head`. GPT-NeoX's is called embed_out in files, and lm_head in
+    the model. `embedding` and `stored_head` are the base's names of its embeddings and its output layer, "" if it has none.
+    """
+
+    def __init__(self, names: list[str], config: dict[str, Any]):
+        self._names, self._config = set(names), config
+        self._has_parts = any(key.endswith("_config") and key != "quantization_config" for key in config)  # one for images, say
+        self.embedding, self.stored_head = self._end(EMBEDDINGS), self._end(HEADS)
+        if not self.embedding:
+            self.embedding = self._asked.stored.get(self._asked.embedding, "")
+            self.stored_head = self.stored_head or self._asked.stored.get(self._asked.head, "")
+        tied = config.get("tie_word_embeddings", True) and not self.stored_head
+        self.tied_head = HEADS[config.get("model_type") == "gpt_neox"] + ".weight" if tied else ""
+        self.embeddings = {self.embedding, self.stored_head or self.tied_head}
+        self.layers = 1 + max(
+            (int(number) for name in names for number in re.findall(r"\.(\d+)\.", f".{name}")[:1]), default=-1
+        )
+
+    def _end(self, modules: tuple[str, ...]) -> str:
+        """The one weight whose layer has one of these names; "" if none has, or several have."""
+        found = [name for name in self._names if name.endswith(".weight") and name.split(".")[-2] in modules]
+        return found[0] if len(found) == 1 else ""
+
+    @functools.cached_property
+    def _asked(self) -> ModelNames:
+        """What the library says; only asked if names are not found as they are, since it takes seconds."""
+        return ask_library(self._config, sorted(self._names))
+
+    def __call__(self, name: str) -> str:
+        """The base's name, or "" if it has no such tensor, or several that could be meant."""
+        if name in self._names:
+            return name
+        if self._has_parts and name in self._asked.stored:
+            return self._asked.stored[name]
+        _, _, shorter = name.partition(".")
+        longer = [stored for stored in self._names if stored.partition(".")[2] == name]
+        candidates = [shorter] if shorter in self._names else longer
+        is_head = name.endswith(".weight") and name.split(".")[-2] in HEADS
+        if len(candidates) == 1:
+            return candidates[0]
+        if is_head and (self.stored_head or self.tied_head):
+            return self.stored_head or self.tied_head
+        return self._asked.stored.get(name, "")
+
+
+def of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value whose pattern matches the end of a module's name, as in peft: the first that does, else `default`."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def misfit(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...], is_embedding: bool = False) -> UserError:
+    """The error for a tensor of another shape than the base's, with what usually is the reason."""
+    text = f"{folder}: {name} is {' x '.join(map(str, found))}, the base's is {' x '.join(map(str, wanted))}"
+    if is_embedding and found[1:] == wanted[1:]:
+        return UserError(
+            f"{text}: vocabularies of two stages; 32000 tokens belong to LLaMA, 49953 to Chinese-LLaMA and 49954 to "
+            "Chinese-Alpaca: merge them in this order, --lora_model chinese-llama…,chinese-alpaca…"
+        )
+    return UserError(f"{text}: another size of model; use the base model that the adapter was trained on")

@@ -1,0 +1,238 @@
+"""Bases whose files hold quantized weights: what works with them here, and their full weights for merging."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.console import UserError, reason
+from utils.models.weights import Weights
+
+# tensors that only mean something beside quantized weights: of bitsandbytes, GPTQ and AWQ, fp8 and compressed-tensors, mxfp4
+SCALES = re.compile(
+    r"\.(SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|qweight|qzeros|g_idx|weight_scale|weight_scale_inv"
+    r"|weight_packed|weight_shape|weight_zero_point|input_scale|input_activation_scale)$|\.quant_state\.|_proj_(scales|blocks)$"
+)
+OTHER = "use the same model in float16 or bfloat16"
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """How a model's weights are quantized, as its config.json says; "" if it says nothing."""
+    told = config.get("quantization_config") or config.get("compression_config")
+    if not told:
+        return ""
+    return str(told.get("quant_method") or "a method unnamed") if isinstance(told, dict) else str(told)[:80]
+
+
+def check(folder: Path, config: Any, device: str = "cpu", training: bool = False) -> None:
+    """Raises UserError if a base's weights are quantized in a way that does not work here, or config.json does not name.
+
+    `config` is transformers' configuration of the model. Files that are not there, as a dry run needs none, or that
+    cannot be opened are left to what loads them.
+    """
+    told = getattr(config, "quantization_config", None)
+    if not told:
+        try:
+            weights = Weights(folder)
+        except UserError:
+            return
+        refuse_scales(folder, weights)
+        return
+    from transformers.quantizers import AutoHfQuantizer
+
+    method = method_of({"quantization_config": told if isinstance(told, dict) else told.to_dict()})
+    try:
+        quantizer = AutoHfQuantizer.from_config(told, pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device}, weights_only=True)
+        can_train = quantizer.is_trainable
+    except Exception as error:  # each method has checks of its own, of other packages, too
+        raise UserError(
+            f"{folder}: its weights are quantized ({method}), which does not work here ({reason(error)}); {OTHER}"
+        ) from None
+    if training and not can_train:
+        raise UserError(f"{folder}: its weights are quantized ({method}), and the library cannot train on them; {OTHER}")
+
+
+def refuse_scales(folder: Path, weights: Weights) -> None:
+    """Raises UserError if the files hold quantized weights, or what scales them, which would be used without being scaled."""
+    strange = next((name for name in weights.names if SCALES.search(name)), "") or next(
+        (name for name in weights.names if name.endswith("weight") and is_quantized(weights, name)), ""
+    )
+    if strange:
+        kind = str(weights.dtype(strange)).removeprefix("torch.")
+        raise UserError(
+            f"{folder}: its weights are quantized ({kind} in {strange}), and its config.json does not say how; "
+            f"copy config.json again, or {OTHER}"
+        )
+
+
+def is_quantized(weights: Weights, name: str) -> bool:
+    """True for a matrix of values of one byte."""
+    return len(weights.shape(name)) >= 2 and weights.dtype(name).itemsize == 1 and weights.dtype(name) != torch.bool
+
+
+def full(folder: Path, config: dict[str, Any], weights: Weights) -> Weights:
+    """A model's weights for merging: as they are, or dequantized by the library that quantized them.
+
+    Raises UserError if they are quantized in a way that is not dequantized here, or does not say which.
+    """
+    method, told = method_of(config), config.get("quantization_config")
+    if not method:
+        refuse_scales(folder, weights)
+        return weights
+    way = "4-bit" if isinstance(told, dict) and told.get("load_in_4bit") else "8-bit"
+    kinds = {"bitsandbytes": Bits4 if way == "4-bit" else Bits8, "fp8": BlockFp8}
+    if method not in kinds or not isinstance(told, dict):
+        raise UserError(f"{folder}: its weights are quantized ({method}), and are not dequantized here; {OTHER}")
+    return kinds[method](weights, full_dtype(config))
+
+
+def full_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The type that config.json names for the model's weights, float16 if it names none."""
+    named = config.get("dtype") or config.get("torch_dtype") or "float16"
+    dtype = getattr(torch, named, None) if isinstance(named, str) else None
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1 else torch.float16
+
+
+class Dequantized(Weights):
+    """Tensors of a quantized model as the full ones that they stand for, in `dtype`; those beside them are not named."""
+
+    helpers: tuple[str, ...]  # how names end, after that of the weight, of the tensors that scale it
+
+    def __init__(self, stored: Weights, dtype: torch.dtype):
+        self.folder, self.files, self.stored, self.full = stored.folder, stored.files, stored, dtype
+        self.names = [name for name in stored.names if not SCALES.search(name)]
+        self.quantized = {name for name in self.names if is_quantized(stored, name)}
+        lost = [name for name in self.quantized if not self.has_scales(name)]
+        if lost:
+            raise UserError(f"{self.folder}: {lost[0]} is quantized, and nothing says how it is scaled; copy the model again")
+        self.tensor_of = functools.lru_cache(maxsize=4)(self._dequantize)  # blocks of one tensor are asked for side by side
+
+    def has_scales(self, name: str) -> bool:
+        """True if the files hold what scales this tensor."""
+        return all(self.helper(name, ending) in self.stored.names for ending in self.helpers)
+
+    def helper(self, name: str, ending: str) -> str:
+        """The name of a tensor that belongs to the weight `name`."""
+        return name.removesuffix("weight") + ending
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape."""
+        return self.stored.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of one tensor."""
+        return self.full if name in self.quantized else self.stored.dtype(name)
+
+    def file_of(self, name: str) -> Path:
+        """The file that one tensor lies in."""
+        return self.stored.file_of(name)
+
+    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
+        """The rows `index` of one tensor."""
+        return self.tensor_of(name)[index] if name in self.quantized else self.stored.rows(name, index)
+
+    def _dequantize(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Requantized(Weights):
+    """A full model's tensors, the `linear` ones as loading them in 4 or 8 bit (`way`) leaves them, in their own type.
+
+    `step` is the lineage of the adapter that was trained so, for the type that they were quantized from.
+    """
+
+    MEASURED = 16  # tensors
+
+    def __init__(self, stored: Weights, linear: list[str], way: str, step: dict[str, Any]):
+        self.folder, self.files, self.names, self.stored = stored.folder, stored.files, stored.names, stored
+        self.quantized, self.way = set(linear), way
+        self.before = getattr(torch, str(step.get("dtype")), None)
+        self.tensor_of = functools.lru_cache(maxsize=4)(self._requantize)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape."""
+        return self.stored.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of one tensor."""
+        return self.stored.dtype(name)
+
+    def file_of(self, name: str) -> Path:
+        """The file that one tensor lies in."""
+        return self.stored.file_of(name)
+
+    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
+        """The rows `index` of one tensor."""
+        return self.tensor_of(name)[index] if name in self.quantized else self.stored.rows(name, index)
+
+    def difference(self) -> tuple[float, int]:
+        """By how much the quantized tensors differ from the full ones (root mean square, relative), and of how many it is."""
+        names = sorted(self.quantized)
+        some = names[:: max(1, -(-len(names) // self.MEASURED))]
+        apart = whole = 0.0
+        for name in some:
+            full = self.stored.tensor(name).float()
+            apart += (self.tensor_of(name).float() - full).square().sum().item()
+            whole += full.square().sum().item()
+        return (apart / whole) ** 0.5 if whole else 0.0, len(some)
+
+    def _requantize(self, name: str) -> torch.Tensor:
+        from bitsandbytes import functional
+
+        stored = self.stored.tensor(name)
+        values = stored.to(self.before if isinstance(self.before, torch.dtype) else stored.dtype)
+        if self.way == "8-bit":
+            whole, scales, _ = functional.int8_vectorwise_quant(values.half())
+            return functional.int8_vectorwise_dequant(whole, scales).to(stored.dtype)
+        packed, state = functional.quantize_4bit(values.contiguous(), quant_type="nf4", compress_statistics=True)
+        return functional.dequantize_4bit(packed, state).to(stored.dtype)
+
+
+class Bits8(Dequantized):
+    """bitsandbytes' LLM.int8: rows of int8, each with its largest value."""
+
+    helpers = ("SCB",)
+
+    def _dequantize(self, name: str) -> torch.Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(self.stored.tensor(name), self.stored.tensor(self.helper(name, "SCB"))).to(self.full)
+
+
+class Bits4(Dequantized):
+    """bitsandbytes' NF4 and FP4: two values a byte, and their scales in blocks, which may be quantized themselves."""
+
+    helpers = ("weight.absmax", "weight.quant_map")
+
+    def _state(self, name: str) -> Any:
+        from bitsandbytes.functional import QuantState
+
+        begins = f"{name}."
+        parts = {
+            other.removeprefix(begins): self.stored.tensor(other) for other in self.stored.names if other.startswith(begins)
+        }
+        return QuantState.from_dict(parts, torch.device("cpu"))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape."""
+        return tuple(self._state(name).shape) if name in self.quantized else self.stored.shape(name)
+
+    def _dequantize(self, name: str) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.stored.tensor(name), self._state(name)).to(self.full)
+
+
+class BlockFp8(Dequantized):
+    """float8 in blocks, each with its scale, as DeepSeek and Qwen publish them."""
+
+    helpers = ("weight_scale_inv",)
+
+    def _dequantize(self, name: str) -> torch.Tensor:
+        from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+        scales = self.stored.tensor(self.helper(name, "weight_scale_inv"))
+        return Fp8Dequantize(None)._dequantize_one(self.stored.tensor(name), scales, self.full)

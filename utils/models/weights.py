@@ -1,0 +1,233 @@
+"""A model folder's tensors, whatever files they lie in: memory-mapped, one at a time, never unpickled with code."""
+
+import math
+import pickle
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from utils.console import UserError, reason, say
+from utils.files import read_json
+from utils.models import hubs
+
+warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # of what is then refused, in our own words
+
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+MAPPED_AT_MOST = 2**26
+DTYPES = {  # by the names that the safetensors format has for them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+Kind = tuple[tuple[int, ...], torch.dtype]  # a tensor's shape and type
+
+
+def size_of(kind: Kind) -> int:
+    """The bytes that a tensor takes."""
+    shape, dtype = kind
+    return math.prod(shape) * dtype.itemsize
+
+
+class Weights:
+    """The tensors of a model or adapter: `names`, and by name `shape`, `dtype`, `tensor` and `rows`.
+
+    Reads `model.safetensors` or `pytorch_model.bin`, whole or in shards, or any `files` of these two kinds. Tensors are
+    memory-mapped. Mappings are given up after `MAPPED_AT_MOST` bytes were read through them, since their pages count as
+    this process's memory; so whoever reads rows and keeps none stays small, whatever the size of the model.
+    Raises UserError if a file or a tensor is missing, cut off, or asks for code to be run.
+    """
+
+    def __init__(self, folder: str | Path, files: list[Path] | None = None):
+        self.folder = Path(folder)
+        self.files = files or weight_files(self.folder)
+        self._lock = threading.Lock()
+        self._opened: dict[Path, Any] = {}
+        self._bytes_read = 0
+        self._homes: dict[str, Path] = {}
+        self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for file in self.files:
+            opened = self._open(file)
+            for name in opened.keys():  # noqa: SIM118, a safetensors file is not a mapping
+                self._homes[name] = file
+                self._kinds[name] = kind(opened, name)
+        self.names = sorted(self._homes)
+        index = self.folder / f"{SAFETENSORS if self.files[0].suffix == '.safetensors' else PICKLED}.index.json"
+        missing = sorted(homes_in(index).keys() - self._homes.keys()) if index.is_file() and not files else []
+        if missing:
+            raise UserError(f"{index}: {len(missing)} tensors are in none of its files ({missing[0]}, …); download them again")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape."""
+        return self._kinds[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that one tensor is stored in."""
+        return self._kinds[name][1]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in the type it is stored in."""
+        return self.rows(name, slice(None))
+
+    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
+        """The rows `index` (along the first dimension) of one tensor, in the type it is stored in; safe in threads."""
+        file = self._homes[name]
+        with self._lock:
+            opened = self._open(file)
+            tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+        rows = tensor[index] if tensor.dim() else tensor
+        with self._lock:
+            self._bytes_read += rows.nbytes
+            if self._bytes_read > MAPPED_AT_MOST:
+                self._opened = {file: opened for file, opened in self._opened.items() if isinstance(opened, Unmapped)}
+                self._bytes_read = 0
+        return rows
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._opened:
+            self._opened[file] = open_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+        return self._opened[file]
+
+    def file_of(self, name: str) -> Path:
+        """The file that one tensor lies in."""
+        return self._homes[name]
+
+
+class Unmapped(dict):
+    """Tensors of a file that cannot be mapped, and so are all in memory."""
+
+
+def kind(opened: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a tensor of an opened file, without reading it. Raises UserError for types unknown to torch."""
+    if isinstance(opened, dict):
+        return tuple(opened[name].shape), opened[name].dtype
+    part = opened.get_slice(name)
+    if part.get_dtype() not in DTYPES:
+        raise UserError(f"{name}: is stored as {part.get_dtype()}, which is not read here; use weights in float16 or bfloat16")
+    return tuple(part.get_shape()), DTYPES[part.get_dtype()]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights, in order.
+
+    Raises UserError if there are none, a shard is missing, or one cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; check the path")
+    files = named_files(folder)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} of {len(files)} shards are missing ({missing[0]}, …); download them again")
+    for file in files:
+        beginning(file)
+    return files
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The files that should hold a folder's weights, by their names. Raises UserError if there are none."""
+    for name in (SAFETENSORS, PICKLED):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [folder / Path(file).name for file in sorted(set(homes_in(index).values()))]
+    raise UserError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLED}, whole or in shards; is it a model folder?")
+
+
+def homes_in(index: Path) -> dict[str, str]:
+    """In which file each tensor lies, as an index tells. Raises UserError if it does not."""
+    found = read_json(index)
+    homes = found.get("weight_map") if isinstance(found, dict) else None
+    if not homes or not isinstance(homes, dict) or not all(isinstance(file, str) for file in homes.values()):
+        raise UserError(f"{index}: does not tell in which file each tensor lies; download it again")
+    return homes
+
+
+def open_safetensors(file: Path):
+    """A memory-mapped safetensors file. Raises UserError if it is cut off or of another format."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        beginning(file)
+        raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+
+
+def beginning(file: Path) -> bytes:
+    """A file's first bytes. Raises UserError if they are a stand-in for the file, which git left there without git-lfs."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file}: is only git's pointer to the weights; fetch them with git lfs pull, or download it again")
+    return head
+
+
+def load_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """A file of torch.save, memory-mapped where its format allows (else an `Unmapped`), without running any code in it.
+
+    Raises UserError if the file is cut off, or holds anything but tensors.
+    """
+    if not beginning(file).startswith((b"PK", b"\x80")):  # a zip file, or (before 1.6) a pickle
+        raise UserError(f"{file}: is not a file of torch.save; download it again")
+    try:
+        try:
+            loaded, group = torch.load(file, map_location="cpu", weights_only=True, mmap=True), dict
+        except RuntimeError:  # torch's format from before 1.6 cannot be mapped
+            say(f"{file}: is in torch's old format, so it is read into memory as a whole")
+            loaded, group = torch.load(file, map_location="cpu", weights_only=True), Unmapped
+    except pickle.UnpicklingError:
+        raise UserError(f"{file}: refused, it asks for code to be run on loading; get the weights as .safetensors") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)}); download it again") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file}: holds a {type(loaded).__name__} instead of named tensors; is it the right file?")
+    found = group(
+        (name, tensor) for name, tensor in loaded.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    )
+    for name, tensor in found.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            raise UserError(
+                f"{file}: {name} is not a plain tensor of numbers, but sparse, quantized or empty; get other weights"
+            )
+    return found
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError if the folder of a base model is that of an adapter."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: is an adapter, not a base model; give it as --lora_model, or as --lora_weights")
+
+
+def tell_adapter(folder: Path) -> None:
+    """Print it if a base model's folder holds an adapter, too: only the model's own weights are used."""
+    if (folder / "adapter_config.json").is_file():
+        say(f"{folder}: also holds an adapter (adapter_config.json), which is not used; give it as one, from its own folder")
+
+
+def base_folder(base_model: str) -> Path:
+    """The folder of a base model given as a path or as a name on a hub (fetched once, then cached).
+
+    Raises UserError if there is neither.
+    """
+    path = Path(base_model).expanduser()
+    if path.is_dir():
+        return path
+    if base_model.startswith(hubs.PREFIX):
+        return hubs.from_modelscope(base_model)
+    if path.exists() or base_model.startswith(("/", ".", "~")) or base_model.count("/") > 1:
+        raise UserError(f"{base_model}: no such folder; check the path of the model")
+    return hubs.from_huggingface(base_model)

@@ -1,0 +1,1 @@
+"""Training one adapter: where it starts, its batches, loss, checkpoints."""

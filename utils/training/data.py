@@ -1,0 +1,137 @@
+"""The records that a training learns from and is validated with, encoded; and the template that goes with them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.console import UserError, say
+from utils.datasets.sources import data_files
+from utils.datasets.stages import LABELLED, PREFERENCE, REWARD, TEXT
+from utils.training.checks import check_window
+
+if TYPE_CHECKING:
+    from utils.datasets.dataset import EncodedDataset
+    from utils.training.start import RunStart
+
+Options = Any  # finetune.Options; modules import no scripts
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Run the block on each machine's first rank before the others, which then find what it has made."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        with PartialState().local_main_process_first():
+            yield
+    else:
+        yield
+
+
+def prepare_data(
+    options: Options, origin: "RunStart", parent: dict[str, Any] | None, stage: str
+) -> tuple[Any, "EncodedDataset", "EncodedDataset | None", dict[str, Any]]:
+    """The tokenizer, the encoded records to train on and to validate with, and what the lineage says of them."""
+    from utils.datasets import dataset
+    from utils.datasets.chat_templates import make_prompter
+    from utils.datasets.encoding import OVERLAP
+    from utils.files import sha256
+    from utils.models import quantized
+    from utils.models.loading import read_architecture
+    from utils.models.tokenizer import PUT_IT, end_tokens, load_tokenizer
+    from utils.models.tokenizer_files import tokenizer_hash
+    from utils.models.weights import base_folder
+    from utils.training import replay
+
+    earlier = replay.files_to_replay(parent, stage) if options.replay else {}
+    config = read_architecture(base_folder(options.base_model))  # before the tokenizer, whose library reads this file, too
+    quantized.check(base_folder(options.base_model), config, training=True)
+    check_window(options, config)
+    folder = tokenizer_folder(options, origin)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer names no eos_token, with which answers end; {PUT_IT}")
+    ends = end_tokens(options.base_model, tokenizer)
+    prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
+    hashes = {str(file): sha256(file) for file in data_files(options.data_path)}
+    words = f"{tokenizer_hash(folder)} {type(tokenizer).__name__}"  # the library chooses its class by config.json
+    encoder: dataset.Encoder | dataset.DocumentEncoder
+    if stage == TEXT:
+        encoder = dataset.DocumentEncoder(tokenizer, words, options.cutoff_len)
+        overlap = options.cutoff_len // OVERLAP
+        say(f"raw text: each token is learned once; pieces of one document overlap by {overlap} tokens")
+    else:
+        kind = {PREFERENCE: dataset.PairEncoder, LABELLED: dataset.JudgedEncoder}.get(stage, dataset.Encoder)
+        rules = (prompter, tokenizer, words, options.cutoff_len, options.train_on_inputs)
+        encoder = dataset.QuestionEncoder(*rules, options.max_new_tokens) if stage == REWARD else kind(*rules)
+    with first_rank_first():
+        table, asked = dataset.encode_all(encoder, options.data_path, hashes, options.seed, keep=not options.dry_run)
+    numbers = dataset.usable(table, asked, options.cutoff_len)
+    train_numbers, val_numbers = dataset.split(numbers, options.val_set_size, options.seed)
+    replayed: dict[str, Any] = {}
+    if earlier:
+        table, train_numbers, found = replay.with_replay(table, train_numbers, options.replay, encoder, earlier, options.seed)
+        replayed = {"replay": found}
+    rows = dataset.JudgedDataset if stage == LABELLED else dataset.EncodedDataset
+    train = rows(table, train_numbers, options.cutoff_len)
+    validation = rows(table, val_numbers, options.cutoff_len) if len(val_numbers) else None
+    facts = {
+        "path": options.data_path,
+        **replayed,
+        "stage": stage,
+        "files": hashes,
+        "template": {"name": prompter.name, "texts": prompter.texts},
+        "records": len(asked),
+        "dropped": len(asked) - len(numbers),
+        "train": len(train_numbers),
+        "validation": len(val_numbers),
+        "tokens": sum(train.lengths),
+        "supervised": sum(train.supervised),
+    }
+    if stage == LABELLED:
+        facts["good"] = tell_labels(train, options.desirable_weight, options.undesirable_weight)
+    say(
+        f"{facts['train']} records to train on, {facts['validation']} to validate with; an epoch has {facts['tokens']} tokens, "
+        f"{facts['supervised']} of them supervised"
+    )
+    return tokenizer, train, validation, facts
+
+
+def tell_labels(train: "EncodedDataset", good_weight: float, bad_weight: float) -> int:
+    """Print how many answers are good and bad, and weights that would balance them; returns the number of good ones.
+
+    Balanced are weights whose products with these numbers are in a ratio of 1 to 4/3 (Ethayarajh et al. 2024, eq. 9).
+    """
+    from utils.datasets.dataset import column
+
+    good = int(column(train.table, "good")[train.numbers].sum())
+    bad = len(train) - good
+    say(f"{good} answers labelled good (--desirable_weight {good_weight:g}), {bad} bad (--undesirable_weight {bad_weight:g})")
+    if good and bad and not 0.99 <= good * good_weight / (bad * bad_weight) <= 1.34:
+        balance = f"--desirable_weight {bad / good:.2g}" if good < bad else f"--undesirable_weight {good / bad:.2g}"
+        say(f"they do not weigh the same; {balance} would balance them")
+    return good
+
+
+def write_template(options: Options, data: dict[str, Any], tokenizer: Any) -> None:
+    """Write into the output folder the template that was trained with, as other programs read it; after raw text, which
+    has none, the tokenizer's own."""
+    from utils.datasets.jinja_export import write_chat_template
+    from utils.datasets.templates import CHAT
+
+    template = data["template"]
+    if data["stage"] == TEXT:
+        if not tokenizer.chat_template:
+            return
+        template = {"name": CHAT, "texts": {"chat_template": tokenizer.get_chat_template()}}
+    write_chat_template(**template, tokenizer=tokenizer, folder=Path(options.output_dir))
+
+
+def tokenizer_folder(options: Options, origin: "RunStart") -> str:
+    """The folder of the tokenizer: the one given, else that beside the adapter to train on, else the base's."""
+    from utils.models.tokenizer_files import has_tokenizer
+
+    beside = origin.checkpoint or origin.parent
+    return options.tokenizer or (str(beside) if beside and has_tokenizer(beside) else options.base_model)

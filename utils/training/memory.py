@@ -1,0 +1,109 @@
+"""How much memory training takes: weights by their sizes, activations by what autograd would keep of a forward pass."""
+
+import dataclasses
+
+from peft import PeftModel
+from torch import nn
+
+from utils.console import reason, say
+from utils.memory import free_memory
+from utils.models.layers import output_layer
+from utils.models.loading import DeviceConfig
+from utils.training.activations import saved_in_training
+from utils.training.loss import CHUNK
+
+BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.53}  # 4 bit: half a byte and the scales
+HOLES = 1.6  # what a process holds for each byte of activations on a CPU, by measurement: the C library's heap has holes
+ADAMW = 16  # bytes a trained parameter: weight, gradient and two moments in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes by purpose; `checkpointed` are the activations with gradient checkpointing."""
+
+    base: float
+    adapter: float
+    activations: float
+    checkpointed: float
+    logits: float
+
+    def parts(self, checkpointing: bool) -> dict[str, float]:
+        """Bytes by purpose with or without gradient checkpointing."""
+        activations = self.checkpointed if checkpointing else self.activations
+        return {"base": self.base, "adapter": self.adapter, "activations": activations, "logits": self.logits}
+
+    def total(self, checkpointing: bool) -> float:
+        """All of it, with or without gradient checkpointing."""
+        return sum(self.parts(checkpointing).values())
+
+    def told(self, checkpointing: bool) -> str:
+        """The total and its parts, to be printed."""
+        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in self.parts(checkpointing).items())
+        return f"about {self.total(checkpointing) / 1e9:.1f} GB ({parts})"
+
+
+def estimate(model: PeftModel, placement: DeviceConfig, rows: int, length: int) -> Estimate:
+    """Memory to train `model` (its tensors may be on the meta device) on micro-batches of `rows` records of `length` tokens.
+
+    Raises what the model's code raises if it cannot be run without values.
+    """
+    base, trained = weights(model, placement)
+    saved = saved_in_training(model, placement, rows, length)
+    holes = HOLES if placement.device.type == "cpu" else 1
+    tokens = rows * length
+    logits = 3 * (min(tokens, CHUNK) if saved.sparse else tokens) * model.config.get_text_config().vocab_size * 4
+    return Estimate(base, trained * ADAMW, saved.everything * holes, saved.checkpointed * holes, logits)
+
+
+def weights(model: PeftModel, placement: DeviceConfig) -> tuple[float, int]:
+    """Bytes of the weights that are frozen, and the number of those that train."""
+    output = output_layer(model.get_base_model())
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
+    frozen, trained = 0.0, 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+        elif placement.quantize and id(parameter) in linear:
+            frozen += parameter.numel() * BYTES_A_WEIGHT[placement.quantize]
+        else:
+            frozen += parameter.numel() * placement.dtype.itemsize
+    return frozen, trained
+
+
+def try_estimate(model: PeftModel, placement: DeviceConfig, rows: int, length: int) -> Estimate | None:
+    """The estimate; None, which is printed, for a model whose code cannot be run without values."""
+    try:
+        return estimate(model, placement, rows, length)
+    except Exception as error:  # that code is of others, and training does without an estimate
+        say(f"memory cannot be estimated for this model ({reason(error)}); if it is short, give --gradient_checkpointing")
+        return None
+
+
+def show(model: PeftModel, placement: DeviceConfig, rows: int, length: int) -> None:
+    """Print the estimate, with and without gradient checkpointing."""
+    if needed := try_estimate(model, placement, rows, length):
+        for checkpointing in (False, True):
+            say(f"memory on {placement}, --gradient_checkpointing {checkpointing}: {needed.told(checkpointing)}")
+
+
+def is_short(model: PeftModel, placement: DeviceConfig, rows: int, length: int) -> bool:
+    """True if training would not fit without gradient checkpointing, which is printed; the base is loaded already."""
+    needed = try_estimate(model, placement, rows, length)
+    if needed is None:
+        return False
+    missing = needed.total(False) - needed.base - 0.9 * free_memory(placement.device)
+    if missing > 0:
+        say(f"memory is short by about {missing / 1e9:.1f} GB: --gradient_checkpointing is on (False: off)")
+    return missing > 0
+
+
+def tell_faster(model: PeftModel, placement: DeviceConfig, rows: int, length: int) -> None:
+    """Print what would train faster than 8 bit, which waits for the GPU at each linear layer, and whether memory has room."""
+    half, four = (dataclasses.replace(placement, quantize=way) for way in (None, "4bit"))
+    held = weights(model, placement)[0]  # of the base, which is loaded already
+    needed = try_estimate(model, half, rows, length)
+    if needed and needed.total(False) <= 0.9 * (free_memory(placement.device) + held):
+        fits = f"{half.dtype_name} has room here, about {needed.total(False) / 1e9:.1f} GB, and is faster: --load_8bit False"
+    else:
+        fits = f"4 bit is smaller, about {weights(model, four)[0] / 1e9:.1f} GB of weights, and usually faster: --load_4bit"
+    say(f"8 bit is the default on a GPU, and waits for it at each layer; {fits}")
