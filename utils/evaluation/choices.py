@@ -12,7 +12,7 @@ from utils.console import UserError, progress, say
 from utils.datasets.choices import LETTERS, Choice, read_choices
 from utils.datasets.encoding import encode_last_answers, encode_text
 from utils.datasets.records import Record
-from utils.evaluation.intervals import compare_shares, wilson
+from utils.evaluation.intervals import compare_shares, wilson_percent
 from utils.evaluation.tables import Row, Table
 from utils.files import digest
 from utils.inference import batch
@@ -314,18 +314,13 @@ def tabulate(
         for label, places in members.items():
             counts = {name: sum(hit[place] for place in places) for name, hit in right.items()}
             shares: dict[str, float | None] = {name: 100 * count / len(places) for name, count in counts.items()}
-            doubt = {name: hundred(wilson(count, len(places))) for name, count in counts.items()}
+            doubt = {name: wilson_percent(count, len(places)) for name, count in counts.items()}
             rows.append(Row(label, len(places), shares, doubt))
         return Table(f"{title} ({way}, {dtype})", list(marks), rows)
 
     tables = [table("right choices in %", {"all questions": counted} | groups)]
     tables += [table("right choices in %, by subject", subjects)] if len(subjects) > 1 else []
     return tables, notes(questions, marks, right, subjects, way)
-
-
-def hundred(interval: tuple[float, float]) -> tuple[float, float]:
-    """An interval of shares in percent."""
-    return 100 * interval[0], 100 * interval[1]
 
 
 def notes(

@@ -13,7 +13,7 @@ from utils.datasets.encoding import encode_prompt
 from utils.datasets.prompts import Record
 from utils.datasets.templates import Prompter, split_thinking
 from utils.evaluation import choices
-from utils.evaluation.intervals import wilson
+from utils.evaluation.intervals import wilson_percent
 from utils.evaluation.metrics import CLOSENESS, final_number
 from utils.evaluation.training_questions import TrainingQuestions, reference_of
 from utils.inference.answerers import BASE
@@ -103,7 +103,7 @@ class Evaluator:
             right += sum(choices.is_right(questions[place], marks[place]) for place in places)
         if not counted:
             raise UserError("--eval_choices: no question has one right choice and fits the model's window; give others")
-        low, high = (100 * edge for edge in wilson(right, counted))
+        low, high = wilson_percent(right, counted)
         left_out = f", {len(self.questions) - counted} left out" if counted < len(self.questions) else ""
         behind = f"{counted} questions{left_out}, {WAY}, {self.dtype}; 95 % interval {low:.1f} to {high:.1f}"
         return 100 * right / counted, f"right choices {100 * right / counted:.1f} % ({behind})"
@@ -126,7 +126,7 @@ class Evaluator:
         shown = f"chrF {value:.1f} ({behind} {edges})"
         if "eval_exact" in self.scores:
             right = sum(final_number(text) == final_number(reference) for text, reference in pairs)
-            low, high = (100 * edge for edge in wilson(right, len(pairs)))
+            low, high = wilson_percent(right, len(pairs))
             scores["eval_exact"] = 100 * right / len(pairs)
             shown += f", exact numbers {scores['eval_exact']:.1f} % ({low:.1f} to {high:.1f})"
         return scores, shown

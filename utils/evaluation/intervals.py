@@ -21,6 +21,12 @@ def wilson(right: int, total: int) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def wilson_percent(right: int, total: int) -> Interval:
+    """The same interval in percent."""
+    low, high = wilson(right, total)
+    return 100 * low, 100 * high
+
+
 def mcnemar(only_one: int, only_other: int) -> float:
     """How likely two equally good systems differ so much, or more (exact, two-sided; McNemar 1947).
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import samples
-from utils.evaluation.intervals import Interval, compare, compare_shares, middle, resampled, wilson
+from utils.evaluation.intervals import Interval, compare, compare_shares, middle, resampled, wilson_percent
 from utils.evaluation.tables import Row, Table, Values
 
 Pairs = list[tuple[str, str]]  # answers with their references
@@ -60,8 +60,7 @@ class Measure:
         counts = self.count(pairs)
         value = self.value([sum(column) for column in zip(*counts, strict=True)])
         if self.yes_or_no:
-            low, high = wilson(sum(yes for yes, _ in counts), len(counts))
-            return value, (100 * low, 100 * high)
+            return value, wilson_percent(sum(yes for yes, _ in counts), len(counts))
         return value, middle(resampled(counts, self.value)) if len(counts) > 1 else None
 
 

@@ -14,7 +14,7 @@ from utils.datasets.file_formats import read_items
 from utils.datasets.preferences import read_pairs
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import by_category, key_of
-from utils.evaluation.intervals import middle, resampled, wilson
+from utils.evaluation.intervals import middle, resampled, wilson, wilson_percent
 from utils.evaluation.judging import question
 from utils.evaluation.ratings import Verdict, ratings
 from utils.evaluation.tables import Row, Table
@@ -285,8 +285,8 @@ def cohen(pairs: Sequence[tuple[str, str]]) -> float | None:
 
 def share(count: int, total: int) -> str:
     """A share in percent, with its interval."""
-    low, high = wilson(count, total)
-    return f"{100 * count / total:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    low, high = wilson_percent(count, total)
+    return f"{100 * count / total:.0f} % [{low:.0f}, {high:.0f}]"
 
 
 def shown(one: Comparison, judge: str) -> str:
