@@ -149,7 +149,7 @@ def main(options: Options) -> None:
         return setup.show(options, placement, stage)
     with locked(options.output_dir):
         origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
-        placement = setup.choose_dtype(placement, checks.named_dtype(options), options.base_model, origin)
+        placement = setup.choose_dtype(placement, dtype, options.base_model, origin)
         base, parent = start.base_and_parent(origin, options.base_model)
         start.check_parent(origin, checks.lora_options(options), options.base_model)
         checks.check_layers(options, origin)

@@ -21,6 +21,7 @@ from utils.inference.engine import Engine
 from utils.inference.kv_cache import Ids
 from utils.inference.rollouts import Sampler, cache_room, ready_to_answer
 from utils.inference.sampling_params import SamplingParams
+from utils.models.loading import window_of
 from utils.models.tokenizer import end_tokens
 from utils.training.evaluations import Evaluated
 
@@ -138,8 +139,8 @@ def make_evaluator(
     """What has the model answer at each evaluation, by the options of finetune.py."""
     ends = end_tokens(options.base_model, tokenizer)
     prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Evaluator(tokenizer, prompter, ends, asked, options.max_new_tokens, window, cache_room(options), dtype)
+    window, room = window_of(model.config), cache_room(options)
+    return Evaluator(tokenizer, prompter, ends, asked, options.max_new_tokens, window, room, dtype)
 
 
 def question_of(record: Record) -> str:

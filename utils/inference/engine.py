@@ -21,7 +21,7 @@ from utils.inference.decoding import Step, decode
 from utils.inference.kv_cache import Ids
 from utils.inference.sampling_params import SamplingParams
 from utils.memory import is_out_of_memory
-from utils.models.loading import DeviceConfig, check_vocabulary, load_base, read_architecture
+from utils.models.loading import DeviceConfig, check_vocabulary, load_base, read_architecture, window_of
 from utils.models.tokenizer import end_tokens, load_tokenizer
 from utils.models.weights import base_folder
 
@@ -128,8 +128,8 @@ class Engine:
 
     @property
     def window(self) -> int | None:
-        """The longest text, in tokens, that the model was made for; None where it has no such limit, as BLOOM."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        """The longest text of the model, in tokens; None where it has no such limit."""
+        return window_of(self.config)
 
     @functools.cached_property
     def spare(self) -> int:

@@ -384,6 +384,11 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def window_of(config: PreTrainedConfig) -> int | None:
+    """The longest text, in tokens, that a model was made for; None where it has no such limit, as BLOOM."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def meta_model(base_model: str) -> "PreTrainedModel":
     """The model without its weights: its layers and their shapes alone. Raises UserError as `read_architecture` does."""
     config = read_architecture(base_folder(base_model))

@@ -94,11 +94,11 @@ def lora_options(options: Options) -> dict[str, Any]:
 
 def check_window(options: Options, config: Any) -> None:
     """Print it if --cutoff_len is more than the model was made for. Raises UserError if it has positions for no more."""
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    from utils.models.loading import has_learned_positions, window_of
+
+    window = window_of(config)
     if window is None or options.cutoff_len <= window:
         return
-    from utils.models.loading import has_learned_positions
-
     if has_learned_positions(options.base_model, window):
         raise UserError(
             f"--cutoff_len {options.cutoff_len}: {options.base_model} has {window} positions; give {window} or less"
