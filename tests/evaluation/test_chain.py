@@ -66,7 +66,7 @@ def test_a_chain_is_compared_step_by_step(script, chain, tmp_path):
     ).ok()
     assert "3 of 3 prompts have a reference" in out
     tables = {table["title"]: table for table in json.loads((tmp_path / "out/metrics.json").read_text("utf-8"))["tables"]}
-    assert tables["chrF"]["systems"] == ["f1", "f2"]
+    assert tables["chrF · template alpaca, dtype float32"]["systems"] == ["f1", "f2"]
     likelihood = tables["log-likelihood of the reference (nats a token; own template, float32)"]
     assert likelihood["systems"] == ["base", "f1", "f2"]
     values = likelihood["rows"][0]["values"]
@@ -77,7 +77,7 @@ def test_a_chain_is_compared_step_by_step(script, chain, tmp_path):
     text = (tmp_path / "out/chain.md").read_text("utf-8")
     gained = round(values["f1"], 3) - round(values["base"], 3)
     assert f"(+{gained:.3f}".rstrip("0") in text
-    assert "chrF, and its change from the step before" in text
+    assert "chrF · template alpaca, dtype float32, and its change from the step before" in text
     assert out.count("| 01qa |") + out.count("| 知识问答 |") == len(tables)  # each table is printed once
     assert "log-likelihood of the reference (nats a token; own template, float32), and its change from the step before" in out
     assert (tmp_path / "out/chain.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -92,7 +92,8 @@ def test_a_chain_without_references_says_what_is_left_out(script, chain, tmp_pat
 def test_a_system_beside_the_chain_is_shown_with_it(script, chain, tmp_path):
     options = ["--answers", f"other={chain}/f1", "--test_input_path", chain / "prompts", "--likelihood", False]
     out = script("judge.py", "--chain", chain / "f2", *options, "--output_dir", tmp_path / "out").ok()
-    assert "| 类别 | 样本数 | other | f1 | f2 |" in out and "chrF, and its change from the step before" in out
+    assert "| 类别 | 样本数 | other | f1 | f2 |" in out
+    assert "chrF · template alpaca, dtype float32, and its change from the step before" in out
 
 
 def test_steps_are_found_where_a_chain_was_moved_to(script, chain, tmp_path):
@@ -115,6 +116,16 @@ def test_a_step_without_answers_is_named_with_the_command_that_makes_them(script
     (moved / "f2/test.json").unlink()
     error = script("judge.py", "--chain", moved / "f2", "--output_dir", tmp_path / "out").error
     assert f"--lora_weights {moved / 'f2'}" in error and not (tmp_path / "out").exists()
+
+
+def test_answers_that_were_changed_are_not_said_to_be_made_as_they_were(script, chain, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(chain, moved)
+    answers = json.loads((moved / "f2/test.json").read_text("utf-8"))
+    write_json(moved / "f2/test.json", [answers[0] | {"output": "改了"}, *answers[1:]])
+    options = ["--answers", f"f1={moved}/f1", "--answers", f"f2={moved}/f2", "--metrics", "--likelihood", False]
+    out = script("judge.py", *options, "--test_input_path", chain / "prompts", "--output_dir", tmp_path / "out").ok()
+    assert "chrF · f1: template alpaca, dtype float32; f2: template and dtype not recorded\n" in out
 
 
 def test_a_step_made_anew_is_said(script, chain, tmp_path):
@@ -150,7 +161,7 @@ def test_the_matrix_of_forgetting(script, tmp_path):
         resume = ["--resume_from_checkpoint", tmp_path / parent] if parent else []
         script(
             "finetune.py", "--base_model", tmp_path / "base", "--data_path", tmp_path / f"{name}.json", "--val_set_size", 3,
-            "--output_dir", tmp_path / name, "--batch_size", 4, "--num_epochs", 6, "--learning_rate", 2e-2,
+            "--output_dir", tmp_path / name, "--batch_size", 4, "--num_epochs", 10, "--learning_rate", 2e-2,
             "--train_on_inputs", False, *resume,
         ).ok()  # fmt: skip
     out = script("judge.py", "--chain", tmp_path / "f2", "--output_dir", tmp_path / "out").ok()

@@ -10,6 +10,8 @@ from utils.console import UserError, say
 from utils.datasets.prompts import RESULT, Record
 from utils.datasets.records import read_records
 from utils.datasets.templates import split_thinking
+from utils.files import read_json, sha256
+from utils.inference.answer_file import made_path
 
 ALL = "all"  # the category of prompts that have none
 SAMPLE = "#"  # between the name of a system and the number of its sample
@@ -60,6 +62,23 @@ def side_by_side(files: dict[str, Path]) -> tuple[list[Record], dict[str, list[s
         if empty:
             say(f"{path}: {empty} of {len(found)} answers are empty")
     return prompts, answers
+
+
+def how_answered(files: dict[str, Path]) -> str:
+    """With which template and in which dtype the answers were made, as it stands beside their files; once where it is the
+    same for all systems."""
+    found = {name: template_and_dtype(path) for name, path in files.items()}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return "; ".join(f"{name}: {how}" for name, how in found.items())
+
+
+def template_and_dtype(path: Path) -> str:
+    """What stands beside one file of answers; nothing counts that was said of another one."""
+    made = read_json(made_path(path)) if made_path(path).is_file() else {}
+    if not isinstance(made, dict) or not isinstance(made.get("template"), str) or made.get("sha256") != sha256(path):
+        return "template and dtype not recorded"
+    return f"template {made['template']}, dtype {made.get('dtype')}"
 
 
 def numbered(records: list[Record]) -> dict[tuple[str, int], Record]:

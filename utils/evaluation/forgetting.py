@@ -218,4 +218,5 @@ def matrix(base_model: str, folders: dict[str, Path], held_out: Sequence[str], l
         if any(value is not None for value in values.values()):
             rights.append(Row(label, count, values))
     tables = [Table(LOSS, list(systems), losses, digits=3, marked=False)] if losses else []
-    return tables + ([Table(RIGHT, list(systems), rights)] if rights else [])
+    tables += [Table(RIGHT, list(systems), rights)] if rights else []
+    return [one.telling(f"own templates, dtype {engine.placement.numbers}") for one in tables]

@@ -87,7 +87,7 @@ def table_of(
             values: Values = {system: statistics.fmean(given[p] for p in kept) for system, given in found.items()}  # type: ignore[misc]
             doubt = {system: bootstrap([[given[p] for p in kept]]) for system, given in found.items()}  # type: ignore[misc]
             rows.append(Row(category, len(kept), values, doubt))
-    title = f"log-likelihood of the reference (nats a token; own template, {engine.placement.dtype_name})"
+    title = f"log-likelihood of the reference (nats a token; own template, {engine.placement.numbers})"
     everywhere = [position for position in asked if position not in too_long]
     lines = []
     for one, other in itertools.combinations(found, 2):

@@ -23,7 +23,8 @@ class Findings:
     """What one run found, to be shown: `tables` and `notes` as they were printed, `pictures` with their captions.
 
     `questions`: each with `category`, `texts` (name and text of what was asked), `answers` (a text for each system) and
-    `remarks` (lines on it); `steps`: the systems that are a chain, in order; `lineages`: names and folders that may have one.
+    `remarks` (lines on it); `steps`: the systems that are a chain, in order; `folders`: names and folders that may have a
+    lineage; `how`: template and dtype of the answers.
     """
 
     tables: list[Table] = dataclasses.field(default_factory=list)
@@ -32,6 +33,7 @@ class Findings:
     questions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     steps: list[str] = dataclasses.field(default_factory=list)
     folders: dict[str, Path] = dataclasses.field(default_factory=dict)
+    how: str = ""
 
 
 STYLE = """

@@ -82,7 +82,7 @@ def have_judged(options: Options, findings: "Findings", prompts: list["Record"],
         judgements = judge_all(
             endpoint, prompts, answers, options.repeats, options.seed, with_references=bool(options.show_references)
         )
-    table = aggregate.tabulate(f"scores by {options.judge_model}", prompts, list(answers), judgements)
+    table = aggregate.tabulate(f"scores by {options.judge_model}", prompts, list(answers), judgements).telling(findings.how)
     notes = aggregate.notes(prompts, table, judgements)
     write_json(folder / "judgements.json", [aggregate.as_record(one, prompts[one.prompt]) for one in judgements])
     tables.write(folder / "scores", [table], notes, aggregate.facts(prompts, list(answers), judgements))
@@ -122,7 +122,7 @@ def have_compared(options: Options, findings: "Findings", prompts: list["Record"
             judges[model] = pairwise.compare_all(endpoint, prompts, answers, with_references)
     found, notes = [], pairwise.agreement(judges)
     for judge, comparisons in judges.items():
-        found += pairwise.tabulate(judge, prompts, list(answers), comparisons)
+        found += [one.telling(findings.how) for one in pairwise.tabulate(judge, prompts, list(answers), comparisons)]
         notes += pairwise.notes(judge, prompts, answers, comparisons)
         for one in comparisons:
             findings.questions[one.prompt]["remarks"] += [pairwise.shown(one, judge), *one.answers[-1:]]
@@ -147,7 +147,8 @@ def have_measured(
     from utils.evaluation.metrics import measure
 
     members = by_category(prompts)
-    found, differences = measure(prompts, members, answers)
+    measured, differences = measure(prompts, members, answers)
+    found = [one.telling(findings.how) for one in measured]
     referenced = sum("reference" in prompt for prompt in prompts)
     notes = [f"{referenced} of {len(prompts)} prompts have a reference; intervals are 95 %", *differences]
     adapters = {name: file.parent for name, file in files.items() if (file.parent / "adapter_config.json").is_file()}
@@ -171,7 +172,8 @@ def have_run(options: Options, findings: "Findings", prompts: list["Record"], an
 
     tasks = code.read_tasks([str(file) for path in options.test_input_path for file in prompt_files(path)])
     results = code.run_all(prompts, answers, tasks)
-    found, notes = code.tabulate(prompts, results)
+    counted, notes = code.tabulate(prompts, results)
+    found = [one.telling(findings.how) for one in counted]
     tables.write(Path(options.output_dir) / "code", found, notes)
     say("\n".join(notes))
     findings.tables += found
@@ -210,6 +212,7 @@ def start_findings(
     prompts: list["Record"], answers: dict[str, list[str]], files: dict[str, Path], steps: dict[str, Path]
 ) -> "Findings":
     """What there is to show before anything is found: the prompts, and the systems with their answers."""
+    from utils.evaluation.answers import how_answered
     from utils.evaluation.judging import question
     from utils.evaluation.report import Findings
     from utils.inference.answerers import BASE
@@ -221,7 +224,8 @@ def start_findings(
         given = {system: texts[place] for system, texts in answers.items()}
         asked.append({"category": prompt["category"], "texts": texts, "answers": given, "remarks": []})
     folders = {name: file.parent for name, file in files.items()} | steps
-    return Findings(questions=asked, steps=[BASE, *steps] if steps else [], folders=folders)
+    how = how_answered(files) if files else ""
+    return Findings(questions=asked, steps=[BASE, *steps] if steps else [], folders=folders, how=how)
 
 
 def have_chosen(options: Options) -> "Findings":
@@ -242,7 +246,7 @@ def have_chosen(options: Options) -> "Findings":
     engine = load_engine(options.base_model, adapters, options.load_8bit)
     with locked(folder):
         marks = choices.mark_all(engine, questions, examples, way, folder / "choices.jsonl")
-        found, notes = choices.tabulate(questions, marks, way, engine.placement.dtype_name)
+        found, notes = choices.tabulate(questions, marks, way, engine.placement.numbers)
         tables.write(folder / "choices", found, notes)
         write_json(folder / "questions.json", choices.as_records(questions, marks))
     say("\n".join(notes))
@@ -254,10 +258,10 @@ def have_chosen(options: Options) -> "Findings":
 def answer_prompts(options: Options) -> None:
     """Let the model behind the API answer the prompts, into a test.json of its own."""
     from utils.datasets.prompts import RESULT, answered
-    from utils.datasets.records import write_records
     from utils.evaluation.judging import question
     from utils.files import digest, locked
-    from utils.inference.remote import ask_all, messages
+    from utils.inference.answer_file import AnswerFile
+    from utils.inference.remote import SERVERS, ask_all, messages
     from utils.inference.requests import asking
 
     prompts, folder = read_prompts(options), Path(options.output_dir)
@@ -268,5 +272,6 @@ def answer_prompts(options: Options) -> None:
         with asking(service(options), terms(options), folder / "answers.jsonl", header) as endpoint:
             endpoint.announce({f"prompt {number}": question(prompt) for number, prompt in enumerate(prompts, 1)})
             replies = ask_all(endpoint, [messages(prompt) for prompt in prompts], "--max_tokens")
-        write_records(folder / RESULT, [answered(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)])
+        records = [answered(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
+        AnswerFile(folder / RESULT, header, {"template": SERVERS, "dtype": SERVERS}).finish(records)
     say(f"{folder / RESULT}: {len(prompts)} answers of {options.answer_with}")

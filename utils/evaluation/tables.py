@@ -55,6 +55,10 @@ class Table:
     digits: int = 1
     marked: bool = True
 
+    def telling(self, how: str) -> "Table":
+        """The same table, its title telling how its numbers were made."""
+        return dataclasses.replace(self, title=f"{self.title} · {how}") if how else self
+
     def shown(self, value: float | None) -> str:
         """A value as the table shows it: rounded, a whole number without decimals."""
         if value is None:

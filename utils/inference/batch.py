@@ -77,7 +77,8 @@ class Task:
 
     def answer_all(self, batch_size: int, overwrite: bool) -> None:
         """Answer what the journal does not hold yet, then write the result, and beside it how it was made."""
-        file = AnswerFile(self.path, self.header())
+        facts = {"template": self.engine.prompter(self.name).name, "dtype": self.engine.placement.numbers}
+        file = AnswerFile(self.path, self.header(), facts)
         if not overwrite and file.is_done():
             return
         doubles = len(self.records) - len(self.prompts)

@@ -26,6 +26,7 @@ from utils.inference.sampling_params import SamplingParams
 from utils.models.tokenizer import load_tokenizer
 
 ROUTES = ("completions", "chat")
+SERVERS = "(the server's)"
 Prompts = Sequence[Messages | list[int]]
 
 
@@ -59,13 +60,13 @@ def run(
     names = model_names(asking, lora_weights)
     folders: list[Path | None] = [Path(folder) for folder in lora_weights] or [None]
     prompts = [encoded(asking, folder, base_model, template, records) for folder in folders]
-    for name, (asked, stops), path in zip(names, prompts, outputs, strict=True):
+    for name, (asked, stops, used), path in zip(names, prompts, outputs, strict=True):
         stop = {"stop": [*stops, *asking.stops]} if stops or asking.stops else {}
         temperature = asking.settings.temperature if asking.settings.samples else 0.0
         server = ModelServer(name, asking.api_base, temperature, asking.settings.max_new_tokens, more=fields | stop)
         with locked(path):
             check_output(path, records, overwrite)
-            write_answers(server, asking.limits, path, asked, records, overwrite)
+            write_answers(server, asking.limits, path, asked, used, records, overwrite)
 
 
 def request_fields(settings: SamplingParams) -> dict[str, Any]:
@@ -103,8 +104,9 @@ def model_names(asking: Asking, lora_weights: Sequence[str]) -> list[str]:
 
 def encoded(
     asking: Asking, folder: Path | None, base_model: str, template: str, records: list[Record]
-) -> tuple[Prompts, Sequence[str]]:
-    """The prompts of one answerer, as ids or as messages (which is printed), and the texts that end its answers."""
+) -> tuple[Prompts, Sequence[str], str]:
+    """The prompts of one answerer, as ids or as messages (which is printed), the texts that end its answers, and the name
+    of the template."""
     route = asking.route or ("completions" if folder or base_model else "chat")
     if route == "chat":
         if template:
@@ -116,7 +118,7 @@ def encoded(
             f"{asking.api_base}: sends messages, which the server puts into its own template"
             + (f"; {inputs} prompts have an input, which follows the instruction on a line of its own" if inputs else "")
         )
-        return [messages(record) for record in records], ()
+        return [messages(record) for record in records], (), SERVERS
     if not (folder or base_model):
         raise UserError("--api_route completions: needs a tokenizer; give --lora_weights or --base_model, or --api_route chat")
     name = template or "alpaca"
@@ -128,16 +130,22 @@ def encoded(
     prompter = make_prompter(name, tokenizer, [tokenizer.eos_token_id], asking.thinking)
     say(f"{asking.api_base}: sends the token ids of the template {name}")
     rows = progress(records, desc="encoding", leave=False)
-    return [encode_prompt(record, prompter, tokenizer) for record in rows], prompter.stop_strings
+    return [encode_prompt(record, prompter, tokenizer) for record in rows], prompter.stop_strings, name
 
 
 def write_answers(
-    server: ModelServer, limits: RequestLimits, path: Path, prompts: Prompts, records: list[Record], overwrite: bool
+    server: ModelServer,
+    limits: RequestLimits,
+    path: Path,
+    prompts: Prompts,
+    template: str,
+    records: list[Record],
+    overwrite: bool,
 ) -> None:
     """Answer what the journal does not hold yet, then write the result, and beside it how it was made."""
     settings = {"temperature": server.temperature, "max_tokens": server.max_tokens} | server.more
     header = {"model": server.model, "api_base": server.url, "prompts": digest(prompts), "settings": settings}
-    file = AnswerFile(path, header)
+    file = AnswerFile(path, header, {"template": template, "dtype": SERVERS})
     if not overwrite and file.is_done():
         return
     journal = file.open_journal(overwrite)

@@ -76,7 +76,12 @@ class DeviceConfig:
     kernel: str = ""
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.quantize or self.dtype_name}"
+        return f"{self.device}, {self.numbers}"
+
+    @property
+    def numbers(self) -> str:
+        """What results are told to be computed with: the quantization, else the type."""
+        return self.quantize or self.dtype_name
 
     @property
     def dtype_name(self) -> str:
