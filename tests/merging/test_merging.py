@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
+from utils.adapters import switching
 from utils.models.tokenizer import load_tokenizer
 
 EVERYTHING = {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]}
@@ -68,6 +69,35 @@ VARIANTS = {
 def test_variants_of_lora_predict_what_peft_predicts(base, tmp_path, variant):
     adapter = tiny.adapter(base, tmp_path / "adapter", **VARIANTS[variant])
     assert same_logits(loaded(merge(base, adapter, tmp_path / "out")), with_peft(base, adapter))
+
+
+MOE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+EXPERTS = {  # in the files, experts lie apart; or together, inputs x outputs; or together, outputs x inputs
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_loras_on_the_parameters_of_experts(tmp_path, family):
+    """In training and answering, too, two of them are on one module."""
+    base = tmp_path / "base"
+    settings = {"vocab_size": len(tiny.tokenizer(base)), "initializer_range": 0.3, "pad_token_id": 3} | MOE | EXPERTS[family]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).save_pretrained(base)
+    told = ["experts.gate_up_proj", "experts.down_proj"]
+    options = {"target_modules": ["q_proj"], "target_parameters": told}
+    adapter = tiny.adapter(base, tmp_path / "adapter", scale=0.1, **options)
+    expected = with_peft(base, adapter)
+    assert same_logits(loaded(merge(base, adapter, tmp_path / "out", "--verify")), expected)
+    switching.attach(model := AutoModelForCausalLM.from_pretrained(base), {"own": adapter}, str(base))
+    assert same_logits(model.eval(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only", "lora_bias"])

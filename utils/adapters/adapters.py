@@ -87,7 +87,7 @@ def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
         config.target_modules = targets  # peft replaces "all-linear" by hundreds of names
     if config.target_parameters:
         experts = ", ".join(sorted(config.target_parameters))
-        say(f"the experts' weights get a LoRA, too ({experts}); such an adapter is not merged by merge_weights.py")
+        say(f"the experts' weights get a LoRA, too ({experts})")
     train_in_float32(wrapped)
     check_trainable(wrapped)
     return wrapped
@@ -119,7 +119,8 @@ def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path, ada
     """Put `tensors` into the adapter of `model` called `adapter`. Raises UserError if names or shapes differ."""
     from peft import set_peft_model_state_dict
 
-    tensors = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}  # the base's own, saved along
+    # not the base's own, saved along; of two LoRAs on the parameters of one layer, the first is in the second's base layer
+    tensors = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name or ".lora_" in name}
     wanted = {name: tuple(tensor.shape) for name, tensor in state(model, adapter=adapter).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = [

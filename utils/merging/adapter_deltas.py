@@ -13,15 +13,13 @@ from utils.adapters.adapters import open_tensors
 from utils.adapters.settings import read_settings
 from utils.console import UserError
 from utils.files import sha256
-from utils.merging.tensor_recipes import Add, Change, Replace, ReplaceRows, Shift
+from utils.merging import experts
+from utils.merging.tensor_recipes import Add, AddExperts, Change, Replace, ReplaceRows, Shift
 from utils.models.names import ModelNames, ask_library
 from utils.models.weights import Kind
 
 PREFIX = "base_model.model."
 PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|A|B|magnitude_vector)(?P<bias>\.bias)?(?:\.weight)?$")
-NOT_A_SUM = {
-    "target_parameters": "it changes parameters outside of linear layers",
-}
 TOKENS = ".token_adapter.trainable_tokens_delta"
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
 HEADS = ("lm_head", "embed_out")
@@ -37,9 +35,6 @@ class Adapter:
         self.folder = Path(folder)
         self.settings = read_settings(folder)
         self.weights, self.names = open_tensors(folder)
-        for setting, reason in NOT_A_SUM.items():
-            if self.settings.get(setting):
-                raise UserError(f"{folder}: cannot be merged, since {reason} ({setting}); use it through peft")
         self.modules: dict[str, dict[str, str]] = {}  # module -> "A", "B", … -> name in the file
         self.replaced: dict[str, str] = {}  # name of a whole tensor -> name in the file
         self.tokens: dict[str, str] = {}  # module whose single rows are replaced -> name in the file
@@ -115,8 +110,10 @@ class Adapter:
         """
         found: dict[str, list[Change]] = {}
         shapes = {name: kind[0] for name, kind in kinds.items()}
+        single = experts.parameters(find.config, self.folder) if self.settings.get("target_parameters") else {}
         lost = [name for name in self.replaced if not find(name)]
-        lost += [f"{module}.weight" for module in (*self.modules, *self.tokens) if not find(f"{module}.weight")]
+        layers = [module for module in (*self.modules, *self.tokens) if module not in single]
+        lost += [f"{module}.weight" for module in layers if not find(f"{module}.weight")]
         if lost:
             raise UserError(
                 f"{self.folder}: {len(lost)} of its layers are not in the base ({sorted(lost)[0]}, …), which has "
@@ -130,6 +127,12 @@ class Adapter:
             shapes[target] = shape
             found.setdefault(target, []).append(Replace(self.weights, name_in_file))
         for module, parts in self.modules.items():
+            if module in single:
+                name = single[module].name
+                changes = experts.additions(self.weights, parts, single[module], shapes, find(name), find.joined(name))
+                for target, change in changes:
+                    found.setdefault(target, []).append(change)
+                continue
             target = find(f"{module}.weight")
             addition = self.addition(module, shapes[target])
             found.setdefault(target, []).append(addition)
@@ -151,9 +154,11 @@ class Adapter:
 
     @staticmethod
     def _count(found: dict[str, list[Change]]) -> int:
-        """How many of the adapter's tensors the changes use."""
+        """How many of the adapter's tensors the changes use; that of an expert's parameter may change several tensors."""
         changes = [change for changes in found.values() for change in changes]
-        return sum((3 if change.magnitude else 2) if isinstance(change, Add) else 1 for change in changes)
+        several = {change.a: 2 for change in changes if isinstance(change, AddExperts)}
+        others = [change for change in changes if not isinstance(change, AddExperts)]
+        return sum(several.values()) + sum((3 if c.magnitude else 2) if isinstance(c, Add) else 1 for c in others)
 
 
 class Finder:
@@ -166,7 +171,7 @@ class Finder:
     """
 
     def __init__(self, names: list[str], config: dict[str, Any]):
-        self._names, self._config = set(names), config
+        self._names, self.config = set(names), config
         self._has_parts = any(key.endswith("_config") and key != "quantization_config" for key in config)  # one for images, say
         self.embedding, self.stored_head = self._end(EMBEDDINGS), self._end(HEADS)
         if not self.embedding:
@@ -187,7 +192,7 @@ class Finder:
     @functools.cached_property
     def _asked(self) -> ModelNames:
         """What the library says; only asked if names are not found as they are, since it takes seconds."""
-        return ask_library(self._config, sorted(self._names))
+        return ask_library(self.config, sorted(self._names))
 
     def __call__(self, name: str) -> str:
         """The base's name, or "" if it has no such tensor, or several that could be meant."""
@@ -204,6 +209,10 @@ class Finder:
         if is_head and (self.stored_head or self.tied_head):
             return self.stored_head or self.tied_head
         return self._asked.stored.get(name, "")
+
+    def joined(self, name: str) -> list[list[str]]:
+        """The base's names of the tensors that the library joins to `name`, one list an expert; [] if it does not."""
+        return self._asked.joined.get(name, [])
 
 
 def of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -37,6 +37,7 @@ NOT_ADDED = {  # settings of what has no weighted sum
     "use_dora": "its magnitudes do not add up",
     "trainable_token_indices": "it replaces rows of the embeddings",
     "lora_bias": "it has biases",
+    "target_parameters": "it changes parameters outside of linear layers",
 }
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]  # lora_A (rank, inputs), lora_B (outputs, rank), and alpha / rank

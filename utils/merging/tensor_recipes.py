@@ -50,6 +50,30 @@ class Add:
 
 
 @dataclasses.dataclass(frozen=True)
+class AddExperts(Add):
+    """A LoRA on a parameter that holds all `experts`: lora_A (experts · rank, inputs), lora_B (outputs, rank · experts).
+
+    The tensor is the whole parameter, or (`expert` and `part`) these outputs of one expert.
+    """
+
+    experts: int = 1
+    expert: int | None = None
+    part: tuple[int, int] = (0, 0)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """left (experts, rows, rank) and right (experts, rank, columns), or of one expert without the first; float32."""
+        a, b = (self.weights.tensor(name).to(torch.float32, copy=True) for name in (self.a, self.b))
+        right = a.reshape(self.experts, -1, a.shape[-1])
+        left = (b * self.scaling).reshape(len(b), -1, self.experts).permute(2, 0, 1)
+        if self.outputs_are_columns:
+            left, right = right.transpose(1, 2), left.transpose(1, 2)
+        if self.expert is not None:
+            left, right = left[self.expert, slice(*self.part)], right[self.expert]
+        return left.contiguous(), right.contiguous(), None
+
+
+@dataclasses.dataclass(frozen=True)
 class ReplaceRows:
     """Row `index[n]` becomes row n of a tensor, as where single tokens were trained."""
 
@@ -138,7 +162,10 @@ class Recipe:
                 change.put(values, torch.arange(self.kind[0][0])[index].tolist(), columns)
             elif isinstance(change, Add):
                 left, right, magnitude = change.matrices()
-                values.addmm_(left[index], right[:, columns])
+                if left.dim() == 3:  # all experts in one tensor
+                    values.baddbmm_(left[index][:, columns], right[index])
+                else:
+                    values.addmm_(left[index], right[:, columns])
                 if magnitude is not None and change.outputs_are_columns:
                     values *= (magnitude / self._column_norms(number))[columns]
                 elif magnitude is not None:
