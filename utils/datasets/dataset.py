@@ -31,6 +31,7 @@ from utils.datasets.encoding import IGNORED, EncodedRecord, encode, encode_docum
 from utils.datasets.preferences import read_judged, read_pairs
 from utils.datasets.records import Record, read_records
 from utils.datasets.sources import sources, validation_size, weighted
+from utils.datasets.stages import LABELLED, PREFERENCE, REWARD, TEXT
 from utils.datasets.templates import Prompter
 from utils.files import digest, replacing
 
@@ -179,6 +180,24 @@ class QuestionEncoder(Encoder):
         columns = {name: table[name] for name in table.column_names}
         columns["record"] = [json.dumps(record, ensure_ascii=False) for record in records]
         return pa.table(columns, schema=self.features.arrow_schema)
+
+
+def make_encoder(
+    stage: str,
+    prompter: Prompter | ChatPrompter,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_hash: str,
+    cutoff_len: int,
+    train_on_inputs: bool,
+    room: int = 0,
+) -> Encoder | DocumentEncoder:
+    """How the records of a stage become ids and labels; `room`: tokens of an answer, where answers are sampled."""
+    if stage == TEXT:
+        return DocumentEncoder(tokenizer, tokenizer_hash, cutoff_len)
+    how = (prompter, tokenizer, tokenizer_hash, cutoff_len, train_on_inputs)
+    if stage == REWARD:
+        return QuestionEncoder(*how, room)
+    return {PREFERENCE: PairEncoder, LABELLED: JudgedEncoder}.get(stage, Encoder)(*how)
 
 
 def as_table(encoded: list[EncodedRecord]) -> pa.Table:

@@ -19,7 +19,6 @@ from utils.inference import batch
 from utils.inference.continuations import Asked, log_likelihoods
 from utils.inference.engine import Engine
 from utils.inference.kv_cache import Ids
-from utils.inference.sampling_params import SamplingParams
 from utils.journal import Journal
 
 LETTER, TEXT, ANSWER = "letter", "text", "answer"  # what is looked at: a choice's letter, its text, what is generated
@@ -236,14 +235,8 @@ def mark(
 
 def generate(engine: Engine, name: str, prompts: list[Ids], way: Way) -> list[str]:
     """Greedy answers to `prompts`."""
-    settings = SamplingParams(num_beams=1, max_new_tokens=GENERATED[way.template])
     template, stops = (None, ["\n"]) if way.template == PLAIN else ("", [])
-    ending, texts = engine.ending(name, template, stops), [""] * len(prompts)
-    for places in batch.plan(prompts, 1, settings.max_new_tokens, engine.room, 0):
-        for step in engine.answer(name, [prompts[place] for place in places], settings, template, stops):
-            for row, ids in step.finished.items():
-                texts[places[row]] = ending.text(ids)
-    return texts
+    return batch.greedy_texts(engine, name, prompts, GENERATED[way.template], template, stops)
 
 
 def read_answer(text: str, choices: Sequence[str]) -> list[int] | None:

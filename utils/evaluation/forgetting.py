@@ -5,28 +5,25 @@ The matrix is that of continual learning (Lopez-Paz and Ranzato 2017, https://ar
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from utils.console import UserError, progress, say
 from utils.datasets import dataset, stages
+from utils.datasets.records import Record
 from utils.datasets.sources import sources
 from utils.evaluation.choices import plain
-from utils.evaluation.likelihood import load_engine
+from utils.evaluation.likelihood import load_engine, sum_of_losses
 from utils.evaluation.metrics import final_number
 from utils.evaluation.tables import Row, Table, Values
 from utils.files import sha256
 from utils.inference import batch
-from utils.inference.answerers import BASE
+from utils.inference.answerers import BASE, ChatModel, tokenizer_home
 from utils.inference.engine import Engine
-from utils.inference.sampling_params import SamplingParams
-from utils.models.tokenizer_files import tokenizer_hash
-from utils.training.loss import full_loss
+from utils.models.tokenizer_files import tokenizer_mark
 
 MOST = 100  # records of a step: the first of its validation set
 ANSWER = 128  # tokens of an answer
@@ -41,7 +38,7 @@ class HeldOut:
     step: str
     stage: str
     rows: list[dict[str, Any]]
-    records: list[dict[str, Any]]
+    records: list[Record]
 
 
 def named_files(held_out: Sequence[str], steps: Sequence[str]) -> dict[str, str]:
@@ -81,7 +78,7 @@ def held_out_records(engine: Engine, named: dict[str, str]) -> list[HeldOut]:
         if why:
             say(f"{one.name}: without held-out records, since {why} (--held_out {one.name}=FILE names some)")
             continue
-        found.append(read_held_out(engine, one.name, stage, step, named.get(one.name, "")))
+        found.append(read_held_out(engine, one, stage, step, named.get(one.name, "")))
     return found
 
 
@@ -101,17 +98,13 @@ def unusable(step: dict[str, Any], data: dict[str, Any]) -> str:
     )
 
 
-def read_held_out(engine: Engine, name: str, stage: str, step: dict[str, Any], path: str) -> HeldOut:
+def read_held_out(engine: Engine, one: ChatModel, stage: str, step: dict[str, Any], path: str) -> HeldOut:
     """The records of `path`, or (\"\") the validation set that training drew, as the step encodes them."""
     options = step.get("options", {})
-    tokenizer, cutoff = engine.tokenizers[name], options.get("cutoff_len", 512)
-    words = f"{tokenizer_hash(engine_home(engine, name))} {type(tokenizer).__name__}"
-    kind = dataset.PairEncoder if stage == stages.PREFERENCE else dataset.Encoder
-    encoder: dataset.Encoder | dataset.DocumentEncoder = (
-        dataset.DocumentEncoder(tokenizer, words, cutoff)
-        if stage == stages.TEXT
-        else kind(engine.prompters[name], tokenizer, words, cutoff, options.get("train_on_inputs", False))
-    )
+    tokenizer, cutoff = engine.tokenizers[one.name], options.get("cutoff_len", 512)
+    words = tokenizer_mark(tokenizer_home(one, engine.base_model), tokenizer)
+    how = (engine.prompters[one.name], tokenizer, words, cutoff, options.get("train_on_inputs", False))
+    encoder = dataset.make_encoder(stage, *how)
     data_path, seed = path or options["data_path"], options.get("seed", 42)
     parts = sources(data_path)
     hashes = {str(file): sha256(file) for source in parts for file in source.files}
@@ -120,20 +113,13 @@ def read_held_out(engine: Engine, name: str, stage: str, step: dict[str, Any], p
     if not path:
         numbers = dataset.split(numbers, options["val_set_size"], seed)[1]
     if len(numbers) > MOST:
-        say(f"{name}: the first {MOST} of {len(numbers):,} held-out records are measured")
+        say(f"{one.name}: the first {MOST} of {len(numbers):,} held-out records are measured")
     numbers = numbers[:MOST]
     records = records_at(encoder, parts, numbers) if stage == stages.INSTRUCTION else []
-    return HeldOut(name, stage, [table[int(number)] for number in numbers], records)
+    return HeldOut(one.name, stage, [table[int(number)] for number in numbers], records)
 
 
-def engine_home(engine: Engine, name: str) -> str | Path:
-    """The folder of an answerer's tokenizer."""
-    from utils.inference.answerers import tokenizer_home
-
-    return next(tokenizer_home(one, engine.base_model) for one in engine.answerers if one.name == name)
-
-
-def records_at(encoder: Any, parts: Sequence[Any], numbers: np.ndarray) -> list[dict[str, Any]]:
+def records_at(encoder: Any, parts: Sequence[Any], numbers: np.ndarray) -> list[Record]:
     """The records with these numbers among those of all files, which the encoder makes a row each of."""
     wanted = set(numbers.tolist())
     every = itertools.chain.from_iterable(encoder.read(file) for source in parts for file in source.files)
@@ -141,16 +127,9 @@ def records_at(encoder: Any, parts: Sequence[Any], numbers: np.ndarray) -> list[
     return [found[number] for number in numbers.tolist()]
 
 
-@torch.inference_mode()
 def mean_loss(engine: Engine, rows: list[dict[str, Any]], ids: str = "input_ids", labels: str = "labels") -> list[float]:
     """The mean loss of each row's supervised tokens by the answerer in use."""
-    device = engine.model.device
-    found = []
-    for row in rows:
-        wanted = torch.tensor([row[labels]], device=device)
-        total = full_loss(engine.model.forward, torch.tensor([row[ids]], device=device), wanted)
-        found.append(total.item() / max(1, int((wanted[:, 1:] != dataset.IGNORED).sum())))
-    return found
+    return [sum_of_losses(engine, row[ids], row[labels]) / max(1, supervised(row[labels])) for row in rows]
 
 
 def measure(engine: Engine, name: str, one: HeldOut) -> tuple[float, list[bool]]:
@@ -168,7 +147,8 @@ def measure(engine: Engine, name: str, one: HeldOut) -> tuple[float, list[bool]]
         return loss, [chosen < rejected for chosen, rejected in zip(losses, other, strict=True)]
     if not one.records:
         return loss, []
-    answers = generate(engine, name, one.records)
+    prompts = [engine.encode(name, record) for record in one.records]  # each asked with the answerer's own template
+    answers = batch.greedy_texts(engine, name, prompts, ANSWER)
     return loss, [is_right(answer, record["output"]) for answer, record in zip(answers, one.records, strict=True)]
 
 
@@ -181,20 +161,6 @@ def is_right(answer: str, reference: str) -> bool:
     """True if an answer is the reference but for marks and spaces, or ends with the number that the reference is."""
     number = final_number(reference) if not plain(reference).strip("0123456789一二三四五六七八九十百千万零两") else None
     return plain(answer) == plain(reference) or (number is not None and final_number(answer) == number)
-
-
-def generate(engine: Engine, name: str, records: list[Any]) -> list[str]:
-    """Greedy answers to the records' questions, each asked with the answerer's own template; "" to one that is too long."""
-    settings = SamplingParams(num_beams=1, max_new_tokens=ANSWER)
-    prompts = [engine.encode(name, record) for record in records]
-    fitting = [place for place, ids in enumerate(prompts) if len(ids) < (engine.window or math.inf)]
-    texts, ending = [""] * len(prompts), engine.ending(name)
-    for places in batch.plan([prompts[place] for place in fitting], 1, ANSWER, engine.room, 0):
-        chosen = [fitting[place] for place in places]
-        for step in engine.answer(name, [prompts[place] for place in chosen], settings):
-            for row, ids in step.finished.items():
-                texts[chosen[row]] = ending.text(ids)
-    return texts
 
 
 def matrix(base_model: str, folders: dict[str, Path], held_out: Sequence[str], load_8bit: bool) -> list[Table]:

@@ -29,7 +29,6 @@ def load_engine(base_model: str, folders: Sequence[str], load_8bit: bool) -> Eng
     return Engine(base_model, with_base(answerers), place(load_8bit, False))
 
 
-@torch.inference_mode()
 def log_likelihoods(engine: Engine, name: str, records: Sequence[Record]) -> list[float | None]:
     """For each record the mean over its reference's tokens, end of sequence included, of the natural logarithm of
     the probability that the answerer `name` gives to it after the prompt; None where the model's window is too short.
@@ -43,10 +42,15 @@ def log_likelihoods(engine: Engine, name: str, records: Sequence[Record]) -> lis
         if engine.window is not None and one.full_length > engine.window:
             found.append(None)
             continue
-        ids = torch.tensor([one.input_ids], device=engine.model.device)
-        labels = torch.tensor([one.labels], device=engine.model.device)
-        found.append(-full_loss(engine.model.forward, ids, labels).item() / one.answer_tokens)
+        found.append(-sum_of_losses(engine, one.input_ids, one.labels) / one.answer_tokens)
     return found
+
+
+@torch.inference_mode()
+def sum_of_losses(engine: Engine, ids: list[int], labels: list[int]) -> float:
+    """The sum of the losses of one sequence's labelled tokens (nats) by the answerer in use."""
+    inputs, targets = (torch.tensor([row], device=engine.model.device) for row in (ids, labels))
+    return full_loss(engine.model.forward, inputs, targets).item()
 
 
 def table_where_possible(base_model: str, *rest: Any) -> tuple[list[Table], list[str]]:

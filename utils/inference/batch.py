@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,24 @@ def plan(prompts: list[Ids], beams: int, expected: int, room: float, batch_size:
         else:
             batches.append([place])
     return batches
+
+
+def greedy_texts(
+    engine: Engine, name: str, prompts: list[Ids], longest: int, template: str | None = "", stops: Sequence[str] = ()
+) -> list[str]:
+    """Greedy answers of `name`, which must be in use, of at most `longest` tokens; "" to a prompt that leaves no room for one.
+
+    `template` and `stops`: as for `Engine.answer`.
+    """
+    settings = SamplingParams(num_beams=1, max_new_tokens=longest)
+    fitting = [place for place, prompt in enumerate(prompts) if engine.limit(prompt, settings) > 0]
+    texts, ending = [""] * len(prompts), engine.ending(name, template, stops)
+    for batch in plan([prompts[place] for place in fitting], settings.num_beams, longest, engine.room, 0):
+        places = [fitting[place] for place in batch]
+        for step in engine.answer(name, [prompts[place] for place in places], settings, template, stops):
+            for row, ids in step.finished.items():
+                texts[places[row]] = ending.text(ids)
+    return texts
 
 
 def halved(batches: Plan, half: int, batch: list[int]) -> Plan:

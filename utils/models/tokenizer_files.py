@@ -38,6 +38,11 @@ def tokenizer_hash(name: str | Path) -> str:
     return digest([files, *(importlib.metadata.version(library) for library in ("transformers", "sentencepiece"))])
 
 
+def tokenizer_mark(name: str | Path, tokenizer: Any) -> str:
+    """What ids that a loaded tokenizer makes depend on: its files, and its class, which the library chooses by config.json."""
+    return f"{tokenizer_hash(name)} {type(tokenizer).__name__}"
+
+
 def is_sentencepiece(file: Path) -> bool:
     """True for a SentencePiece model; False for no file, or one of another kind (Llama 3 has a list of words so named).
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.console import UserError, say
 from utils.datasets.sources import data_files
-from utils.datasets.stages import LABELLED, PREFERENCE, REWARD, TEXT
+from utils.datasets.stages import LABELLED, TEXT
 from utils.training.checks import check_window
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def prepare_data(
     from utils.models import quantized
     from utils.models.loading import read_architecture
     from utils.models.tokenizer import PUT_IT, end_tokens, load_tokenizer
-    from utils.models.tokenizer_files import tokenizer_hash
+    from utils.models.tokenizer_files import tokenizer_mark
     from utils.models.weights import base_folder
     from utils.training import replay
 
@@ -56,16 +56,11 @@ def prepare_data(
     ends = end_tokens(options.base_model, tokenizer)
     prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
     hashes = {str(file): sha256(file) for file in data_files(options.data_path)}
-    words = f"{tokenizer_hash(folder)} {type(tokenizer).__name__}"  # the library chooses its class by config.json
-    encoder: dataset.Encoder | dataset.DocumentEncoder
+    how = (tokenizer_mark(folder, tokenizer), options.cutoff_len, options.train_on_inputs, options.max_new_tokens)
+    encoder = dataset.make_encoder(stage, prompter, tokenizer, *how)
     if stage == TEXT:
-        encoder = dataset.DocumentEncoder(tokenizer, words, options.cutoff_len)
         overlap = options.cutoff_len // OVERLAP
         say(f"raw text: each token is learned once; pieces of one document overlap by {overlap} tokens")
-    else:
-        kind = {PREFERENCE: dataset.PairEncoder, LABELLED: dataset.JudgedEncoder}.get(stage, dataset.Encoder)
-        rules = (prompter, tokenizer, words, options.cutoff_len, options.train_on_inputs)
-        encoder = dataset.QuestionEncoder(*rules, options.max_new_tokens) if stage == REWARD else kind(*rules)
     with first_rank_first():
         table, asked = dataset.encode_all(encoder, options.data_path, hashes, options.seed, keep=not options.dry_run)
     numbers = dataset.usable(table, asked, options.cutoff_len)
