@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from utils.console import UserError, say
 from utils.datasets.file_formats import UnreadableItem, place_of, read_items
 from utils.datasets.item_formats import InvalidRecord
-from utils.datasets.prompts import prompt_sources
+from utils.datasets.prompts import prompt_files
 
 LETTERS = "ABCDEFGHIJ"
 QUESTIONS = ("instruction", "question")  # tables' names of columns are read in lower case
@@ -43,7 +43,7 @@ def read_choices(paths: Sequence[str], option: str = "--choices") -> list[Choice
     What is dropped is printed by file and cause, with its count and first place.
     Raises UserError if a file cannot be read, or holds no question that can be used.
     """
-    found = [one for path in paths for source in prompt_sources(path) for file in source.files for one in read_file(file)]
+    found = [one for file in prompt_files(paths) for one in read_file(file)]
     if not found:
         raise UserError(f"{option} {','.join(paths)}: holds no question; see data/README.md for the form of choice records")
     return found

@@ -1,5 +1,6 @@
 """Files of prompts to be answered, and the form that their answers are written in."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +47,11 @@ def prompt_sources(path: str) -> list[Source]:
     if not files:
         raise UserError(f"{path}: holds no file of prompts ({', '.join(ENDINGS)}); name a file, or such a folder")
     return [Source(path, files, 1.0)]
+
+
+def prompt_files(paths: Iterable[str]) -> list[Path]:
+    """All files that paths stand for."""
+    return [file for path in paths for source in prompt_sources(path) for file in source.files]
 
 
 def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:

@@ -168,9 +168,10 @@ def have_measured(
 
 def have_run(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
     """Run the code in the answers against the problems' tests; write the shares that pass."""
+    from utils.datasets.prompts import prompt_files
     from utils.evaluation import code, tables
 
-    tasks = code.read_tasks([str(file) for path in options.test_input_path for file in prompt_files(path)])
+    tasks = code.read_tasks([str(file) for file in prompt_files(options.test_input_path)])
     results = code.run_all(prompts, answers, tasks)
     counted, notes = code.tabulate(prompts, results)
     found = [one.telling(findings.how) for one in counted]
@@ -182,13 +183,6 @@ def have_run(options: Options, findings: "Findings", prompts: list["Record"], an
         for place, result in enumerate(ended):
             if result is not None:
                 findings.questions[place]["remarks"].append(f"{system}: {result or 'passes'}")
-
-
-def prompt_files(path: str) -> list[Path]:
-    """The files that one of --test_input_path stands for."""
-    from utils.datasets.prompts import prompt_sources
-
-    return [file for source in prompt_sources(path) for file in source.files]
 
 
 def have_remembered(options: Options, findings: "Findings", steps: dict[str, Path]) -> None:

@@ -1,30 +1,23 @@
 """What a model is asked at each evaluation of its training: a few prompts, and questions with choices."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
 from utils.datasets.choices import Choice, read_choices
-from utils.datasets.prompts import Record, prompt_sources, read_prompts
+from utils.datasets.prompts import Record, prompt_files, read_prompts
 from utils.evaluation.metrics import NUMBER
 from utils.files import sha256
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingQuestions:
-    """The prompts and the questions with choices of the files `answers` and `choices` ("": none).
+    """The prompts and the questions with choices that `files` hold."""
 
-    Raises UserError if a file cannot be read, or holds nothing to ask.
-    """
-
-    answers: str
-    choices: str
-    prompts: list[Record] = dataclasses.field(init=False)
-    questions: list[Choice] = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", read_prompts([self.answers]) if self.answers else [])
-        object.__setattr__(self, "questions", read_choices([self.choices], "--eval_choices") if self.choices else [])
+    prompts: list[Record]
+    questions: list[Choice]
+    files: list[Path]
 
     def __bool__(self) -> bool:
         """True if there is anything to ask."""
@@ -40,13 +33,15 @@ class TrainingQuestions:
 
     def hashes(self) -> dict[str, str]:
         """The hash of each file, by its name."""
-        paths = [path for path in (self.answers, self.choices) if path]
-        return {str(file): sha256(file) for path in paths for one in prompt_sources(path) for file in one.files}
+        return {str(file): sha256(file) for file in self.files}
 
 
 def read(options: Any) -> TrainingQuestions:
-    """What the options of finetune.py name. Raises UserError if it cannot be read, or the best adapter not be chosen by it."""
-    found = TrainingQuestions(options.eval_answers, options.eval_choices)
+    """What the options of finetune.py name. Raises UserError if a file cannot be read or holds nothing to ask, or the best
+    adapter cannot be chosen by it."""
+    prompts = read_prompts([options.eval_answers]) if options.eval_answers else []
+    questions = read_choices([options.eval_choices], "--eval_choices") if options.eval_choices else []
+    found = TrainingQuestions(prompts, questions, prompt_files(filter(None, (options.eval_answers, options.eval_choices))))
     best_metric(options.metric_for_best_model, found, bool(options.val_set_size))
     if options.metric_for_best_model and not options.load_best_model_at_end:
         raise UserError("--metric_for_best_model: chooses the best adapter, and --load_best_model_at_end is False; give one")
