@@ -25,16 +25,13 @@ from typing import TYPE_CHECKING
 from utils.cli import option, run
 from utils.console import UserError, say
 from utils.files import check_folder, locked, replacing_folder
+from utils.merging.rules import METHODS, read_weights, rule_of
 from utils.models.hubs import HUBS, named_on
 
 if TYPE_CHECKING:
     from utils.datasets.records import Record
     from utils.merging.combination import Combination
 
-COMBINE = (
-    "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
-    "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
-)  # fmt: skip
 TEST_DATA = Path(__file__).parent / "test_data"
 
 
@@ -47,7 +44,7 @@ class Options:
     lora_model: list[str] = option(
         [], "folder with LoRA weights; several, in their order: a,b, or with weights: a*0.7,b*0.3 (none: convert only)"
     )
-    combine: str = option("", "how adapters with weights become one (cat, their exact sum)", choices=("", *COMBINE))
+    combine: str = option("", "how adapters with weights become one (cat, their exact sum)", choices=("", *METHODS))
     density: float | None = option(None, "share of values that ties, dare and magnitude_prune keep (0.5)")
     rank: int | None = option(None, "rank of the combined adapter by svd (the highest of theirs)", least=1)
     seed: int = option(42, "random seed of what dare drops")
@@ -111,7 +108,7 @@ def main(options: Options) -> None:
 
 def prepare_combination(options: Options) -> "tuple[Combination | None, list[str]]":
     """The combination that the options ask for (None: adapters as they are, one after the other), and the adapters."""
-    from utils.merging.combination import plan_combination, read_weights, rule_of
+    from utils.merging.combination import plan_combination
 
     weights = read_weights(options.lora_model)
     asked = {"--combine": options.combine, "--density": options.density, "--rank": options.rank}

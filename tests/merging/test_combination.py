@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from utils import lineage
 from utils.adapters.adapters import read_tensors
 from utils.console import UserError
-from utils.merging.combination import METHODS
+from utils.merging.rules import METHODS
 
 WEIGHTS = [0.7, -0.3, 1.0]
 

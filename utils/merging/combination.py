@@ -8,7 +8,6 @@ https://arxiv.org/abs/2306.01708. DARE: Yu et al. 2024, https://arxiv.org/abs/23
 import contextlib
 import dataclasses
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from utils.console import UserError, progress, say
 from utils.files import sha256
 from utils.merging.adapter_deltas import PREFIX, Adapter, Finder
 from utils.merging.plan import dequantized
+from utils.merging.rules import HALVES, Rule
 from utils.models import meta_layout
 from utils.models.names import ask_library
 from utils.models.tokenizer_files import has_tokenizer
@@ -30,9 +30,6 @@ from utils.models.weights import Weights, base_folder
 if TYPE_CHECKING:  # peft takes seconds to import
     from peft import LoraConfig
 
-HALVES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # rules on lora_A and lora_B apart
-FULL = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")  # the same rules on their product
-METHODS = ("cat", "svd", *HALVES, *FULL)
 NOT_ADDED = {  # settings of what has no weighted sum
     "use_dora": "its magnitudes do not add up",
     "trainable_token_indices": "it replaces rows of the embeddings",
@@ -41,17 +38,6 @@ NOT_ADDED = {  # settings of what has no weighted sum
 }
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]  # lora_A (rank, inputs), lora_B (outputs, rank), and alpha / rank
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How adapters are combined: one of METHODS; `density` is the share of values that pruning keeps, `rank` that of the
-    result of an SVD (0: the highest of the adapters'), `seed` rules what DARE drops."""
-
-    method: str = "cat"
-    density: float = 0.5
-    rank: int = 0
-    seed: int = 42
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,43 +110,6 @@ class Combination:
             ],
             "combination": dataclasses.asdict(self.rule),
         }
-
-
-def read_weights(lora_model: list[str]) -> dict[str, float | None]:
-    """Adapters, and the weight that each is given as `FOLDER*0.7` (None: none). Raises UserError if one is not a number."""
-    found: dict[str, float | None] = {}
-    for part in lora_model:
-        name, star, number = (part, "", "") if os.path.exists(part) else part.rpartition("*")
-        try:
-            weight = float(number) if star else None
-        except ValueError:
-            weight = math.nan
-        name = (name if star else part).strip()
-        if weight is not None and (not math.isfinite(weight) or not weight or not name):
-            raise UserError(f"--lora_model {part}: needs a folder, * and a number other than 0, such as output/f1*0.7")
-        if name in found:
-            raise UserError(f"--lora_model {name}: named twice, and would be added twice; name each once")
-        found[name] = weight
-    return found
-
-
-def rule_of(method: str, density: float | None, rank: int | None, seed: int, count: int) -> Rule:
-    """The rule that options ask for, for `count` adapters. Raises UserError if they do not go together."""
-    method = method or "cat"
-    prunes = method in HALVES[1:] or method in FULL
-    if count < 2 and prunes:
-        raise UserError(
-            f"--combine {method}: compares adapters, and there is {count}; name several, as in --lora_model a*0.7,b*0.3"
-        )
-    if density is not None and not prunes:
-        raise UserError(
-            f"--density {density:g}: {method} drops nothing; leave it out, or choose a --combine with ties, dare or prune"
-        )
-    if density is not None and not 0 < density <= 1:
-        raise UserError(f"--density {density:g}: is the share of values that are kept; give a number above 0, at most 1")
-    if rank is not None and not method.endswith("svd"):
-        raise UserError(f"--rank {rank}: {method} keeps its own rank; leave it out, or choose a --combine with svd")
-    return Rule(method, 0.5 if density is None else density, rank or 0, seed)
 
 
 def plan_combination(base_model: str, weights: dict[str, float | None], rule: Rule) -> Combination:
