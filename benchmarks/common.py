@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -66,6 +67,24 @@ def child(*arguments: str | Path) -> Figures:
     *lines, last = ended.stdout.strip().splitlines()
     reported = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
     return {**json.loads(last), **reported}
+
+
+def text_maker() -> Callable[[float], str]:
+    """Makes Chinese texts of the records at hand, whose lengths about the median asked for are spread as real ones are
+    (log-normal); the same texts in every run."""
+    from utils.datasets.records import read_records
+
+    files = sorted((ROOT / "test_data").glob("*.json")) + sorted((ROOT / "data/demo").glob("f*.json"))
+    texts = [r["instruction"] + r["input"] + r["output"] for file in files for r in read_records(file, need_output=False)]
+    numbers = random.Random(42)
+
+    def text(median: float) -> str:
+        length, made = int(numbers.lognormvariate(0, 0.9) * median) + 2, ""
+        while len(made) < length:
+            made += numbers.choice(texts)
+        return made[:length]
+
+    return text
 
 
 def report(medians: dict[str, Figures], ratios: Figures, libraries: tuple[str, ...], **facts: Any) -> None:

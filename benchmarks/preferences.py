@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import random
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import ROOT, Figures, child, interleave, report
+from benchmarks.common import Figures, child, interleave, report, text_maker
 from utils.cli import option, run
 from utils.console import UserError
 
@@ -84,19 +83,7 @@ def main(options: Options) -> None:
 
 def records(options: Options) -> dict[str, list[dict[str, str]]]:
     """Pairs whose lengths are spread as real ones are, and documents likewise."""
-    from utils.datasets.records import read_records
-
-    files = sorted((ROOT / "test_data").glob("*.json")) + sorted((ROOT / "data/demo").glob("f*.json"))
-    texts = [r["instruction"] + r["input"] + r["output"] for file in files for r in read_records(file, need_output=False)]
-    numbers = random.Random(42)
-
-    def text(median: float) -> str:
-        length, made = int(numbers.lognormvariate(0, 0.9) * median) + 2, ""
-        while len(made) < length:
-            made += numbers.choice(texts)
-        return made[:length]
-
-    count = options.steps * options.batch_size
+    text, count = text_maker(), options.steps * options.batch_size
     pairs = [{"prompt": text(15), "chosen": text(40), "rejected": text(40)} for _ in range(count)]
     return {"pairs": pairs, "texts": [{"text": text(80)} for _ in range(count)]}
 

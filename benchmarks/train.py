@@ -10,7 +10,6 @@ each step must be equal. Before the first step one micro-batch is computed that 
 import dataclasses
 import functools
 import json
-import random
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import Figures, child, interleave, report
+from benchmarks.common import Figures, child, interleave, report, text_maker
 from utils.cli import option, run
 
 RECIPES = ("plain", "plain grouped", "order", "logits", "all")
@@ -77,22 +76,11 @@ def main(options: Options) -> None:
 def encoded_records(options: Options) -> list[dict[str, list[int]]]:
     """Chinese records whose lengths are spread as real ones are (log-normal), encoded, enough for all steps."""
     from utils.datasets.encoding import encode
-    from utils.datasets.records import Record, read_records
+    from utils.datasets.records import Record
     from utils.datasets.templates import Prompter
     from utils.models.tokenizer import load_tokenizer
 
-    root = Path(__file__).parent.parent
-    files = sorted((root / "test_data").glob("*.json")) + sorted((root / "data/demo").glob("f*.json"))
-    texts = [r["instruction"] + r["input"] + r["output"] for file in files for r in read_records(file, need_output=False)]
-    numbers = random.Random(42)
-
-    def text(median: float) -> str:
-        length, made = int(numbers.lognormvariate(0, 0.9) * median) + 2, ""
-        while len(made) < length:
-            made += numbers.choice(texts)
-        return made[:length]
-
-    count = options.steps * options.batch_size
+    text, count = text_maker(), options.steps * options.batch_size
     records: list[Record] = [{"instruction": text(20), "input": "", "output": text(75)} for _ in range(count)]
     tokenizer = load_tokenizer(options.base_model)
     encoded = encode(records, Prompter("alpaca_short"), tokenizer, options.cutoff_len, train_on_inputs=False)
