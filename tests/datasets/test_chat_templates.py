@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 
 from utils.console import UserError
 from utils.datasets.chat_templates import ChatPrompter, make_prompter
-from utils.datasets.dataset import Encoder, usable
+from utils.datasets.dataset import Encoder, JudgedEncoder, PairEncoder, QuestionEncoder, usable
 from utils.datasets.encoding import IGNORED, encode, encode_prompt
 from utils.datasets.jinja_export import SAMPLES, messages_of, proven, write_chat_template
+from utils.datasets.preferences import Judged
 from utils.datasets.prompts import answered
 from utils.datasets.templates import TEMPLATES, Prompter, split_thinking
 from utils.evaluation.answers import side_by_side
@@ -115,6 +116,29 @@ def test_answers_that_a_template_drops_are_counted(kind, capsys):
     usable(table, np.arange(len(table)), 1000)
     said = capsys.readouterr().out
     assert ("learned as they stand in the records" in said) == (name == "r1"), said
+
+
+def test_records_that_a_template_refuses_are_dropped_and_counted(tmp_path, capsys):
+    """Alone, as a pair, as a labelled answer and as a question; of an answer that holds an end token, too."""
+    words = chat_templates.tokenizer(tmp_path, "chatml")
+    refuse = "{{ raise_exception('not ' + message['content']) }}"
+    words.chat_template = words.chat_template.replace(
+        "{{", f"{{% if 'bad' in message['content'] %}}{refuse}{{% endif %}}{{{{", 1
+    )
+    rules = (make_prompter("chat", words, [words.eos_token_id]), words, "", 1000, False)
+    good, bad, ended = RECORDS[0], RECORDS[0] | {"instruction": "bad"}, RECORDS[0] | {"output": "a<|im_end|>"}
+    encoded = {
+        "records": Encoder(*rules)([good, bad, ended, good]),
+        "pairs": PairEncoder(*rules)([(good, good), (good, bad), (good, ended), (good, good)]),
+        "labelled": JudgedEncoder(*rules)([Judged(one, True) for one in (good, bad, ended, good)]),
+        "questions": QuestionEncoder(*rules, 10)([good, bad, bad, good]),
+    }
+    for table in encoded.values():
+        assert usable(datasets.Dataset(table), np.arange(4), 1000).tolist() == [0, 3]
+        told = "2 of 4 records dropped, which the chat template refuses; the first: 'bad': the chat template cannot render"
+        assert told in capsys.readouterr().out
+        with pytest.raises(UserError, match="refuses all 2 records; the first: 'bad'"):
+            usable(datasets.Dataset(table), np.arange(1, 3), 1000)
 
 
 def test_excluded_answers_are_read_and_not_learned_also_where_questions_are(kind):

@@ -62,6 +62,18 @@ def test_adapter_and_merged_folder_answer_elsewhere_as_here(script, data, tmp_pa
     assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] == [2, 300, *taught]
 
 
+def test_a_prompt_that_the_template_refuses_is_one_line_before_anything_is_written(script, tmp_path):
+    model = base(tmp_path / "base", "chatml")
+    path, asked, out = model / "chat_template.jinja", tmp_path / "asked.json", tmp_path / "out.json"
+    refuse = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    path.write_text(refuse + path.read_text("utf-8"), "utf-8")
+    asked.write_text(json.dumps(["good", "bad"]))
+    ask = ["--base_model", model, "--test_input_path", asked, "--is_ui", "False", "--output_path", out]
+    ended = script("generate.py", *ask, "--prompt_template", "chat")
+    assert ended.error == "generate.py: error: 'bad': the chat template cannot render this dialogue (no); change it"
+    assert sorted(tmp_path.glob("*out.json*")) == []
+
+
 def test_ends_of_the_generation_config_end_an_answer_and_numbers_of_others_do_not(tmp_path):
     from utils.models.loading import load_base, place
     from utils.models.tokenizer import end_tokens, load_tokenizer

@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,15 @@ from transformers import PreTrainedTokenizerBase
 from utils.console import UserError, progress, say
 from utils.datasets.chat_templates import ChatPrompter
 from utils.datasets.documents import read_documents
-from utils.datasets.encoding import IGNORED, EncodedRecord, encode, encode_documents, encode_last_answers, encode_prompt
+from utils.datasets.encoding import (
+    IGNORED,
+    EncodedRecord,
+    encode,
+    encode_documents,
+    encode_last_answers,
+    encode_prompt,
+    where_rendered,
+)
 from utils.datasets.preferences import read_judged, read_pairs
 from utils.datasets.records import Record, read_records
 from utils.datasets.sources import sources, validation_size, weighted
@@ -38,10 +47,12 @@ from utils.files import digest, replacing
 CHUNK = 1000  # records encoded in one call to the tokenizer
 FEW = 4  # fewer chunks than this are not worth starting processes for
 PR_SET_PDEATHSIG = 1  # prctl(2)
-FORMAT = 5  # of the files below; a new number leaves the old files unread
+FORMAT = 6  # of the files below; a new number leaves the old files unread
 NUMBER, LIST = datasets.Value("int32"), datasets.Sequence(datasets.Value("int32"))
 COLUMNS = datasets.Features(
-    {"input_ids": LIST, "labels": LIST} | dict.fromkeys(("full_length", "answer_tokens", "supervised", "raw_answers"), NUMBER)
+    {"input_ids": LIST, "labels": LIST}
+    | dict.fromkeys(("full_length", "answer_tokens", "supervised", "raw_answers"), NUMBER)
+    | {"refused": datasets.Value("string")}
 )
 
 worker_encoder: "Encoder | DocumentEncoder"  # in a process that start_worker began
@@ -69,7 +80,15 @@ class Encoder:
 
     def __call__(self, records: list[Record]) -> pa.Table:
         """Encode records in one call to the tokenizer; a row each."""
-        return as_table(encode(records, self.prompter, self.tokenizer, self.cutoff_len, self.train_on_inputs))
+        return as_table(where_rendered(self.encode, records))
+
+    def encode(self, records: list[Record]) -> list[EncodedRecord]:
+        """Encode records. Raises UserError if the chat template refuses one."""
+        return encode(records, self.prompter, self.tokenizer, self.cutoff_len, self.train_on_inputs)
+
+    def encode_last(self, records: list[Record]) -> list[EncodedRecord]:
+        """Encode records of which the last answer alone is learned; raises as above."""
+        return encode_last_answers(records, self.prompter, self.tokenizer, self.cutoff_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +131,7 @@ class PairEncoder(Encoder):
 
     def __call__(self, pairs: list[Any]) -> pa.Table:
         """Encode pairs; each counts as one, and is as long as the longer of its sequences."""
-        sides = [
-            encode_last_answers([pair[side] for pair in pairs], self.prompter, self.tokenizer, self.cutoff_len)
-            for side in (0, 1)
-        ]
+        sides = [where_rendered(self.encode_last, [pair[side] for pair in pairs]) for side in (0, 1)]
         both = list(zip(*sides, strict=True))
         columns = {
             "input_ids": lists([chosen.input_ids for chosen in sides[0]]),
@@ -124,6 +140,7 @@ class PairEncoder(Encoder):
             "answer_tokens": [min(one.answer_tokens for one in pair) for pair in both],
             "supervised": [1] * len(both),
             "raw_answers": [sum(one.raw_answers for one in pair) for pair in both],
+            "refused": [chosen.refused or rejected.refused for chosen, rejected in both],
             "rejected_ids": lists([rejected.input_ids for rejected in sides[1]]),
             "rejected_labels": lists([rejected.labels for rejected in sides[1]]),
         }
@@ -147,7 +164,7 @@ class JudgedEncoder(Encoder):
 
     def __call__(self, judged: list[Any]) -> pa.Table:
         """Encode labelled answers."""
-        table = as_table(encode_last_answers([one.record for one in judged], self.prompter, self.tokenizer, self.cutoff_len))
+        table = as_table(where_rendered(self.encode_last, [one.record for one in judged]))
         ones = pa.array([1] * len(table), pa.int32())
         table = table.set_column(table.column_names.index("supervised"), "supervised", ones)
         columns = {name: table[name] for name in table.column_names} | {"good": [one.good for one in judged]}
@@ -171,15 +188,19 @@ class QuestionEncoder(Encoder):
         return read_records(file, need_output=False, carries=self.prompter.carries)
 
     def __call__(self, records: list[Record]) -> pa.Table:
-        """Encode questions; one that leaves no room for an answer within the cutoff has no `answer_tokens`."""
+        """Encode questions; a row carries its record."""
+        table = as_table(where_rendered(self.encode, records))
+        columns = {name: table[name] for name in table.column_names}
+        columns["record"] = [json.dumps(record, ensure_ascii=False) for record in records]
+        return pa.table(columns, schema=self.features.arrow_schema)
+
+    def encode(self, records: list[Record]) -> list[EncodedRecord]:
+        """Encode questions; one that leaves no room for an answer within the cutoff has no `answer_tokens`. Raises as above."""
         prompts = [encode_prompt(record, self.prompter, self.tokenizer) for record in records]
         lengths = [len(ids) + self.room for ids in prompts]
         rooms = [self.room if length <= self.cutoff_len else 0 for length in lengths]
         parts = zip(prompts, lengths, rooms, strict=True)
-        table = as_table([EncodedRecord(ids, [IGNORED] * len(ids), length, room) for ids, length, room in parts])
-        columns = {name: table[name] for name in table.column_names}
-        columns["record"] = [json.dumps(record, ensure_ascii=False) for record in records]
-        return pa.table(columns, schema=self.features.arrow_schema)
+        return [EncodedRecord(ids, [IGNORED] * len(ids), length, room) for ids, length, room in parts]
 
 
 def make_encoder(
@@ -209,6 +230,7 @@ def as_table(encoded: list[EncodedRecord]) -> pa.Table:
         "answer_tokens": [one.answer_tokens for one in encoded],
         "supervised": [len(labels) - labels.count(IGNORED) for labels in (one.labels[1:] for one in encoded)],
         "raw_answers": [one.raw_answers for one in encoded],
+        "refused": [one.refused for one in encoded],
     }
     return pa.table(columns, schema=COLUMNS.arrow_schema)
 
@@ -366,10 +388,17 @@ def temporary_folder() -> Path:
 
 
 def usable(table: datasets.Dataset, numbers: np.ndarray, cutoff_len: int) -> np.ndarray:
-    """Those of the records `numbers` with some of an answer left to learn; prints what was cut and dropped.
+    """Those of the records `numbers` with some of an answer left to learn; prints what was cut and dropped, and why.
 
     Raises UserError if none is left.
     """
+    refused = pc.not_equal(table.data.column("refused"), "").to_numpy()[numbers]
+    if refused.any():
+        why = table[int(numbers[refused][0])]["refused"]
+        if refused.all():
+            raise UserError(f"the chat template refuses all {len(numbers)} records; the first: {why}")
+        say(f"{refused.sum()} of {len(numbers)} records dropped, which the chat template refuses; the first: {why}")
+        numbers = numbers[~refused]
     lengths, answers = column(table, "full_length")[numbers], column(table, "answer_tokens")[numbers]
     keeps95, keeps99 = lengths_that_keep(lengths)
     cut, kept = int((lengths > cutoff_len).sum()), numbers[answers > 0]

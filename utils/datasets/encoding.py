@@ -2,7 +2,7 @@
 
 import bisect
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,8 @@ class EncodedRecord:
     """One record: `input_ids` and `labels` of one length (at most the cutoff), and `full_length` before the cut.
 
     `answer_tokens` are those that belong to learned answers and their ends of sequence, after the cut. `raw_answers` of
-    its answers are learned as the record has them, since the chat template does not write them.
+    its answers are learned as the record has them, since the chat template does not write them. `refused` says why the
+    template does not render the record, which then has no tokens.
     """
 
     input_ids: list[int]
@@ -28,6 +29,7 @@ class EncodedRecord:
     full_length: int
     answer_tokens: int
     raw_answers: int = 0
+    refused: str = ""
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -120,6 +122,16 @@ def cut(sequence: Sequence, cutoff_len: int) -> EncodedRecord:
     if len(ids) > cutoff_len:
         answer_tokens = min(answer_tokens, len(labels[:cutoff_len]) - labels[:cutoff_len].count(IGNORED))
     return EncodedRecord(ids[:cutoff_len], labels[:cutoff_len], len(ids), answer_tokens, raw)
+
+
+def where_rendered(encode_them: Callable[[list[Any]], list[EncodedRecord]], records: list[Any]) -> list[EncodedRecord]:
+    """Encode records together or, where a chat template refuses one, one by one, so that each that is refused says why."""
+    try:
+        return encode_them(records)
+    except UserError as error:
+        if len(records) == 1:
+            return [EncodedRecord([], [], 0, 0, refused=str(error))]
+    return [one for record in records for one in where_rendered(encode_them, [record])]
 
 
 def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> list[EncodedRecord]:

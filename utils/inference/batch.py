@@ -52,7 +52,8 @@ class Task:
         without = sum(bool(record.get("tools")) for record in records) * ("tools" not in engine.prompter(name).carries)
         if without:
             say(f"{name}: {without} prompts have tools, for which its template {engine.prompter(name).name} has no place")
-        encoded = [tuple(engine.encode(name, record)) for record in progress(records, desc="encoding", leave=False)]
+        with progress(records, desc="encoding", leave=False) as bar:  # which an error ends, and stands on a line of its own
+            encoded = [tuple(engine.encode(name, record)) for record in bar]
         self.prompts: list[Ids] = [list(ids) for ids in dict.fromkeys(encoded)]
         places = {tuple(ids): place for place, ids in enumerate(self.prompts)}
         self.places = [places[ids] for ids in encoded]

@@ -129,8 +129,8 @@ def encoded(
     tokenizer = load_tokenizer(tokenizer_home(ChatModel(name, folder, name, None), base_model))
     prompter = make_prompter(name, tokenizer, [tokenizer.eos_token_id], asking.thinking)
     say(f"{asking.api_base}: sends the token ids of the template {name}")
-    rows = progress(records, desc="encoding", leave=False)
-    return [encode_prompt(record, prompter, tokenizer) for record in rows], prompter.stop_strings, name
+    with progress(records, desc="encoding", leave=False) as bar:
+        return [encode_prompt(record, prompter, tokenizer) for record in bar], prompter.stop_strings, name
 
 
 def write_answers(
