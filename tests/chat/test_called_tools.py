@@ -17,7 +17,7 @@ from utils.console import UserError
 from utils.datasets.encoding import encode
 from utils.inference.answerers import BASE, resolve
 from utils.inference.engine import Engine
-from utils.models.loading import place
+from utils.models.placement import place
 
 LLAMA3 = (  # as Llama 3 writes calls: the answer is the call's JSON, its arguments called parameters
     chat_templates.DEFINED + "{% for message in messages %}{% if message.tool_calls %}"

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from test_endpoint import QUESTION, fixture_address  # noqa: F401  (a fixture)
 
-from utils.chat.endpoint import COMMON, WITHOUT_EFFECT
+from utils.chat.protocol import COMMON, WITHOUT_EFFECT
 
 pytest_plugins = ["browsing"]
 RAW = [  # bodies that are no requests at all, or hardly

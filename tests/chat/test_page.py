@@ -28,7 +28,7 @@ from utils.chat.sessions import ChatService, TooLong
 from utils.inference.answerers import ChatModel, resolve
 from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams
-from utils.models.loading import place
+from utils.models.placement import place
 
 pytest_plugins = ["browsing"]  # fixtures
 
