@@ -137,7 +137,7 @@ def main(options: Options) -> None:
     asked = training_questions.read(options)
     from utils import lineage  # here, because torch takes seconds to import
     from utils.files import locked
-    from utils.models.loading import place
+    from utils.models.placement import place
     from utils.training import start
     from utils.training.data import prepare_data, write_template
 
@@ -166,7 +166,7 @@ def main(options: Options) -> None:
         if options.overwrite_output_dir and is_main_process():
             start.clear(options.output_dir)
         trackers.start(options)
-        from utils.training.trainer import finish, train  # here, because its imports take seconds more
+        from utils.training.run import finish, train  # here, because its imports take seconds more
 
         model = setup.prepare_model(options, placement, origin, tokenizer, stage)
         sampler = evaluator = None

@@ -342,7 +342,8 @@ def train_ours(options: Options, model: Any, what: str, rows: list[dict], folder
     from utils.datasets.dataset import EncodedDataset
     from utils.training.batching import BatchConfig
     from utils.training.preferences import Preference, PreferenceTrainer
-    from utils.training.trainer import RunConfig, StepTrainer, train
+    from utils.training.run import train
+    from utils.training.trainer import RunConfig, StepTrainer
 
     args = TrainingArguments(
         output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=1e-4, num_train_epochs=1,

@@ -192,7 +192,8 @@ def train_plain(options: Options, model: Any, records: list[dict]) -> tuple[list
 def train_ours(options: Options, model: Any, records: list[dict]) -> tuple[list[float], list[float], dict[str, int]]:
     """The Trainer of this project, or one of its measures alone."""
     from utils.training import batching, loss
-    from utils.training.trainer import RunConfig, StepTrainer, train
+    from utils.training.run import train
+    from utils.training.trainer import RunConfig, StepTrainer
 
     data, size = Records(records), options.batch_size
     batching.StepBatchSampler.order = lambda self: list(range(len(records)))  # type: ignore[method-assign]

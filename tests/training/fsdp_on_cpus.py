@@ -28,10 +28,10 @@ def as_on_gpus(self, *args, **kwargs):
 accelerate.state.PartialState.__init__ = as_on_gpus
 
 finetune = importlib.import_module("finetune")  # now that accelerate is as it should be
-setup, trainer = (importlib.import_module(f"utils.training.{name}") for name in ("setup", "trainer"))
+setup, run = (importlib.import_module(f"utils.training.{name}") for name in ("setup", "run"))
 
 loaded = {}
-plain_prepare, plain_train = setup.prepare_model, trainer.train
+plain_prepare, plain_train = setup.prepare_model, run.train
 
 
 def held(model):
@@ -57,6 +57,6 @@ def train(run, checkpoint):
     print("rank", json.dumps({**loaded, "in the end": held(run.model), **facts, "rank": int(os.environ["RANK"])}), flush=True)
 
 
-setup.prepare_model, trainer.train = prepare_model, train
+setup.prepare_model, run.train = prepare_model, train
 torch.set_num_threads(1)
 finetune.main(importlib.import_module("utils.cli").parse(finetune.Options, sys.argv[1:]))
