@@ -177,7 +177,7 @@ def load_engine(options: Options) -> "Engine":
     say(f"loading {base_model}")
     answerers = with_base(answerers) if options.is_ui else answerers
     from utils.inference.engine import Engine  # here, because these take seconds to import
-    from utils.models.loading import measured, place
+    from utils.models.placement import measured, place
 
     placement = place(options.load_8bit, options.load_4bit, options.gpu_id, options.dtype, options.device_map)
     placement = placement if options.dtype else measured(placement, base_model)

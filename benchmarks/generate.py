@@ -47,7 +47,7 @@ def main(options: Options) -> None:
     from utils.datasets.prompts import read_prompts
     from utils.inference.answerers import resolve
     from utils.inference.engine import Engine
-    from utils.models.loading import place
+    from utils.models.placement import place
 
     base_model, answerers = resolve(options.base_model, options.lora_weights, "")
     engine = Engine(base_model, answerers, place(False, False))

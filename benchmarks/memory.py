@@ -26,7 +26,8 @@ from benchmarks.common import Figures, report, written
 from utils.adapters import adapters
 from utils.cli import option, run
 from utils.models.layers import embedding_names, linear_layers
-from utils.models.loading import DeviceConfig, place, prepare_4bit, quantization
+from utils.models.loading import prepare_4bit, quantization
+from utils.models.placement import DeviceConfig, place
 from utils.training.activations import Counter, Saved, saved_in_training, storage
 from utils.training.batching import pad
 from utils.training.loss import returning_loss

@@ -84,7 +84,7 @@ def measure(options: Options) -> dict[str, float]:
     from utils.inference.answerers import resolve
     from utils.inference.engine import Engine
     from utils.lineage import digest
-    from utils.models.loading import place
+    from utils.models.placement import place
 
     base_model, answerers = resolve(options.base_model, options.lora_weights, "")
     engine = Engine(base_model, answerers, place(False, False))

@@ -70,7 +70,7 @@ def memory_table(language: str) -> str:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
-    from utils.models.loading import DeviceConfig
+    from utils.models.placement import DeviceConfig
     from utils.training.memory import estimate
 
     seven = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

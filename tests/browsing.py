@@ -14,7 +14,7 @@ from utils.chat.sessions import ChatService
 from utils.inference.answerers import resolve, with_base
 from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams
-from utils.models.loading import place
+from utils.models.placement import place
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 FLAGS += ("--disable-component-update", "--disable-sync")

@@ -26,7 +26,8 @@ from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams
 from utils.merging.merge import write_model
 from utils.merging.plan import plan_merge
-from utils.models.loading import load_base, place
+from utils.models.loading import load_base
+from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
 from utils.training.batching import pad
 from utils.training.loss import returning_loss

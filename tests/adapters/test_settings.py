@@ -206,7 +206,8 @@ def test_the_base_s_own_biases_are_refused_by_training_and_answering(tmp_path):
 def test_a_base_beside_which_an_adapter_lies(bases, plain, tmp_path, script, capsys):
     """The base's own weights are loaded; with the adapter there, transformers would put it on."""
     from utils.merging import verify
-    from utils.models.loading import load_base, place
+    from utils.models.loading import load_base
+    from utils.models.placement import place
     from utils.models.tokenizer import load_tokenizer
 
     both = shutil.copytree(bases[False], tmp_path / "both")

@@ -18,8 +18,8 @@ from utils.datasets.encoding import IGNORED, encode
 from utils.datasets.sources import data_files
 from utils.datasets.templates import Prompter
 from utils.files import sha256
-from utils.models import loading
-from utils.models.loading import DeviceConfig
+from utils.models.architecture import meta_model
+from utils.models.placement import DeviceConfig
 from utils.models.tokenizer import load_tokenizer
 from utils.models.tokenizer_files import tokenizer_hash
 from utils.training import dry_run, memory
@@ -181,7 +181,7 @@ def test_the_only_colors_of_an_example_are_ours(tiny_llama, monkeypatch):
 def test_the_estimate_counts_weights_by_their_bits(tiny_llama):
     import torch
 
-    base = loading.meta_model(str(tiny_llama))
+    base = meta_model(str(tiny_llama))
     frozen = 2 * sum(parameter.numel() for parameter in base.parameters())
     model = adapters.add(base, LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     sizes = {

@@ -186,7 +186,7 @@ def test_a_prompt_with_tools_is_asked_with_them_or_that_is_printed_or_refused(tm
     from utils.inference.batch import Task
     from utils.inference.engine import Engine
     from utils.inference.sampling_params import SamplingParams
-    from utils.models.loading import place
+    from utils.models.placement import place
 
     tiny.llama(tmp_path / "base", vocab_size=700)
     words = chat_templates.tokenizer(tmp_path / "base", "objects")

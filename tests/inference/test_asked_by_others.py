@@ -75,7 +75,8 @@ def test_a_prompt_that_the_template_refuses_is_one_line_before_anything_is_writt
 
 
 def test_ends_of_the_generation_config_end_an_answer_and_numbers_of_others_do_not(tmp_path):
-    from utils.models.loading import load_base, place
+    from utils.models.loading import load_base
+    from utils.models.placement import place
     from utils.models.tokenizer import end_tokens, load_tokenizer
 
     folder = tiny.llama(tmp_path)

@@ -16,7 +16,7 @@ from utils.inference.answerers import BASE, ChatModel
 from utils.inference.decoding import decode
 from utils.inference.engine import Ending, Engine
 from utils.inference.sampling_params import SamplingParams
-from utils.models.loading import place
+from utils.models.placement import place
 from utils.training.batching import pad
 
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.json"))

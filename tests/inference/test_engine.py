@@ -18,7 +18,7 @@ from utils.inference.decoding import decode, gumbel_noise, top_k_top_p
 from utils.inference.engine import Ending, Engine, seed
 from utils.inference.kv_cache import GrowingLayer, common_opening, families, groups
 from utils.inference.sampling_params import SamplingParams
-from utils.models.loading import place
+from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
 
 CPU = place(False, False)

@@ -13,7 +13,7 @@ from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams
 from utils.inference.scheduler import AT_ONCE, QueueFull, Request, Scheduler
 from utils.inference.shared_forward import Part, SharedForward, Text
-from utils.models.loading import place
+from utils.models.placement import place
 
 GREEDY = SamplingParams(num_beams=1, max_new_tokens=24)
 DRAWN = SamplingParams(num_beams=1, max_new_tokens=24, do_sample=True, temperature=1.5, top_p=0.95, top_k=0, seed=7)

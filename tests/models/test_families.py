@@ -5,7 +5,7 @@ import pytest
 from transformers import BertConfig, GPTNeoXConfig, RwkvConfig
 
 from utils.console import UserError
-from utils.models.loading import read_architecture
+from utils.models.architecture import read_architecture
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "llama4_text", "gemma3"])

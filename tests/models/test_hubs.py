@@ -9,7 +9,7 @@ import torch
 
 from utils.console import UserError
 from utils.models import hubs
-from utils.models.loading import place
+from utils.models.placement import place
 from utils.models.weights import base_folder
 
 
@@ -58,7 +58,7 @@ def test_an_ascend_npu_is_the_device_where_torch_npu_is_found(script, tmp_path, 
         "torch.npu = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, is_bf16_supported=lambda: True)\n"
     )
     (tmp_path / "ask.py").write_text(
-        "from utils.models.loading import place\nfrom utils.console import UserError\n"
+        "from utils.models.placement import place\nfrom utils.console import UserError\n"
         "print(place(None, False))\n"
         "for options in ((True, False), (False, True), (None, False, 1)):\n"
         "    try: place(*options)\n"

@@ -14,8 +14,9 @@ from utils.adapters import switching
 from utils.console import UserError
 from utils.inference.answerers import resolve
 from utils.models import quantized
-from utils.models.loading import load_base, place
+from utils.models.loading import load_base
 from utils.models.meta_layout import open_model
+from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[1, 5, 6, 7, 30, 300, 5]])

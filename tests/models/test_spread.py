@@ -17,6 +17,7 @@ from utils.console import UserError
 from utils.inference.kv_cache import GrowingLayer
 from utils.inference.shared_forward import Segment
 from utils.models import loading, spread
+from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
 from utils.training import loss, preferences
 
@@ -37,14 +38,14 @@ def short(monkeypatch):
 
 
 def load(folder, **changes):
-    placement = loading.place(False, False, device_map="auto", **changes)
+    placement = place(False, False, device_map="auto", **changes)
     return loading.load_base(str(folder), load_tokenizer(folder), placement)
 
 
 def test_a_loss_and_its_gradients_are_the_same_with_layers_on_the_disk(deep, short):
     found = {}
     for device_map in ("", "auto"):
-        placement = loading.place(False, False, device_map=device_map)
+        placement = place(False, False, device_map=device_map)
         base = loading.load_base(str(deep), load_tokenizer(deep), placement)
         assert bool(spread.offloaded(base)) == bool(device_map)
         torch.manual_seed(0)

@@ -11,7 +11,7 @@ from trainings import losses, options
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from utils.adapters import adapters
-from utils.models import loading
+from utils.models.placement import place
 from utils.training.loss import returning_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: bash scripts/gpu_check.sh")
@@ -46,7 +46,7 @@ def test_layers_in_main_memory_answer_and_train(script, bases, data, tmp_path):
 
 def test_a_step_of_7b_shapes():
     """Random weights in the shapes of LLaMA-7B, four records of 512 tokens, gradient checkpointing."""
-    placement = loading.place(False, False)
+    placement = place(False, False)
     if torch.cuda.mem_get_info(placement.device)[0] < 22e9:
         pytest.skip("needs 22 GB of free memory on the card")
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)

@@ -16,7 +16,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from utils import lineage
 from utils.adapters import adapters
+from utils.console import UserError
 from utils.models import loading
+from utils.models.architecture import meta_model
+from utils.models.placement import half_precision_gain, place, training_kernel
 from utils.training import memory
 from utils.training.loss import returning_loss
 
@@ -135,9 +138,9 @@ def test_a_scale_before_the_output_layer_is_noticed(bases):
 
 
 def test_the_type_is_measured_named_or_taken_from_the_run(script, bases, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "SMALL", 1)
+    monkeypatch.setattr("utils.models.placement.SMALL", 1)
     for gain, name in ((1.2, "float32"), (1.4, "bfloat16")):
-        monkeypatch.setattr(loading, "half_precision_gain", lambda *_, gain=gain: gain)
+        monkeypatch.setattr("utils.models.placement.half_precision_gain", lambda *_, gain=gain: gain)
         out = script("finetune.py", *options(bases["llama"], data, tmp_path / name, max_steps=1)).ok()
         assert f"{gain} times as fast as float32 here: computing in {name}" in out
         assert lineage.read(tmp_path / name)["dtype"] == name
@@ -168,7 +171,7 @@ def test_other_programs_have_no_part_in_what_is_measured(monkeypatch, faster):
 
     monkeypatch.setattr(functional, "linear", product)
     threads = torch.get_num_threads()
-    gain = loading.half_precision_gain(torch.device("cpu"), torch.bfloat16, 64)
+    gain = half_precision_gain(torch.device("cpu"), torch.bfloat16, 64)
     assert gain == pytest.approx(faster, rel=0.25) and sum(spent) < 0.1
     assert torch.get_num_threads() == threads
 
@@ -184,10 +187,10 @@ def test_the_base_has_the_type_that_is_computed_in(bases):
     from utils.models.tokenizer import load_tokenizer
 
     for name in ("float32", "bfloat16"):
-        placement = loading.place(False, False, dtype=name)
+        placement = place(False, False, dtype=name)
         model = loading.load_base(str(bases["llama"]), load_tokenizer(bases["llama"]), placement)
         assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, name)}
-    assert loading.place(False, False).autocast_dtype is None
+    assert place(False, False).autocast_dtype is None
 
 
 class Gpu:
@@ -203,10 +206,10 @@ class Gpu:
 @pytest.mark.parametrize(("major", "name"), [(7, "float16"), (8, "bfloat16")])
 def test_gpus_that_emulate_bfloat16_get_float16(monkeypatch, major, name):
     Gpu(monkeypatch, major)
-    assert loading.place(None, False).dtype_name == name and loading.place(None, False).quantize == "8bit"
+    assert place(None, False).dtype_name == name and place(None, False).quantize == "8bit"
     if major == 7:
-        with pytest.raises(loading.UserError, match="no instructions for it"):
-            loading.place(None, False, dtype="bfloat16")
+        with pytest.raises(UserError, match="no instructions for it"):
+            place(None, False, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -222,14 +225,14 @@ def test_flash_attention_is_taken_where_it_works_and_the_choice_is_said(
     bases, monkeypatch, capsys, installed, major, dtype, chosen
 ):
     Gpu(monkeypatch, major)
-    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr("utils.models.placement.is_flash_attn_2_available", lambda: installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    assert loading.training_kernel(loading.place(None, False, dtype=dtype), str(bases["llama"])) == chosen
+    assert training_kernel(place(None, False, dtype=dtype), str(bases["llama"])) == chosen
     assert f"attention kernel: {chosen or 'sdpa'}" in capsys.readouterr().out
-    assert loading.training_kernel(loading.place(None, False, kernel="eager"), str(bases["llama"])) == "eager"
+    assert training_kernel(place(None, False, kernel="eager"), str(bases["llama"])) == "eager"
     if not (installed and major >= 8):
-        with pytest.raises(loading.UserError, match="flash_attention_2: needs the package"):
-            loading.place(None, False, kernel="flash_attention_2")
+        with pytest.raises(UserError, match="flash_attention_2: needs the package"):
+            place(None, False, kernel="flash_attention_2")
 
 
 def test_a_kernel_that_is_not_there_is_refused_before_the_work(script, bases, data, tmp_path):
@@ -241,8 +244,8 @@ def test_a_kernel_that_is_not_there_is_refused_before_the_work(script, bases, da
 def test_what_is_faster_than_8_bit_is_said(bases, monkeypatch, capsys):
     from peft import LoraConfig
 
-    model = adapters.add(loading.meta_model(str(bases["llama"])), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    placement = loading.place(True, False, dtype="bfloat16")
+    model = adapters.add(meta_model(str(bases["llama"])), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    placement = place(True, False, dtype="bfloat16")
     for free, words in ((10**9, "bfloat16 has room here, about 0.0 GB, and is faster: --load_8bit False"), (0, "--load_4bit")):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         memory.tell_faster(model, placement, 4, 64)
@@ -252,17 +255,17 @@ def test_what_is_faster_than_8_bit_is_said(bases, monkeypatch, capsys):
 def test_ways_to_train_that_would_go_wrong_are_refused(monkeypatch):
     Gpu(monkeypatch, 8)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    with pytest.raises(loading.UserError, match=r"LOCAL_RANK 5: .* 2 GPUs; start as many"):
-        loading.place(None, False)
+    with pytest.raises(UserError, match=r"LOCAL_RANK 5: .* 2 GPUs; start as many"):
+        place(None, False)
     monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(loading.UserError, match="--gpu_id 5"):
-        loading.place(None, False, 5)
+    with pytest.raises(UserError, match="--gpu_id 5"):
+        place(None, False, 5)
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    assert loading.place(None, False).quantize is None
-    with pytest.raises(loading.UserError, match="--load_8bit: FSDP"):
-        loading.place(True, False)
+    assert place(None, False).quantize is None
+    with pytest.raises(UserError, match="--load_8bit: FSDP"):
+        place(True, False)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(loading.UserError, match="DeepSpeed"):
-        loading.place(None, True)
+    with pytest.raises(UserError, match="DeepSpeed"):
+        place(None, True)

@@ -15,7 +15,7 @@ import finetune
 from utils import lineage
 from utils.datasets.encoding import encode
 from utils.datasets.templates import Prompter
-from utils.models.loading import place
+from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
 from utils.training import checkpoints, loss, setup, trainer
 from utils.training.batching import pad, split_across_ranks

@@ -13,7 +13,7 @@ from scripting import ROOT
 from trainings import losses, options, tensors
 
 from utils.console import UserError
-from utils.models import loading
+from utils.models.placement import place
 
 torch.set_num_threads(1)
 
@@ -61,12 +61,12 @@ def test_a_configuration_that_would_train_wrongly_is_refused(monkeypatch):
     for name in ("fsdp.yaml", "fsdp-4bit.yaml"):
         for key, value in configured(name).items():
             monkeypatch.setenv(key, value)
-        loading.place(False, False)
+        place(False, False)
     for key, value in (("VERSION", "1"), ("STATE_DICT_TYPE", "SHARDED_STATE_DICT"), ("CPU_RAM_EFFICIENT_LOADING", "false")):
         with monkeypatch.context() as changed:
             changed.setenv(f"FSDP_{key}", value)
             with pytest.raises(UserError, match=f"FSDP: fsdp_{key.lower()} is {value}, and has to be"):
-                loading.place(False, False)
+                place(False, False)
 
 
 def test_pairs_are_not_sharded(script, bases, tmp_path):

@@ -21,7 +21,7 @@ from utils.inference.engine import Engine
 from utils.inference.kv_cache import Ids
 from utils.inference.rollouts import Sampler, cache_room, ready_to_answer
 from utils.inference.sampling_params import SamplingParams
-from utils.models.loading import window_of
+from utils.models.architecture import window_of
 from utils.models.tokenizer import end_tokens
 from utils.training.evaluations import Evaluated
 

@@ -15,7 +15,7 @@ from utils.evaluation.intervals import bootstrap, compare
 from utils.evaluation.tables import Row, Table, Values
 from utils.inference.answerers import BASE, resolve, with_base
 from utils.inference.engine import Engine
-from utils.models.loading import place
+from utils.models.placement import place
 from utils.training.loss import full_loss
 
 Members = dict[str, list[int]]

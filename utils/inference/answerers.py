@@ -35,7 +35,7 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
     Raises UserError if an adapter is missing or broken, where neither options nor adapters name a base, where
     what they say differs from what was given, or from each other, and where the base is none that can be loaded.
     """
-    from utils.models.loading import read_architecture
+    from utils.models.architecture import read_architecture
 
     names = labels(lora_weights)
     lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]

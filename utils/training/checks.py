@@ -70,7 +70,7 @@ def check_layers(options: Options, origin: "RunStart") -> None:
     The model's weights need not be loaded for that.
     """
     from utils.adapters import adapters, settings, targets
-    from utils.models.loading import meta_model
+    from utils.models.architecture import meta_model
 
     wanted, parent = lora_options(options), origin.parent
     has_settings = parent is not None and (parent / settings.FILE).is_file()
@@ -94,7 +94,7 @@ def lora_options(options: Options) -> dict[str, Any]:
 
 def check_window(options: Options, config: Any) -> None:
     """Print it if --cutoff_len is more than the model was made for. Raises UserError if it has positions for no more."""
-    from utils.models.loading import has_learned_positions, window_of
+    from utils.models.architecture import has_learned_positions, window_of
 
     window = window_of(config)
     if window is None or options.cutoff_len <= window:

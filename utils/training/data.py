@@ -39,7 +39,7 @@ def prepare_data(
     from utils.datasets.encoding import OVERLAP
     from utils.files import sha256
     from utils.models import quantized
-    from utils.models.loading import read_architecture
+    from utils.models.architecture import read_architecture
     from utils.models.tokenizer import PUT_IT, end_tokens, load_tokenizer
     from utils.models.tokenizer_files import tokenizer_mark
     from utils.models.weights import base_folder

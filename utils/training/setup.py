@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from utils.datasets.dataset import EncodedDataset
-    from utils.models.loading import DeviceConfig
+    from utils.models.placement import DeviceConfig
     from utils.training.evaluations import Evaluator
     from utils.training.grpo import Sampler
     from utils.training.start import RunStart
@@ -40,7 +40,7 @@ def choose_dtype(placement: "DeviceConfig", named: str, base_model: str, origin:
     one that is fast here, on all ranks what the first one measures."""
     from accelerate.utils import broadcast_object_list
 
-    from utils.models.loading import measured, with_dtype
+    from utils.models.placement import measured, with_dtype
     from utils.training import start
 
     if origin.checkpoint and not named:
@@ -58,7 +58,8 @@ def prepare_model(options: Options, placement: "DeviceConfig", origin: "RunStart
     from utils.adapters import adapters
     from utils.adapters.lora_config import lora_config
     from utils.models import spread
-    from utils.models.loading import fit_embeddings, load_base, training_kernel
+    from utils.models.loading import fit_embeddings, load_base
+    from utils.models.placement import training_kernel
     from utils.models.sharding import wants_fsdp
 
     if wants_fsdp() and stage not in (TEXT, INSTRUCTION):
@@ -84,7 +85,7 @@ def show(options: Options, placement: "DeviceConfig", stage: str) -> None:
     from utils import lineage
     from utils.adapters import adapters
     from utils.adapters.lora_config import lora_config
-    from utils.models.loading import meta_model
+    from utils.models.architecture import meta_model
     from utils.training import dry_run, memory, start
     from utils.training.data import prepare_data
 

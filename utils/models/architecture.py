@@ -1,0 +1,84 @@
+"""What a model is by its config.json, before any weight is read: its layers without their values, and its window."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from utils.console import UserError, reason
+from utils.files import read_json
+from utils.models.weights import base_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # the first takes seconds to import
+
+transformers.utils.logging.set_verbosity_error()
+if not os.isatty(2):
+    transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", module="bitsandbytes")  # on the CPU it warns once a layer
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+# several times what the largest models have; many more would take forever to build
+MOST = {"num_hidden_layers": 1000, "hidden_size": 200_000, "num_attention_heads": 2000, "vocab_size": 10_000_000}
+CAUSAL_ANYWAY = ("gpt_neox", "gpt_neox_japanese")  # their is_decoder is false by default, and nothing reads it
+REFUSED = {  # families that could be trained, and not asked by what the library's own caches hold
+    "minimax": "keeps its states in a cache of its own",
+    "rwkv": "keeps a state in place of a cache",
+    "xlstm": "keeps states in a cache of its own",
+    "cpmant": "reads its question in both directions and takes padding for a part of it",
+    "dory": "caches columns of unequal numbers",
+    "recurrent_gemma": "answers short prompts otherwise than transformers' own generate",
+    "reformer": "keeps hashes in a cache of its own",
+    "xlnet": "predicts words in any order",
+}
+
+
+def read_architecture(folder: Path) -> PreTrainedConfig:
+    """What `config.json` says. Raises UserError if it is missing, of an unknown family, or wants its own code to be run."""
+    path = folder / "config.json"
+    settings = read_json(path)
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise UserError(f"{path}: names no model_type; is it the config of a language model?")
+    if settings.get("auto_map") and settings["model_type"] not in transformers.CONFIG_MAPPING:
+        raise UserError(f"{path}: asks for code of its own to be run, which is refused; use a family that transformers knows")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        fix = "download the file again, or use a family that transformers knows"
+        raise UserError(f"{path}: not understood ({reason(error)}); {fix}") from None
+    for name, most in MOST.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise UserError(f"{path}: {name} is {value}, which is not plausible; download the file again")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path}: {settings['model_type']} is not a causal language model; choose one such as LLaMA or BLOOM")
+    kind = settings["model_type"]
+    is_encoder = getattr(config, "is_decoder", True) is False and kind not in CAUSAL_ANYWAY
+    if config.is_encoder_decoder or is_encoder:
+        raise UserError(f"{path}: {kind} reads texts in both directions; choose a causal language model such as LLaMA")
+    if kind in REFUSED:
+        raise UserError(f"{path}: {kind} {REFUSED[kind]}, and cannot be asked here; choose another base model")
+    return config
+
+
+def window_of(config: PreTrainedConfig) -> int | None:
+    """The longest text, in tokens, that a model was made for; None where it has no such limit, as BLOOM."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def meta_model(base_model: str) -> "PreTrainedModel":
+    """The model without its weights: its layers and their shapes alone. Raises UserError as `read_architecture` does."""
+    config = read_architecture(base_folder(base_model))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def has_learned_positions(base_model: str, window: int) -> bool:
+    """True if a model looks up each position in a table of `window` rows (OPT's has two more), as GPT-2 does."""
+    model = meta_model(base_model)
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    return any(table.num_embeddings in (window, window + 2) for table in tables if table is not model.get_input_embeddings())
