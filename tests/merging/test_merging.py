@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from utils.adapters import switching
+from utils.console import UserError
 from utils.models.tokenizer import load_tokenizer
 
 EVERYTHING = {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]}
@@ -111,6 +112,18 @@ def test_biases(tmp_path, bias):
     options = {"lora_bias": True} if bias == "lora_bias" else {"bias": bias}
     adapter = tiny.adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **options)
     assert same_logits(loaded(merge(base, adapter, tmp_path / "out")), with_peft(base, adapter))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["o_proj", "up_proj"]])
+def test_biases_for_layers_without_one(base, tmp_path, targets, capsys):
+    adapter = tiny.adapter(base, tmp_path / "adapter", target_modules=targets, lora_bias=True)
+    assert same_logits(loaded(merge(base, adapter, tmp_path / "out", "--verify")), with_peft(base, adapter))
+    config, switches = json.loads((tmp_path / "out" / "config.json").read_text()), ("attention_bias", "mlp_bias")
+    on = [name for name in switches if config[name]]
+    assert len(on) == 1 + (targets == ["o_proj", "up_proj"])
+    assert f"{', '.join(on)} is true from now on" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has a bias, the base's has none"):
+        merge(base, adapter, tmp_path / "pth", "--output_type", "pth")
 
 
 @pytest.mark.parametrize("dora", [False, True])

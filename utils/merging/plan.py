@@ -10,7 +10,7 @@ import torch
 
 from utils import lineage
 from utils.console import UserError, say
-from utils.merging import meta_writer, shards
+from utils.merging import biases, meta_writer, shards
 from utils.merging.adapter_deltas import Adapter, Finder
 from utils.merging.shards import Part
 from utils.merging.tensor_recipes import Change, Grow, Recipe, Replace, ReplaceRows, same_changes
@@ -74,6 +74,8 @@ def plan_merge(
     adapters, fingerprint = [Adapter(base_folder(name)) for name in lora_models], lineage.fingerprint(base_model)
     for adapter in adapters[:1]:  # those after it were trained on what the first makes of the base
         lineage.check_same_base(lineage.read(adapter.folder), fingerprint, str(adapter.folder), base_model)
+    if output_type != "pth":  # Meta's layout has no place for biases
+        config, weights = biases.add_missing(config, weights, adapters)
     find = Finder(weights.names, config)
     weights = beside_quantized(weights, find, adapters, merge_into)
     recipes, rows = plan_recipes(weights, find, adapters)
