@@ -137,6 +137,18 @@ def test_it_works_for_those_who_are_not_root(tmp_path):
         assert (ended.returncode, "word" in ended.stdout) == (status, status == 0), ended.stderr
 
 
+def test_systems_are_compared_problem_by_problem():
+    """With one sample McNemar's test, with several a bootstrap over problems; by hand: 8 problems against none, p = 2 / 256."""
+    records = [{"instruction": str(n), "category": "x"} for n in range(10)]
+    good, poor = [""] * 8 + ["E"] * 2, ["E"] * 10
+    line = "pass@1, all 10 problems: a is better than b (only a right 8, only b right 0, McNemar p = 0.008)"
+    assert line in code.tabulate(records, {"a": good, "b": poor})[1]
+    notes = code.tabulate(records, {"a": good, "a#2": poor, "b": [""] * 4 + ["E"] * 6, "b#2": poor[:9] + [""]})[1]
+    assert any(note.startswith("pass@1, all 10 problems: a and b: no difference can be told (95 % interval") for note in notes)
+    notes = code.tabulate(records, {"a": good, "a#2": good, "b": poor, "b#2": [""] + poor[1:]})[1]
+    assert any(note.startswith("pass@1, all 10 problems: a is better than b (95 % interval of") for note in notes)
+
+
 def test_the_script_runs_samples_and_counts(script, tmp_path):
     raw = {"task_id": "x/0", "prompt": ADD.prefix, "entry_point": "add", "test": "def check(f):\n    assert f(1, 2) == 3"}
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps(raw) + "\n", "utf-8")

@@ -1,5 +1,6 @@
 """Code that answers hold: run against each problem's tests, in a child without rights, and counted as pass@k."""
 
+import itertools
 import math
 import re
 import secrets
@@ -16,7 +17,7 @@ from utils.console import UserError, progress
 from utils.datasets.file_formats import UnreadableItem, read_items
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import ALL, key_of, samples
-from utils.evaluation.intervals import bootstrap
+from utils.evaluation.intervals import bootstrap, compare, compare_shares
 from utils.evaluation.sandbox import REFUSED
 from utils.evaluation.tables import Row, Table
 
@@ -119,25 +120,38 @@ def pass_at(k: int, count: int, right: int) -> float:
 
 
 def tabulate(records: Sequence[Record], results: Mapping[str, list[str | None]]) -> tuple[list[Table], list[str]]:
-    """A table for each k that there are samples for (1, 10, 100), and what went wrong most."""
+    """A table for each k that there are samples for (1, 10, 100), what went wrong most, and which systems differ."""
     groups = samples(list(results))
     fewest = min(map(len, groups.values()))
     places = [place for place, found in enumerate(next(iter(results.values()))) if found is not None]
     members: dict[str, list[int]] = {}
     for place in places:
         members.setdefault(records[place].get("category", ALL), []).append(place)
-    tables = []
+    tables, told = [], notes(groups, results)
     for k in [k for k in (1, 10, 100) if k <= fewest]:
+        shares = {
+            name: {p: 100 * pass_at(k, len(systems), sum(results[s][p] == "" for s in systems)) for p in places}
+            for name, systems in groups.items()
+        }
         rows = []
         for category, inside in members.items():
-            values: dict[str, float | None] = {}
-            doubt = {}
-            for name, systems in groups.items():
-                shares = [100 * pass_at(k, len(systems), sum(results[s][p] == "" for s in systems)) for p in inside]
-                values[name], doubt[name] = statistics.fmean(shares), bootstrap([shares])
+            values: dict[str, float | None] = {
+                name: statistics.fmean(found[p] for p in inside) for name, found in shares.items()
+            }
+            doubt = {name: bootstrap([[found[p] for p in inside]]) for name, found in shares.items()}
             rows.append(Row(category, len(inside), values, doubt))
         tables.append(Table(f"pass@{k} in % ({fewest} samples a problem, {SECONDS} s, {MEGABYTES} MB)", list(groups), rows))
-    return tables, notes(groups, results)
+        told += [f"pass@{k}, all {len(places)} problems: {line}" for line in differences(shares)]
+    return tables, told
+
+
+def differences(shares: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """A line for each two systems: whether they differ in pass@k of the same problems, given in percent; by McNemar's test
+    where each problem is passed or not, else by a paired bootstrap over the problems."""
+    if all(share in (0, 100) for found in shares.values() for share in found.values()):
+        return compare_shares({name: [share == 100 for share in found.values()] for name, found in shares.items()})
+    gaps = {(a, b): [shares[a][p] - shares[b][p] for p in shares[a]] for a, b in itertools.combinations(shares, 2)}
+    return [compare(one, other, bootstrap([found])) for (one, other), found in gaps.items()]
 
 
 def notes(groups: Mapping[str, list[str]], results: Mapping[str, list[Any]]) -> list[str]:
