@@ -54,6 +54,7 @@ class Answering:
     )
     test_input_path: list[str] = option([], "prompts: a file of texts or records, several (a,b:0.5), a folder, a hub name")
     output_path: str = option("", "file for the answers (test.json beside the LoRA weights)")
+    seeds: list[str] = option([], "with --do_sample: answer once with each of these seeds, into test-SEED.json (a,b,c)")
     overwrite: bool = option(False, "replace answers to other prompts, or those of an unfinished run")
     batch_size: int | str = option("auto", "prompts answered at once (auto: by length and memory)", least=1, choices=("auto",))
 
@@ -92,28 +93,42 @@ def main(options: Options) -> None:
 
     outputs = output_paths(options.lora_weights, options.output_path)
     records = read_prompts(options.test_input_path, options.seed)
-    for path in outputs:
+    runs = runs_by_seed(options, outputs)
+    for path in [path for _, paths in runs for path in paths]:
         check_output(path, records, options.overwrite)
-    if options.api_base:
-        have_answered(options, outputs, records)
-    else:
-        engine = load_engine(options)
-        from utils.inference import batch
+    engine = None if options.api_base else load_engine(options)
+    for settings, paths in runs:
+        if engine is None:
+            have_answered(options, settings, paths, records)
+        else:
+            from utils.inference import batch
 
-        batch_size = options.batch_size if isinstance(options.batch_size, int) else 0
-        batch.run(engine, outputs, records, decoding(options), batch_size, options.overwrite)
-    for path in outputs:
-        write_options(dataclasses.asdict(options), Path(path).with_suffix(".yaml"))
+            batch_size = options.batch_size if isinstance(options.batch_size, int) else 0
+            batch.run(engine, paths, records, settings, batch_size, options.overwrite)
+        for path in paths:
+            write_options(dataclasses.asdict(options), Path(path).with_suffix(".yaml"))
 
 
-def have_answered(options: Options, outputs: list[Path], records: list["Record"]) -> None:
+def runs_by_seed(options: Options, outputs: list[Path]) -> list[tuple[SamplingParams, list[Path]]]:
+    """How to decode, and where the answers go: once, or once for each of --seeds."""
+    from utils.datasets.prompts import sample_path
+
+    settings = decoding(options)
+    if not options.seeds:
+        return [(settings, outputs)]
+    return [
+        (dataclasses.replace(settings, seed=int(seed)), [sample_path(path, seed) for path in outputs]) for seed in options.seeds
+    ]
+
+
+def have_answered(options: Options, settings: SamplingParams, outputs: list[Path], records: list["Record"]) -> None:
     """Have the server at --api_base answer."""
     from utils.inference import remote
     from utils.inference.requests import RequestLimits
 
     limits = RequestLimits(options.concurrency)
     stops, thinking = options.stop, options.enable_thinking
-    asking = remote.Asking(options.api_base, options.api_model, options.api_route, decoding(options), stops, limits, thinking)
+    asking = remote.Asking(options.api_base, options.api_model, options.api_route, settings, stops, limits, thinking)
     remote.run(asking, options.base_model, options.lora_weights, options.prompt_template, outputs, records, options.overwrite)
 
 
@@ -148,8 +163,11 @@ def check_together(options: Options) -> None:
         raise UserError("--api_model and --api_route: are for another server; name it with --api_base, or leave them out")
     if options.is_ui and options.api_base:
         raise UserError("--api_base: is for the batch mode; add --is_ui False")
-    if options.is_ui and (options.test_input_path or options.output_path):
-        raise UserError("--test_input_path and --output_path are for the batch mode; add --is_ui False, or leave them out")
+    if options.is_ui and (options.test_input_path or options.output_path or options.seeds):
+        raise UserError(
+            "--test_input_path, --output_path and --seeds are for the batch mode; add --is_ui False, or leave them out"
+        )
+    check_seeds(options)
     for folder in options.lora_weights:
         if not Path(folder).is_dir() and not is_hub_name(folder):
             raise UserError(f"--lora_weights {folder}: no such folder; name the folder of an adapter")
@@ -159,6 +177,15 @@ def check_together(options: Options) -> None:
         raise UserError(f"--adapters_dir {options.adapters_dir}: no such folder; name one that holds folders of adapters")
     if options.prompt_template:
         check_template(options.prompt_template)
+
+
+def check_seeds(options: Options) -> None:
+    """Raises UserError if --seeds are not different numbers, or chance has no part in the answers."""
+    wrong = [seed for seed in options.seeds if not (seed.isdecimal() and seed == str(int(seed)))]
+    if wrong or len(set(options.seeds)) < len(options.seeds):
+        raise UserError(f"--seeds {','.join(options.seeds)}: not different whole numbers; write them like --seeds 1,2,3")
+    if options.seeds and not decoding(options).samples:
+        raise UserError("--seeds: without sampling all answers would be the same; add --do_sample and a --temperature above 0")
 
 
 def login(auth: str) -> tuple[str, str] | None:

@@ -37,7 +37,7 @@ class Options:
 
     answers: list[str] = option(
         [],
-        "NAME=PATH of a system's test.json; once for each system, again for each further sample",
+        "NAME=PATH of a system's test.json, or a folder; once for each system, again for each further sample",
         many=True,
         heading="Systems",
     )
@@ -159,14 +159,10 @@ def show(options: Options, findings: "Findings") -> None:
     """Print each table once: of the steps of a chain with the change from step to step, which is written and drawn, too. Write
     the report, if it is asked for."""
     from utils.evaluation import report
-    from utils.evaluation.answers import sample_notes
     from utils.evaluation.charts import draw_chain
     from utils.evaluation.tables import markdown, write_gains
 
     folder, steps = Path(options.output_dir), findings.steps
-    over_samples = sample_notes(findings.tables)
-    say("\n".join(over_samples))
-    findings.notes += over_samples
     for table in findings.tables:
         if not steps or not set(table.systems) <= set(steps):
             say(f"{table.title}\n{markdown(table)}")

@@ -6,9 +6,11 @@ import pytest
 from scipy import stats
 
 from utils.evaluation.aggregate import differences, intervals
+from utils.evaluation.answers import over_samples
 from utils.evaluation.intervals import bootstrap, compare, compare_shares, mcnemar, wilson
 from utils.evaluation.judging import Judgement
 from utils.evaluation.metrics import measure
+from utils.evaluation.tables import Row, Table
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (8, 10), (10, 10), (1, 1), (57, 335)])
@@ -109,3 +111,17 @@ def test_samples_of_a_system_are_taken_together():
     assert differences(length, {"a": length.count([("长长", "")] * 2), "b": length.count([("短", "")] * 2)}, True) == [
         "a has more than b (95 % interval of the difference +1.0 to +1.0)"
     ]
+
+
+def test_samples_of_a_system_are_one_column_of_their_mean():
+    """By hand: 1, 2 and 3 have the mean 2 and the deviation 1; Student's 4.3027 / sqrt(3) is 2.4842."""
+    rows = [
+        Row("qa", 5, {"a": 1.0, "a#2": 2.0, "a#3": 3.0, "b": 9.0}, {"b": (8.0, 9.5)}),
+        Row("none", 1, {"a": None, "b": 1.0}),
+    ]
+    table = over_samples(Table("BLEU", ["a", "a#2", "a#3", "b"], rows))
+    assert table.title == "BLEU, mean and interval over samples: a of 3 samples" and table.systems == ["a", "b"]
+    assert table.rows[0].values == {"a": 2.0, "b": 9.0} and table.rows[1].values == {"a": None, "b": 1.0}
+    assert table.rows[0].intervals == {"a": pytest.approx((2 - 2.4842, 2 + 2.4842), abs=1e-4), "b": (8.0, 9.5)}
+    assert table.rows[1].intervals == {"a": None, "b": None}
+    assert over_samples(table) is table

@@ -15,6 +15,7 @@ import generate
 from utils.cli import parse
 from utils.console import UserError
 from utils.datasets.prompts import read_prompts
+from utils.evaluation.answers import answer_files
 from utils.inference import batch as batch_answers
 from utils.inference.kv_cache import DecodingBatch
 
@@ -140,6 +141,18 @@ def test_answers_to_other_prompts_are_not_overwritten_unasked(place):
         run(*weights, "--test_input_path", other)
 
 
+def test_answers_are_drawn_with_several_seeds(place):
+    """Each as a run with that seed alone; judge.py takes a folder of them as samples of one system."""
+    sampled = ["--lora_weights", place / "a", "--test_input_path", place / "prompts.json", "--do_sample"]
+    sampled += ["--temperature", "5.0", "--num_beams", "1"]
+    run(*sampled, "--seeds", "3,11")
+    assert not (place / "a/test.json").exists() and (place / "a/test-3.yaml").is_file()
+    drawn = {seed: (place / f"a/test-{seed}.json").read_bytes() for seed in (3, 11)}
+    run(*sampled, "--seed", "11", "--output_path", place / "alone.json")
+    assert drawn[11] == (place / "alone.json").read_bytes() != drawn[3]
+    assert answer_files([f"f={place / 'a'}"]) == {"f": place / "a/test-3.json", "f#2": place / "a/test-11.json"}
+
+
 def test_the_same_run_again_has_nothing_to_do(place, capsys):
     weights = ("--lora_weights", place / "a", "--test_input_path", place / "prompts.json")
     run(*weights)
@@ -246,6 +259,9 @@ def test_prompts_are_measured_before_the_weights_are_loaded(models, place, tmp_p
             "--output_path",
         ),
         (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--load_8bit", "--load_4bit"), "--load_4bit"),
+        (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--seeds", "1,2"), "--do_sample"),
+        (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--do_sample", "--seeds", "1,1"), "different"),
+        (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--do_sample", "--seeds", "a"), "whole numbers"),
         (("--lora_weights", "{}/a", "--test_input_path", "{}/huge.json"), "window"),
     ],
 )

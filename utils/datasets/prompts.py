@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-from utils.console import UserError
+from utils.console import UserError, say
 from utils.datasets.file_formats import ENDINGS
 from utils.datasets.records import Record, read_records
 from utils.datasets.sources import Source, is_hub_name, sources, weighted
@@ -75,6 +75,20 @@ def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
     for path in paths:
         check_folder(path.absolute().parent, "--output_path")
     return paths
+
+
+def sample_path(path: Path, seed: str) -> Path:
+    """Where the answers drawn with `seed` go: `test-1.json` beside `test.json`."""
+    return path.with_name(f"{path.stem}-{seed}{path.suffix}")
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The answers in a folder: its `test.json`, else those that were drawn with several seeds, in the order of these."""
+    whole = folder / RESULT
+    drawn = [path for path in folder.glob(f"{whole.stem}-*{whole.suffix}") if path.stem.rpartition("-")[2].isdecimal()]
+    if whole.is_file() and drawn:
+        say(f"{whole}: is compared; the {len(drawn)} files beside it that were drawn with --seeds are not, unless named singly")
+    return [whole] if whole.is_file() else sorted(drawn, key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
 def check_output(path: Path, records: list[Record], overwrite: bool) -> None:

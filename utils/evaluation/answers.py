@@ -1,5 +1,6 @@
 """The answers of several systems to the same prompts: read, put side by side, given category and reference."""
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from utils.console import UserError, say
-from utils.datasets.prompts import RESULT, Record
+from utils.datasets.prompts import RESULT, Record, result_files
 from utils.datasets.records import read_records
 from utils.datasets.templates import split_thinking
+from utils.evaluation.intervals import Interval, of_mean
+from utils.evaluation.tables import Row, Table, Values
 from utils.files import read_json, sha256
 from utils.inference.answer_file import made_path
 
@@ -18,8 +21,8 @@ SAMPLE = "#"  # between the name of a system and the number of its sample
 
 
 def answer_files(answers: list[str]) -> dict[str, Path]:
-    """The files of `NAME=PATH` pairs, by name; a folder stands for its test.json. A name that is given again is another
-    sample of the same system, `f1#2`. Raises UserError."""
+    """The files of `NAME=PATH` pairs, by name; a folder stands for the answers in it. A name that is given again, or has
+    answers of several seeds, has further samples of the same system, `f1#2`. Raises UserError."""
     files: dict[str, Path] = {}
     for pair in answers:
         name, equals, path = pair.partition("=")
@@ -28,9 +31,12 @@ def answer_files(answers: list[str]) -> dict[str, Path]:
             raise UserError(f"--answers {pair}: not NAME=PATH; write it like --answers f1=output/f1/{RESULT}")
         if SAMPLE in name:
             raise UserError(f"--answers {pair}: {SAMPLE} is for further samples of a system; choose a name without it")
-        number = sum(known.partition(SAMPLE)[0] == name for known in files)
-        name = f"{name}{SAMPLE}{number + 1}" if number else name
-        files[name] = Path(path) / RESULT if Path(path).is_dir() else Path(path)
+        found = result_files(Path(path)) if Path(path).is_dir() else [Path(path)]
+        if not found:
+            raise UserError(f"--answers {pair}: this folder holds no {RESULT}; make it with generate.py --is_ui False")
+        for file in found:
+            number = sum(known.partition(SAMPLE)[0] == name for known in files)
+            files[f"{name}{SAMPLE}{number + 1}" if number else name] = file
     return files
 
 
@@ -138,16 +144,21 @@ def samples(systems: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def sample_notes(tables: list[Any]) -> list[str]:
-    """For each table and system with several samples, the mean over these and how far they differ (standard deviation)."""
-    lines = []
-    for table in tables:
-        for name, systems in samples(table.systems).items():
-            columns = [[row.values.get(system) for row in table.rows] for system in systems]
-            means = [statistics.fmean(values) for values in columns if values and None not in values]  # type: ignore[type-var]
-            if len(means) > 1:
-                spread = statistics.stdev(means)
-                mean = f"{statistics.fmean(means):.{table.digits}f}"
-                shown = f"mean {mean}, standard deviation {spread:.{table.digits + 1}f}"
-                lines.append(f"{table.title}: {name} over {len(means)} samples: {shown}")
-    return lines
+def over_samples(table: Table) -> Table:
+    """The table with one column for each system: where it has several samples, their mean, with the interval that these
+    leave (Student's, over samples); as it is where no system has."""
+    groups = samples(table.systems)
+    if len(groups) == len(table.systems):
+        return table
+    rows = []
+    for row in table.rows:
+        values: Values = {}
+        doubt: dict[str, Interval | None] = {}
+        for name, systems in groups.items():
+            known = [value for value in map(row.values.get, systems) if value is not None]
+            values[name] = statistics.fmean(known) if known else None
+            doubt[name] = of_mean(known) if len(systems) > 1 else row.intervals.get(name)
+        rows.append(Row(row.category, row.samples, values, doubt))
+    counts = ", ".join(f"{name} of {len(systems)} samples" for name, systems in groups.items() if len(systems) > 1)
+    title = f"{table.title}, mean and interval over samples: {counts}"
+    return dataclasses.replace(table, title=title, systems=list(groups), rows=rows)

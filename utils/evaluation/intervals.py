@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -50,6 +51,16 @@ def bootstrap(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval | No
     means = [numpy.asarray(group)[chance.integers(len(group), size=(RESAMPLES, len(group)))].mean(1) for group in groups]
     edges: list[float] = numpy.quantile(numpy.mean(means, 0), [(1 - SURE) / 2, (1 + SURE) / 2]).tolist()
     return edges[0], edges[1]
+
+
+def of_mean(values: Sequence[float]) -> Interval | None:
+    """The interval of the mean of a few values that chance makes differ (Student 1908); None where there are fewer than two."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf((1 + SURE) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def resampled(counts: Sequence[Sequence[float]], value: Callable[[Sequence[float]], float], seed: int = 0) -> Any:

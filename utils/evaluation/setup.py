@@ -8,6 +8,7 @@ from utils.console import UserError, say
 if TYPE_CHECKING:
     from utils.datasets.prompts import Record
     from utils.evaluation.report import Findings
+    from utils.evaluation.tables import Table
     from utils.inference.openai_client import ModelServer
     from utils.inference.requests import RequestLimits
 
@@ -43,7 +44,7 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
 
     Where steps have no answers yet, and nothing asks for them, there are no files.
     """
-    from utils.datasets.prompts import RESULT
+    from utils.datasets.prompts import RESULT, result_files
     from utils.evaluation.answers import answer_files
 
     files = answer_files(options.answers)
@@ -52,7 +53,7 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
         from utils.evaluation.chain import chain_folders
 
         steps = chain_folders(options.chain)
-        missing = [str(folder) for folder in steps.values() if not (folder / RESULT).is_file()]
+        missing = [str(folder) for folder in steps.values() if not result_files(folder)]
         command = f"python generate.py --is_ui False --test_input_path test_data --lora_weights {','.join(missing)}"
         asked = options.judge_model or options.votes or options.metrics or options.run_code or options.answers
         if missing and (asked or (len(missing) < len(steps) and not options.held_out)):
@@ -62,10 +63,17 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
             return files, steps
         for name in files.keys() & steps.keys():
             raise UserError(f"--answers {name}=…: also the name of a step of the chain; choose another")
-    files |= {name: folder / RESULT for name, folder in steps.items()}
+    files |= answer_files([f"{name}={folder}" for name, folder in steps.items()])
     if (options.judge_model or options.votes) and not 2 <= len(files) <= 8:
         raise UserError(f"--judge_model: a judge is shown 2 to 8 systems, not {len(files)}; give as many --answers")
     return files, steps
+
+
+def told(tables: list["Table"], findings: "Findings") -> list["Table"]:
+    """Tables as they are shown: the samples of a system as one, and how the answers were made."""
+    from utils.evaluation.answers import over_samples
+
+    return [over_samples(one).telling(findings.how) for one in tables]
 
 
 def have_judged(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
@@ -82,8 +90,9 @@ def have_judged(options: Options, findings: "Findings", prompts: list["Record"],
         judgements = judge_all(
             endpoint, prompts, answers, options.repeats, options.seed, with_references=bool(options.show_references)
         )
-    table = aggregate.tabulate(f"scores by {options.judge_model}", prompts, list(answers), judgements).telling(findings.how)
-    notes = aggregate.notes(prompts, table, judgements)
+    each = aggregate.tabulate(f"scores by {options.judge_model}", prompts, list(answers), judgements)
+    notes = aggregate.notes(prompts, each, judgements)
+    (table,) = told([each], findings)
     write_json(folder / "judgements.json", [aggregate.as_record(one, prompts[one.prompt]) for one in judgements])
     tables.write(folder / "scores", [table], notes, aggregate.facts(prompts, list(answers), judgements))
     draw(table, folder / "scores.png")
@@ -122,7 +131,7 @@ def have_compared(options: Options, findings: "Findings", prompts: list["Record"
             judges[model] = pairwise.compare_all(endpoint, prompts, answers, with_references)
     found, notes = [], pairwise.agreement(judges)
     for judge, comparisons in judges.items():
-        found += [one.telling(findings.how) for one in pairwise.tabulate(judge, prompts, list(answers), comparisons)]
+        found += told(pairwise.tabulate(judge, prompts, list(answers), comparisons), findings)
         notes += pairwise.notes(judge, prompts, answers, comparisons)
         for one in comparisons:
             findings.questions[one.prompt]["remarks"] += [pairwise.shown(one, judge), *one.answers[-1:]]
@@ -143,15 +152,16 @@ def have_measured(
 ) -> None:
     """Compute what needs no judge, and write it; print how many prompts have a reference."""
     from utils.evaluation import tables
-    from utils.evaluation.answers import by_category
+    from utils.evaluation.answers import by_category, samples
     from utils.evaluation.metrics import measure
 
     members = by_category(prompts)
     measured, differences = measure(prompts, members, answers)
-    found = [one.telling(findings.how) for one in measured]
+    found = told(measured, findings)
     referenced = sum("reference" in prompt for prompt in prompts)
     notes = [f"{referenced} of {len(prompts)} prompts have a reference; intervals are 95 %", *differences]
-    adapters = {name: file.parent for name, file in files.items() if (file.parent / "adapter_config.json").is_file()}
+    folders = {name: files[name].parent for name in samples(list(files))}
+    adapters = {name: folder for name, folder in folders.items() if (folder / "adapter_config.json").is_file()}
     if options.likelihood and adapters and referenced:
         from utils.evaluation.likelihood import table_where_possible
 
@@ -174,7 +184,7 @@ def have_run(options: Options, findings: "Findings", prompts: list["Record"], an
     tasks = code.read_tasks([str(file) for file in prompt_files(options.test_input_path)])
     results = code.run_all(prompts, answers, tasks)
     counted, notes = code.tabulate(prompts, results)
-    found = [one.telling(findings.how) for one in counted]
+    found = told(counted, findings)
     tables.write(Path(options.output_dir) / "code", found, notes)
     say("\n".join(notes))
     findings.tables += found
@@ -206,7 +216,7 @@ def start_findings(
     prompts: list["Record"], answers: dict[str, list[str]], files: dict[str, Path], steps: dict[str, Path]
 ) -> "Findings":
     """What there is to show before anything is found: the prompts, and the systems with their answers."""
-    from utils.evaluation.answers import how_answered
+    from utils.evaluation.answers import how_answered, samples
     from utils.evaluation.judging import question
     from utils.evaluation.report import Findings
     from utils.inference.answerers import BASE
@@ -217,7 +227,7 @@ def start_findings(
         texts |= {"参考 reference": prompt["reference"]} if prompt.get("reference") else {}
         given = {system: texts[place] for system, texts in answers.items()}
         asked.append({"category": prompt["category"], "texts": texts, "answers": given, "remarks": []})
-    folders = {name: file.parent for name, file in files.items()} | steps
+    folders = {name: files[name].parent for name in samples(list(files))} | steps
     how = how_answered(files) if files else ""
     return Findings(questions=asked, steps=[BASE, *steps] if steps else [], folders=folders, how=how)
 
