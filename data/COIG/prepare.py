@@ -14,8 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import run
-from utils.datasets.file_formats import UnreadableItem, patient_loads
 from utils.datasets.item_formats import InvalidRecord, as_record, dialogue
+from utils.datasets.items import UnreadableItem
+from utils.datasets.json_items import patient_loads
 from utils.datasets.preparing import PrepareOptions, convert_each
 from utils.datasets.records import Repaired
 

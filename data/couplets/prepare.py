@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import option, run
 from utils.console import UserError, say
-from utils.datasets.file_formats import Item, UnreadableItem, opened
+from utils.datasets.file_formats import opened
 from utils.datasets.item_formats import InvalidRecord
+from utils.datasets.items import Item, UnreadableItem
 from utils.datasets.preparing import PrepareOptions, cleaned, output_files, refuse_json
 from utils.datasets.records import writers
 from utils.datasets.sources import check_exists

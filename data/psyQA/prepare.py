@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import run
 from utils.console import say
-from utils.datasets.file_formats import Item, UnreadableItem, read_items
+from utils.datasets.file_formats import read_items
 from utils.datasets.item_formats import InvalidRecord
+from utils.datasets.items import Item, UnreadableItem
 from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
 from utils.datasets.records import Record, writers
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from record_files import RECORDS, ROOT, as_csv, as_lines, as_parquet, huge
 
 from utils.console import UserError
-from utils.datasets import file_formats
-from utils.datasets.file_formats import UnreadableItem, read_items
+from utils.datasets import json_items
+from utils.datasets.file_formats import read_items
+from utils.datasets.items import UnreadableItem
 from utils.datasets.records import read_records
 
 FORMATS = {
@@ -69,7 +70,7 @@ def test_array_is_parsed_the_same_however_it_is_cut_into_chunks(tmp_path_factory
     text = json.dumps(items, indent=indent, ensure_ascii=ascii) + ending
     path.write_text(text, "utf-8", newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_formats, "CHUNK", chunk)
+        patch.setattr(json_items, "CHUNK", chunk)
         assert [item for _, item in read_items(path)] == items
 
 
@@ -80,7 +81,7 @@ def test_array_that_is_cut_off_is_an_error(tmp_path_factory, data, chunk):
     text = json.dumps(RECORDS, ensure_ascii=False, indent=1).encode()
     path.write_bytes(text[: data.draw(st.integers(1, len(text) - 1))])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="cut off in line"):
-        patch.setattr(file_formats, "CHUNK", chunk)
+        patch.setattr(json_items, "CHUNK", chunk)
         list(read_items(path))
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from record_files import RECORDS, as_lines, as_parquet, huge
 
 from utils.console import UserError
-from utils.datasets.file_formats import UnreadableItem
 from utils.datasets.item_formats import as_record
+from utils.datasets.items import UnreadableItem
 from utils.datasets.records import Repaired, Tally, all_good, one_by_one, read_records, write_records
 from utils.datasets.text_faults import FAULTS
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.console import UserError, say
-from utils.datasets.file_formats import UnreadableItem, place_of, read_items
+from utils.datasets.file_formats import read_items
 from utils.datasets.item_formats import InvalidRecord
+from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.prompts import prompt_files
 
 LETTERS = "ABCDEFGHIJ"

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, say
-from utils.datasets.file_formats import UnreadableItem, opened, place_of, read_items
+from utils.datasets.file_formats import opened, read_items
 from utils.datasets.item_formats import ANSWERS, DIALOGUES, QUESTIONS
+from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.text_encoding import as_utf8
 
 ENDINGS = (".txt", ".md", ".txt.gz", ".md.gz")

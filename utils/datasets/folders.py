@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from utils.console import UserError, say
-from utils.datasets.file_formats import ENDINGS, format_ending
+from utils.datasets.file_formats import ENDINGS
+from utils.datasets.items import format_ending
 
 INFO = re.compile(r"(dataset_infos?|dataset_dict|state|config|.*_config|trainer_state|package|tokenizer.*|.*\.index)\.json")
 WORDS = re.compile(r"[a-z]+")

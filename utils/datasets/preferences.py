@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from utils.console import UserError, say
-from utils.datasets.file_formats import UnreadableItem, place_of, read_items
+from utils.datasets.file_formats import read_items
 from utils.datasets.item_formats import InvalidRecord, as_record, dialogue, roles_and_texts
+from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.records import Record, validate
 
 ANSWERS = ("chosen", "rejected")

@@ -17,7 +17,9 @@ import orjson
 
 from utils.cli import option
 from utils.console import UserError, progress, say
-from utils.datasets.file_formats import Item, in_batches, opened, patient_loads, read_batches
+from utils.datasets.file_formats import opened, read_batches
+from utils.datasets.items import Item, in_batches
+from utils.datasets.json_items import patient_loads
 from utils.datasets.raw_sets import FILES, SHAPES, shape_of
 from utils.datasets.records import Record, Repaired, Tally, clean, printable, write_records
 from utils.datasets.sources import check_exists

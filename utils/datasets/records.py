@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, Required, TypedDict, cast
 import orjson
 
 from utils.console import UserError, say
-from utils.datasets.file_formats import Item, UnreadableItem, place_of, read_batches
+from utils.datasets.file_formats import read_batches
 from utils.datasets.item_formats import ALPACA, FIELDS, KEPT, InvalidRecord, as_record, parsed
+from utils.datasets.items import Item, UnreadableItem, place_of
 from utils.datasets.raw_sets import prepared_by
 from utils.datasets.text_faults import (
     BROKEN_LATEX,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from utils.console import UserError, progress
-from utils.datasets.file_formats import UnreadableItem, read_items
+from utils.datasets.file_formats import read_items
+from utils.datasets.items import UnreadableItem
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import ALL, key_of, samples
 from utils.evaluation.intervals import bootstrap, compare, compare_shares

@@ -1,0 +1,129 @@
+"""CSV and TSV: what separates the cells, whether quotation marks enclose them, and which columns are known."""
+
+import contextlib
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from utils.console import UserError, say_once
+from utils.datasets.item_formats import DIALOGUES, QUESTIONS
+from utils.datasets.items import Item, UnreadableItem, batched, format_ending, text_of, without_surrogates
+
+COLUMNS = {*QUESTIONS, *DIALOGUES}  # one of these makes the first line of a table a header
+
+
+@batched
+def csv_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
+    """The rows of a CSV or TSV file as objects, after the header; cells that hold JSON lists are parsed.
+
+    What separates the cells is what the header has most of its known names by. Where quotes around cells are only
+    characters (see `is_unquoted`), this is printed, as is the number of rows with a line break in a cell.
+    """
+    csv.field_size_limit(1 << 30)
+    delimiter = delimiter_of(path, file)
+    unquoted = is_unquoted(file, delimiter)
+    file.seek(0)
+    rows = csv.reader(
+        text_of(file), delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
+    )
+    broken = 0
+    try:
+        header = checked_header(path, next(rows, []))
+        start = rows.line_num + 1
+        for row in rows:
+            if row:
+                broken += rows.line_num > start
+                yield start, csv_item(header, row)
+            start = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}: is not CSV ({error}) in line {rows.line_num}; fix the file") from None
+    if unquoted:
+        say_once(f"{path}: its quotation marks are not around cells; read as characters, with each line as a row")
+    if broken:
+        say_once(f"{path}: {broken:,} rows have a line break in a cell")
+
+
+def delimiter_of(path: Path, file: IO[bytes]) -> str:
+    """What separates the cells of a table: the character that gives the header the most names that are known."""
+    first = file.readline(1 << 20).decode("utf-8-sig", "replace")
+    file.seek(0)
+    usual = "\t" if format_ending(path) == ".tsv" else ","
+
+    def known(delimiter: str) -> tuple[int, bool]:
+        names = {name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])}
+        return len(names & COLUMNS), delimiter == usual
+
+    return max((usual, ",", "\t", ";"), key=known)
+
+
+def is_unquoted(file: IO[bytes], delimiter: str) -> bool:
+    """True if the lines of a table are its rows, and a quotation mark at a cell's beginning is only a character.
+
+    So it is where each line has as many cells as the first, and some quoted cell is not closed, or a TSV file's cells have
+    quotation marks that a writer would not have needed; in a TSV file also where more rows fit so than with quoting.
+    """
+    cells = file.readline().count(mark := delimiter.encode())
+    misfits = quotes = odd = doubled = plain = 0
+    for line in file:
+        if not (line := line.rstrip(b"\r\n")):
+            continue
+        misfits += line.count(mark) != cells
+        if b'"' not in line:
+            continue
+        for cell in line.split(mark):
+            if cell[:1] == b'"':
+                quotes += 1
+                inner = cell[1:-1] if len(cell) > 1 and cell.endswith(b'"') else b'"'
+                odd += b'"' in inner.replace(b'""', b"")
+                doubled += b'""' in inner
+            else:
+                odd += b'"' in cell
+                plain += bool(cell)
+    if not quotes:
+        return False
+    if not misfits:
+        return bool(odd) or (delimiter == "\t" and bool(plain) and not doubled)
+    return delimiter == "\t" and misfits < quoted_misfits(file, delimiter, cells + 1)
+
+
+def quoted_misfits(file: IO[bytes], delimiter: str, cells: int) -> float:
+    """How many rows of a table, read with quoting, do not have so many cells; infinite where it cannot be read so."""
+    file.seek(0)
+    text = text_of(file)
+    try:
+        return sum(len(row) not in (0, cells) for row in csv.reader(text, delimiter=delimiter, strict=True))
+    except csv.Error:
+        return float("inf")
+    finally:
+        text.detach()
+
+
+def checked_header(path: Path, row: list[str]) -> list[str]:
+    """The names of a table's columns, without blanks around them and in lower case.
+
+    Raises UserError if none is known, or one stands there twice.
+    """
+    header = [name.strip().lower() for name in row]
+    found = ", ".join(repr(name[:30]) for name in row[:8]) + (", …" if len(row) > 8 else "")
+    if not COLUMNS & set(header):
+        raise UserError(
+            f"{path}: no column of its first line is called instruction; it has {found}: rename these to instruction, "
+            "input and output, or, if that line is a record, write the line instruction,input,output above it"
+        )
+    twice = [name for name in header if name and header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: two columns are called {twice[0]} (it has {found}); rename or remove one")
+    return header
+
+
+def csv_item(header: list[str], row: list[str]) -> Any:
+    """One row as an object, `UnreadableItem` where it does not fit the header."""
+    if len(row) != len(header):
+        return UnreadableItem("more cells than the header" if len(row) > len(header) else "fewer cells than the header", row)
+    item: dict[str, Any] = dict(zip(header, row, strict=True))
+    for key in {"history", *DIALOGUES} & item.keys():
+        with contextlib.suppress(ValueError):
+            item[key] = json.loads(item[key] or "null")
+    return without_surrogates(item)

@@ -1,0 +1,73 @@
+"""What a file of items is read into: each with its place, those that cannot be read among them, some hundred at a time."""
+
+import dataclasses
+import functools
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+BOM = b"\xef\xbb\xbf"
+BATCH = 32  # items, of which each may be as long as a book
+Item = tuple[int | str, Any]  # where it stands (see `place_of`), and what it is
+
+
+@dataclasses.dataclass(frozen=True)
+class UnreadableItem:
+    """Stands for an item that could not be read: why, and what there is of it."""
+
+    cause: str
+    rest: Any
+
+
+BLANK = UnreadableItem("blank", None)
+
+
+def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items, `BATCH` at a time."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, BATCH)):
+        yield batch
+
+
+def batched(read: Callable[..., Iterator[Item]]) -> Callable[..., Iterator[list[Item]]]:
+    """Make a reader of items one of batches."""
+    return functools.wraps(read)(lambda path, file: in_batches(read(path, file)))
+
+
+def place_of(path: str | Path, number: int | str) -> str:
+    """How a user finds an item again: file and line (Parquet: row), or file and a text that says where in it."""
+    if isinstance(number, str):
+        return f"{path}, {number}"
+    return f"{path}, {'row' if '.parquet' in Path(path).suffixes else 'line'} {number}"
+
+
+def format_ending(path: Path) -> str:
+    """The ending that names a file's format: the last but .gz, in lower case."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def without_surrogates(item: Any) -> Any:
+    """The item, or `UnreadableItem` if a text in it is not Unicode (half of a surrogate pair, or not UTF-8)."""
+    if isinstance(item, UnreadableItem):
+        return item
+    try:
+        orjson.dumps(item)
+    except TypeError:  # orjson refuses some other things too: 65-bit integers, deep nesting
+        try:
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            stray_byte = "\udc80" <= error.object[error.start] <= "\udcff"
+            return UnreadableItem("not UTF-8" if stray_byte else "a lone surrogate", item)
+        except RecursionError:
+            return UnreadableItem("nested too deeply", None)
+    return item
+
+
+def text_of(file: IO[bytes]) -> io.TextIOWrapper:
+    """A file's text without byte-order mark; a byte that is not UTF-8 becomes a surrogate, and costs only its record."""
+    return io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
