@@ -1,6 +1,6 @@
 """Write C-Eval as choice records: test.json from its validation part, and dev.json with the worked examples.
 
-    python data/ceval/prepare.py --raw downloads/ceval
+    python data/ceval/prepare.py --raw downloads/ceval-exam.zip
 
 The right answers of C-Eval's test part are not published; with --split test its questions are read where they have some.
 """
@@ -25,7 +25,7 @@ class Options(EvaluationOptions):
 
 
 def main(options: Options) -> None:
-    """Read dev/*_dev.csv and val/*_val.csv, a file a subject."""
+    """Read dev/*_dev.csv and val/*_val.csv, a file a subject, in a folder or in the archive that they come in."""
     subjects = read_subjects(__file__)
     parts = {"test": options.split, "dev": "dev"}
     splits = {

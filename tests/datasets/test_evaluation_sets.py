@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 
 import pytest
 from raw_sets import lines, records_in
@@ -43,6 +45,26 @@ def test_ceval(prepare, tmp_path):
     (record,) = records_in(tmp_path / "out/test.json")
     assert record["category"] == "law" and record["topic"] == "法学" and record["groups"] == ["Humanities"] and said
     assert "the right choice is missing" in prepare("ceval", "--split", "test").out
+
+
+def test_archives_are_read_as_they_are(prepare, tmp_path):
+    """As folders would be, by their name or in a folder; one that is damaged or locked is one line, and nothing is written."""
+    header = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
+    for split in ("dev", "val"):
+        write_csv(tmp_path / f"plain/{split}/law_{split}.csv", [[0, "谁立法？", "甲", "乙", "丙", "丁", "A", ""]], header)
+    (tmp_path / "plain/val/._law_val.csv").write_bytes(b"\x00\x05\x16\x07")
+    shutil.make_archive(str(tmp_path / "raw/ceval-exam"), "zip", tmp_path / "plain")
+    for raw in ("raw", "raw/ceval-exam.zip"):
+        prepare("ceval", "--raw", tmp_path / raw).ok()
+        assert [record["instruction"] for record in records_in(tmp_path / "out/test.json")] == ["谁立法？"]
+        shutil.rmtree(tmp_path / "out")
+    whole = (tmp_path / "raw/ceval-exam.zip").read_bytes()
+    locked = bytearray(whole)
+    for place in (6, *(found.start() + 8 for found in re.finditer(b"PK\x01\x02", whole))):
+        locked[place] |= 1  # the flag of an encrypted member
+    for broken, why in ((whole[:100], "zip archive"), (whole[:60] + b"x" * 20 + whole[80:], "unpacked"), (locked, "unpacked")):
+        (tmp_path / "raw/ceval-exam.zip").write_bytes(broken)
+        assert why in prepare("ceval", "--raw", tmp_path / "raw/ceval-exam.zip").error and not (tmp_path / "out").exists()
 
 
 def test_agieval_and_logiqa(prepare, tmp_path):

@@ -1,8 +1,14 @@
 """What the prepare.py scripts of evaluation sets share: their options, subjects with names and groups, and the writing."""
 
+import atexit
 import dataclasses
+import functools
 import json
 import os
+import shutil
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,23 +21,58 @@ from utils.datasets.sources import check_exists
 from utils.files import check_folder, locked
 
 
+LARGEST = 2 * 10**9  # bytes of an unpacked archive
+
+
 @dataclasses.dataclass
 class EvaluationOptions:
     """The options of every prepare.py of an evaluation set."""
 
-    raw: str = option(help="the folder that holds the downloaded files, or the file where the set is a single one")
+    raw: str = option(help="the folder or zip archive of the downloaded files, or the file where the set is a single one")
     output_dir: str | None = option(
         None, "where the prepared files go; default: this set's folder under $DATA_DIR (./datasets)"
     )
 
 
 def raw_files(raw: str, pattern: str) -> list[Path]:
-    """The files of a pattern in or below the folder `raw`; `raw` itself if it is a file. Raises UserError if none is there."""
-    check_exists(Path(raw))
-    found = sorted(Path(raw).rglob(pattern)) if Path(raw).is_dir() else [Path(raw)]
+    """The files of a pattern in or below the folder `raw`, in the zip archive `raw`, or in those in the folder where it has none
+    beside them; `raw` itself if it is another file. Raises UserError if none is there."""
+    path = Path(raw)
+    check_exists(path)
+    if not path.is_dir() and not zipfile.is_zipfile(path):
+        return [path]
+    folders = [path] if path.is_dir() else [unpacked(path)]
+    found = files_below(folders, pattern)
+    if not found and path.is_dir():
+        found = files_below(map(unpacked, sorted(path.glob("*.zip"))), pattern)
     if not found:
         raise UserError(f"{raw}: holds no {pattern}; name the folder that you downloaded the set to")
     return found
+
+
+def files_below(folders: Iterable[Path], pattern: str) -> list[Path]:
+    """The files of a pattern, in order; not those that macOS adds to archives."""
+    found = sorted(file for folder in folders for file in folder.rglob(pattern))
+    return [file for file in found if not file.name.startswith("._")]
+
+
+@functools.cache
+def unpacked(path: Path) -> Path:
+    """A temporary folder with what an archive holds; it is called like the archive, and gone when the program ends.
+
+    Raises UserError if the archive is damaged, locked, or implausibly large.
+    """
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if size > LARGEST:
+                raise UserError(f"{path}: would unpack to {size / 1e9:.0f} GB, which is no evaluation set; check the file")
+            archive.extractall(folder / path.name)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error}); fetch it again, or unpack it yourself") from None
+    return folder / path.name
 
 
 def read_subjects(script: str) -> dict[str, dict[str, Any]]:
