@@ -70,6 +70,7 @@ class Options:
     run_code: bool = option(
         False, "run the code in the answers against the problems' tests (Linux; no network, bounds on time, memory, files)"
     )
+    refusals: bool = option(False, "how many prompts are refused, by category: as --judge_model says, else by wordings")
     metrics: bool = option(False, "compute what needs no judge (with --chain and no judge: always)", heading="Without a judge")
     likelihood: bool = option(True, "with them, the log-likelihood of the references under each system that is an adapter")
     base_model: str = option("", "the adapters' base model [as their lineage.json says]")
@@ -105,13 +106,15 @@ def main(options: Options) -> None:
     prompts = add_references(prompts, setup.read_prompts(options))
     findings = setup.start_findings(prompts, answers, files, steps)
     with locked(options.output_dir):
-        if options.judge_model and not options.pairwise:
+        if options.judge_model and not (options.pairwise or options.refusals):
             setup.have_judged(options, findings, prompts, answers)
         if options.pairwise or options.votes:
             setup.have_compared(options, findings, prompts, answers)
+        if options.refusals:
+            setup.have_found_refusals(options, findings, prompts, answers)
         if options.run_code:
             setup.have_run(options, findings, prompts, answers)
-        if files and (options.metrics or not (options.judge_model or options.votes or options.run_code)):
+        if files and (options.metrics or not (options.judge_model or options.votes or options.run_code or options.refusals)):
             setup.have_measured(options, findings, prompts, answers, files)
         if options.chain:
             setup.have_remembered(options, findings, steps)
@@ -127,9 +130,8 @@ def check(options: Options) -> None:
         return check_choices(options)
     if not (options.answer_with or options.answers or options.chain):
         raise UserError("--answers or --chain: missing; say what to compare, or give --answer_with to make answers")
-    if not (
-        options.answer_with or options.judge_model or options.votes or options.metrics or options.run_code or options.chain
-    ):
+    ways = (options.judge_model, options.votes, options.metrics, options.run_code, options.refusals, options.chain)
+    if not (options.answer_with or any(ways)):
         raise UserError("--judge_model, --votes or --metrics: missing; say how to compare")
     if options.held_out and not options.chain:
         raise UserError("--held_out: names records of the steps of a --chain; give both, or leave it out")

@@ -34,8 +34,8 @@ class EvaluationOptions:
 
 
 def raw_files(raw: str, pattern: str) -> list[Path]:
-    """The files of a pattern in or below the folder `raw`, or in the zip archives in it where it has none; in the archive `raw`;
-    `raw` itself if it is another file. Raises UserError if none is there."""
+    """The files of a pattern in or below the folder `raw`, or in the zip archives in it where it has none; in the zip archive
+    `raw`; `raw` itself if it is another file. Raises UserError if none is there."""
     path = Path(raw)
     check_exists(path)
     if not path.is_dir() and not zipfile.is_zipfile(path):

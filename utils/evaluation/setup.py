@@ -56,6 +56,7 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
         missing = [str(folder) for folder in steps.values() if not result_files(folder)]
         command = f"python generate.py --is_ui False --test_input_path test_data --lora_weights {','.join(missing)}"
         asked = options.judge_model or options.votes or options.metrics or options.run_code or options.answers
+        asked = asked or options.refusals
         if missing and (asked or (len(missing) < len(steps) and not options.held_out)):
             raise UserError(f"{','.join(missing)}: without a {RESULT}; make it with {command}")
         if missing:
@@ -64,7 +65,8 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
         for name in files.keys() & steps.keys():
             raise UserError(f"--answers {name}=…: also the name of a step of the chain; choose another")
     files |= answer_files([f"{name}={folder}" for name, folder in steps.items()])
-    if (options.judge_model or options.votes) and not 2 <= len(files) <= 8:
+    compares = options.votes or options.pairwise or (options.judge_model and not options.refusals)
+    if compares and not 2 <= len(files) <= 8:
         raise UserError(f"--judge_model: a judge is shown 2 to 8 systems, not {len(files)}; give as many --answers")
     return files, steps
 
@@ -141,6 +143,29 @@ def have_compared(options: Options, findings: "Findings", prompts: list["Record"
     say("\n".join(notes))
     findings.tables += found
     findings.notes += notes
+
+
+def have_found_refusals(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
+    """Count the prompts that are refused, as the judge says, or by the answers' wordings; write the shares by category."""
+    from utils.evaluation import refusals, tables
+    from utils.inference.requests import asking
+
+    folder, judge = Path(options.output_dir), options.judge_model or refusals.WORDINGS
+    if options.judge_model:
+        header = judged_header(prompts, answers, False)
+        with asking(service(options), terms(options), folder / "refusals.jsonl", header) as endpoint:
+            verdicts = refusals.by_judge(endpoint, prompts, answers)
+    else:
+        verdicts = refusals.by_wordings(answers)
+    table, notes = refusals.tabulate(prompts, verdicts, judge)
+    found = told([table], findings)
+    tables.write(folder / "refusals", found, notes)
+    say("\n".join(notes))
+    findings.tables += found
+    findings.notes += notes
+    for system, given in verdicts.items():
+        for place, refused in enumerate(given):
+            findings.questions[place]["remarks"] += [f"{system}: refuses, by {judge}"] if refused else []
 
 
 def have_measured(
