@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from scripting import ROOT
-from trainings import losses, options, tensors
+from trainings import losses, options, same, tensors
 
 from utils.console import UserError
 from utils.models.placement import place
@@ -55,6 +56,29 @@ def test_two_ranks_hold_half_each_and_give_what_one_gives(script, bases, data, t
         kind, values = facts["rotary"]
         assert kind == "torch.float32" and torch.allclose(torch.tensor(values), wanted, rtol=1e-6)
         assert facts["trained"] == ["torch.float32"]
+
+
+@pytest.mark.slow
+def test_two_ranks_with_a_base_in_4_bit_give_what_one_gives(script, bases, data, tmp_path):
+    changes = {"max_steps": 3, "lora_dropout": 0, "learning_rate": 1e-3, "load_4bit": True}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "one", **changes)).ok()
+    train_sharded(options(bases["llama"], data, tmp_path / "two", **changes))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for name, tensor in tensors(tmp_path / "one").items():
+        assert (tensors(tmp_path / "two")[name] - tensor).abs().max() < 1e-5, name
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_from_a_checkpoint_as_if_they_had_not_stopped(bases, data, tmp_path):
+    changes = {"max_steps": 4, "save_steps": 2, "save_total_limit": 2, "lora_dropout": 0.1, "dtype": "float32"}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train_sharded(options(bases["llama"], data, whole, **changes))
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    train_sharded(options(bases["llama"], data, resumed, **changes))
+    written = [(folder / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for folder in (whole, resumed)]
+    assert written[0] == written[1], "the run began anew"
+    assert len(losses(whole)) == 4 and losses(resumed) == losses(whole)
+    assert same(tensors(resumed), tensors(whole))
 
 
 def test_a_configuration_that_would_train_wrongly_is_refused(monkeypatch):
