@@ -5,6 +5,7 @@
 Answer them with generate.py, and compare with judge.py --metrics, which counts exact numbers by school year.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,14 +31,15 @@ def prompts(path: Path) -> Iterator[dict[str, Any]]:
     kept = dropped = 0
     for _, item in read_items(path):
         fields = [item.get(name) for name in ("input", "golden", "grade")] if isinstance(item, dict) else [None]
-        if not all(isinstance(field, (str, int, float)) and str(field).strip() for field in fields):
+        filled = all(isinstance(field, (str, int, float)) and str(field).strip() for field in fields)
+        if not (filled and re.search(r"\d", str(fields[1]))):
             dropped += 1
             continue
         kept += 1
         question, golden, grade = map(str, fields)
         yield {"instruction": question, "input": "", "output": "", "category": f"grade {grade}", "reference": golden.strip()}
     if dropped:
-        say(f"{path}: {dropped} of {kept + dropped} items dropped: input, golden or grade is missing")
+        say(f"{path}: {dropped} of {kept + dropped} items dropped: input, grade or a number as golden is missing")
     if not kept:
         raise UserError(f"{path}: holds no sum of CMATH; name its cmath_dev.jsonl")
 

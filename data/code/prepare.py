@@ -48,7 +48,7 @@ def problems(path: Path) -> Iterator[dict[str, Any]]:
 
 def from_humaneval(item: dict[str, Any]) -> dict[str, Any] | None:
     """A problem of HumanEval: the head of a function to be completed, and a function `check` that tests it."""
-    if not all(isinstance(item.get(name), str) for name in ("prompt", "test", "entry_point")):
+    if not all(isinstance(item.get(name), str) and item[name].strip() for name in ("prompt", "test", "entry_point")):
         return None
     asked = f"请补全下面的 Python 函数，只写出完整的函数。\n```python\n{item['prompt'].rstrip()}\n```"
     tests = f"{item['test']}\n\ncheck({item['entry_point']})"
@@ -59,7 +59,7 @@ def from_humaneval(item: dict[str, Any]) -> dict[str, Any] | None:
 def from_mbpp(item: dict[str, Any]) -> dict[str, Any] | None:
     """A problem of MBPP: a sentence, and assertions, which the model is shown."""
     text, tests = item.get("text") or item.get("prompt"), item.get("test_list")
-    if not isinstance(text, str) or not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+    if not (isinstance(text, str) and isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests)):
         return None
     shown = "\n".join(tests)
     asked = f"{text}\n请写一个 Python 函数，只写代码，要能通过下面的测试：\n```python\n{shown}\n```"

@@ -119,15 +119,37 @@ def test_gaokao_bench_takes_one_text_apart(prepare, tmp_path):
 
 def test_cmath_has_numbers_as_references(prepare, tmp_path):
     items = [{"grade": 2, "input": "3个2是多少？", "golden": "6", "reasoning_step": 1}, {"grade": 2, "input": "几？"}]
+    items += [{"grade": 2, "input": "几？", "golden": wrong} for wrong in ("不知道", float("nan"))]
     (tmp_path / "raw").write_text(lines(items), "utf-8")
     said = prepare("cmath").ok()
     assert records_in(tmp_path / "out/test.json") == [
         {"instruction": "3个2是多少？", "input": "", "output": "", "category": "grade 2", "reference": "6"}
     ]
-    assert "1 of 2 items dropped: input, golden or grade is missing" in said and "CC BY 4.0" in said
+    assert "3 of 4 items dropped: input, grade or a number as golden is missing" in said and "CC BY 4.0" in said
 
 
 @pytest.mark.parametrize("name", ["cmmlu", "ceval", "agieval", "gaokao_bench", "cmath", "logiqa_zh"])
 def test_a_folder_without_the_set_is_one_line(prepare, tmp_path, name):
     (tmp_path / "raw").mkdir()
     assert f"{tmp_path}/raw: holds no" in prepare(name).error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("safetybench", {"test_zh.json": "[null]", "test_answers_zh.json": "{}"}),
+        ("safetybench", {"test_zh.json": "[]", "test_answers_zh.json": "{}"}),
+        ("gaokao_bench", {"2010-2022_Biology_MCQs.json": '{"example": [null]}'}),
+        ("code", {"mbpp.jsonl": '{"text": "add", "test_list": []}'}),  # any answer would pass
+        ("code", {"HumanEval.jsonl": '{"prompt": "def f():", "entry_point": "f", "test": " "}'}),
+        ("cmath", {"cmath_dev.jsonl": '{"input": "几？", "golden": NaN, "grade": 1}'}),
+        ("logiqa_zh", {"logiqa-zh.jsonl": '{"question": "谁？", "options": ["(A)甲", "(B)乙"], "label": NaN}'}),
+        ("logiqa_zh", {"logiqa-zh.jsonl": '{"question": "谁？", "options": ["(A)甲", "(B)乙"], "label": 1e999}'}),
+    ],
+)
+def test_a_set_without_a_usable_question_is_one_line_and_nothing_is_written(prepare, tmp_path, name, files):
+    (tmp_path / "raw").mkdir()
+    for file, text in files.items():
+        (tmp_path / "raw" / file).write_text(text, "utf-8")
+    raw = ["--raw", tmp_path / "raw" / next(iter(files))] if name == "code" else []
+    assert "; " in prepare(name, *raw).error and not (tmp_path / "out").exists()

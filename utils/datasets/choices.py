@@ -113,7 +113,7 @@ def listed(item: dict[str, Any]) -> tuple[str, ...]:
         if "".join(sorted(texts)) != LETTERS[: len(texts)]:
             raise InvalidRecord("a choice is missing")
         given = [str(texts[letter]) for letter in sorted(texts)]
-    if not all(isinstance(text, (str, int, float)) and str(text).strip() for text in given):
+    if not all(isinstance(text, (str, int, float)) and str(text).strip() and text == text for text in given):  # NaN is not
         raise InvalidRecord("a choice is empty or not a text")
     choices = [str(text).strip() for text in given]
     marks = [MARK.match(text) for text in choices]
@@ -130,7 +130,7 @@ def listed(item: dict[str, Any]) -> tuple[str, ...]:
 
 def right_places(given: Any, count: int) -> tuple[int, ...]:
     """The places of the right ones among `count` choices: named by letters (`B`, `BD`, `["B", "D"]`) or by a number from 0."""
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and given == int(given):
+    if (isinstance(given, int) and not isinstance(given, bool)) or (isinstance(given, float) and given.is_integer()):
         places = [int(given)]
     elif isinstance(given, str) or (isinstance(given, list) and all(isinstance(one, str) for one in given)):
         letters = re.sub(r"[\s,，、;；]", "", "".join(given)).upper()

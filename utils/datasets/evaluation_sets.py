@@ -98,6 +98,8 @@ def write(
     target = Path(options.output_dir or Path(os.environ.get("DATA_DIR") or "datasets", folder))
     check_folder(target)
     records = {name: [as_record(one) if isinstance(one, Choice) else one for one in split] for name, split in splits.items()}
+    for name in [name for name, split in records.items() if not split]:
+        raise UserError(f"{options.raw}: no question of it can be used for {name}.json; check the files, or fetch them again")
     with locked(target):
         target.mkdir(parents=True, exist_ok=True)
         for name, split in records.items():
