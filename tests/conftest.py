@@ -14,7 +14,7 @@ os.environ.pop("DATA_DIR", None)
 
 import pytest
 import tiny
-from scripting import Script
+from scripting import Script, warm
 
 pytest_plugins = ["api_server", "merges", "raw_sets", "trainings"]  # fixtures; what else has some is named by its tests
 pytest.register_assert_rewrite("browsing")  # so that what they check is told as a test tells it
@@ -22,8 +22,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has all children ign
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all its children, would ignore it
 
 
+@pytest.fixture(scope="session")
+def warmed():
+    """What most scripts import, imported once, before any is forked."""
+    warm("utils.training.trainer", "utils.datasets.dataset", "utils.inference.batch", "utils.merging.merge")
+    warm("matplotlib.backends.backend_agg", "matplotlib.figure")
+
+
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, warmed):
     """Runs a script of the repository as a process forked from this one: `script("finetune.py", "--x", 1)`."""
     return Script(tmp_path)
 

@@ -5,6 +5,7 @@ import importlib
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading
 import time
@@ -120,3 +121,13 @@ class Script:
     def __call__(self, name: str, *argv: object, cwd: Path | None = None, **env: str) -> Ended:
         """Run a script to its end."""
         return self.start(name, *argv, cwd=cwd, **env).wait()
+
+    def ranks(self, count: int, name: str, *argv: object, **env: str) -> str:
+        """Run a script as so many ranks that train together, as torchrun would start them; what the first printed."""
+        with socket.socket() as some:
+            some.bind(("127.0.0.1", 0))
+            port = str(some.getsockname()[1])
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        started = [self.start(name, *argv, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+        printed = [running.wait().ok() for running in started]
+        return printed[0]

@@ -1,14 +1,11 @@
 """What is answered at each evaluation of a training: it equals what the other scripts give, and disturbs nothing."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from scripting import ROOT, warm
+from scripting import warm
 from trainings import options, same, tensors
 
 from utils import lineage
@@ -138,18 +135,14 @@ def test_what_cannot_be_evaluated_is_refused_before_the_work(script, bases, data
 
 
 @pytest.mark.slow
-def test_only_the_first_of_several_ranks_answers(bases, data, asked, tmp_path):
+def test_only_the_first_of_several_ranks_answers(script, bases, data, asked, tmp_path):
     """Both ranks agree on the best adapter; it and the log are those of one process."""
     found = {}
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         changes = evaluated(asked, metric_for_best_model="choices", lora_dropout=0, learning_rate=1e-3)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        argv = [sys.executable, *launcher, "finetune.py", *options(bases["llama"], data, out, **changes)]
-        done = subprocess.run(
-            argv, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stdout.count("step 10: right choices") == 1
+        words = ["finetune.py", *options(bases["llama"], data, out, **changes)]
+        printed = script.ranks(ranks, *words) if ranks > 1 else script(*words).ok()
+        assert printed.count("step 10: right choices") == 1
         found[ranks] = [entry[key] for entry in history(out) for key in ("eval_choices", ANSWERS) if key in entry]
     assert found[1] == found[2]

@@ -81,10 +81,10 @@ def test_memory_that_a_single_record_exceeds_is_told_in_a_line(script, bases, da
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rank_whose_memory_ends_does_its_part_again(bases, data, tmp_path):
+def test_a_rank_whose_memory_ends_does_its_part_again(script, bases, data, tmp_path):
     """The second of two ranks has less memory; together they learn what one process does."""
-    one = train_in_turn(1, bases["llama"], data, tmp_path / "one", [13])[13]
-    two = train_in_turn(2, bases["llama"], data, tmp_path / "two", [13], LITTLE_MEMORY="1:130")[13]
+    one = train_in_turn(script, 1, bases["llama"], data, tmp_path / "one", [13])[13]
+    two = train_in_turn(script, 2, bases["llama"], data, tmp_path / "two", [13], LITTLE_MEMORY="1:130")[13]
     assert two[0] == pytest.approx(one[0], abs=1e-5)
     for name, tensor in one[1].items():
         assert (two[1][name] - tensor).abs().max() < 1e-5, name

@@ -2,29 +2,24 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from scripting import ROOT
 from trainings import losses, tensors
 
 torch.set_num_threads(1)
 
 
-def train_in_turn(ranks, base, records, out, counts, more=None, **env):
+def train_in_turn(script, ranks, base, records, out, counts, more=None, **env):
     """Adapters trained on the first `counts` records each, by so many ranks, with `more` options."""
-    program = [str(Path(__file__).with_name("trainings_in_turn.py")), str(records), str(out), ",".join(map(str, counts))]
+    program = [Path(__file__).with_name("trainings_in_turn.py"), records, out, ",".join(map(str, counts))]
     options = {
         "base_model": base, "batch_size": 12, "micro_batch_size": 2, "num_epochs": 1, "val_set_size": 0, "cutoff_len": 128,
         "learning_rate": 1e-3, "prompt_template_name": "alpaca_short", "modules_to_save": "[lm_head]", "lora_dropout": 0,
     } | (more or {})  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    argv = [sys.executable, *launcher, *program, *(f"--{name}={value}" for name, value in options.items())]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | env, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = [*program, *(f"--{name}={value}" for name, value in options.items())]
+    script.ranks(ranks, *words, **env) if ranks > 1 else script(*words, **env).ok()
     return {count: (losses(out / str(count)), tensors(out / str(count))) for count in counts}
 
 
@@ -33,7 +28,7 @@ COUNTS = [int(count) for count in os.environ.get("DREAMERGPT_COUNTS", "1,13,29")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_give_what_one_process_gives_for_every_number_of_records(bases, data, tmp_path, ranks):
+def test_ranks_give_what_one_process_gives_for_every_number_of_records(script, bases, data, tmp_path, ranks):
     """The output layer is trained, too, which an empty micro-batch must reach.
 
     Adam divides by the size of the gradient: a step moves each weight by about the learning rate (1e-3), so a share
@@ -41,8 +36,8 @@ def test_ranks_give_what_one_process_gives_for_every_number_of_records(bases, da
     """
     records = json.loads(data.read_text("utf-8"))
     (tmp_path / "records.json").write_text(json.dumps(records + records[:24], ensure_ascii=False), "utf-8")
-    one = train_in_turn(1, bases["llama"], tmp_path / "records.json", tmp_path / "one", COUNTS)
-    many = train_in_turn(ranks, bases["llama"], tmp_path / "records.json", tmp_path / "many", COUNTS)
+    one = train_in_turn(script, 1, bases["llama"], tmp_path / "records.json", tmp_path / "one", COUNTS)
+    many = train_in_turn(script, ranks, bases["llama"], tmp_path / "records.json", tmp_path / "many", COUNTS)
     for count in COUNTS:
         assert many[count][0] == pytest.approx(one[count][0], abs=1e-5), count
         for name, tensor in one[count][1].items():
@@ -58,14 +53,16 @@ STAGES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_ranks_learn_from_preferences_and_rewards_as_one_process_does(bases, tmp_path, stage):
+def test_ranks_learn_from_preferences_and_rewards_as_one_process_does(script, bases, tmp_path, stage):
     """13 records: the second step has one, so that a rank has none."""
     answers = {"output": "好" * 5} if stage == "grpo" else {"chosen": "好的" * 3, "rejected": "坏"}
     records = [{"instruction": f"第{n}题" + "问" * (n % 4), "input": "", **answers} for n in range(13)]
     records = [record | ({"chosen": "好" * (2 + n % 5)} if "chosen" in record else {}) for n, record in enumerate(records)]
     (tmp_path / "records.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
     more = STAGES[stage] | {"modules_to_save": "[]"}
-    one, two = (train_in_turn(r, bases["llama"], tmp_path / "records.json", tmp_path / str(r), [13], more) for r in (1, 2))
+    one, two = (
+        train_in_turn(script, r, bases["llama"], tmp_path / "records.json", tmp_path / str(r), [13], more) for r in (1, 2)
+    )
     assert two[13][0] == pytest.approx(one[13][0], abs=1e-5)
     for name, tensor in one[13][1].items():
         assert (two[13][1][name] - tensor).abs().max() < 1e-5, name
