@@ -50,6 +50,11 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [(file.name, file.read_text("utf-8")) for file in tmp_path.iterdir()] == [("a", "old")]
 
 
+def test_json_is_written_to_be_read_by_people(tmp_path):
+    files.write_json(tmp_path / "a.json", {"名": ["值"]})
+    assert (tmp_path / "a.json").read_text("utf-8") == '{\n "名": [\n  "值"\n ]\n}\n'
+
+
 def test_a_journal_has_on_the_disk_what_it_was_given(tmp_path, events):
     journal = Journal(tmp_path / "journal", {"run": 1})
     journal.put("a", 1)

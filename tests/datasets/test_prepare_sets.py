@@ -59,6 +59,13 @@ def test_firefly_parts_hold_each_kind_in_proportion_and_in_order(prepare, tmp_pa
     assert f"{len(items):,} records of {len(totals)} kinds; the parts' totals are verified" in said
 
 
+def test_firefly_shares_go_on_where_the_index_is_read_in_parts(prepare, tmp_path):
+    items = [{"kind": "ab"[number % 3 == 0], "input": f"{number}", "target": "答"} for number in range(9000)]  # 8192 at a time
+    (tmp_path / "raw").write_text(lines(items))
+    prepare("firefly", "--parts", 2).ok()
+    assert [records_in(tmp_path / "out" / f"firefly-train-{part}.json") for part in range(2)] == cut(items, 2)
+
+
 def test_firefly_with_fewer_records_than_parts(prepare, tmp_path):
     items = [{"kind": "NLI", "input": "a", "target": "b"}, {"kind": "NLI", "input": "c", "target": "d"}]
     (tmp_path / "raw").write_text(lines(items))

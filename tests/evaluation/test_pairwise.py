@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from utils.chat.feedback import Feedback
 from utils.evaluation import pairwise
-from utils.evaluation.pairwise import Comparison, agreement, cohen, compare_prompt, notes, read_verdict
+from utils.evaluation.pairwise import Comparison, agreement, cohen, compare_prompt, length_notes, notes, read_verdict
 from utils.evaluation.ratings import SCALE, WEIGHT, Verdict, ratings
 from utils.files import write_json
 
@@ -88,6 +88,7 @@ def test_biases_are_counted():
     assert "m: position: the answer shown first wins 100 % [44, 100] of 3 decided" in lines
     assert "m: length: the longer answer wins 67 % [21, 94] of 3 decided" in lines
     assert "m: a and b: no difference can be told (1 prompts won, 0 lost, 1 tied)" in lines
+    assert not length_notes("m", {"a": ["好"], "b": ["坏"]}, given[:2]), "of two that are equally long none is the longer"
 
 
 @pytest.fixture

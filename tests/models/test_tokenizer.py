@@ -160,8 +160,16 @@ def test_text_after_an_added_token_with_and_without_legacy(tmp_path):
     assert fresh == [*reference.encode("the"), 2, *reference.encode("cat sat")]
     continued = load_tokenizer(llama(tmp_path / "b", legacy=False))
     ids = continued("the</s>cat sat", add_special_tokens=False)["input_ids"]
-    assert ids[ids.index(2) + 1 :] != reference.encode("cat sat")
+    before, after = ids[: ids.index(2)], ids[ids.index(2) + 1 :]
+    assert before == reference.encode("the"), "a text begins with a space in any case"
+    assert "".join(reference.id_to_piece(after)) == "cat▁sat"
     assert continued.decode(ids) == "the</s>cat sat"
+
+
+def test_of_added_tokens_that_begin_alike_the_longest_is_found(tmp_path):
+    words = load_tokenizer(llama(tmp_path / "a"))
+    words.add_tokens(["<im", "<im_start>"])
+    assert words.tokenize("<im_start><im")[-2:] == ["<im_start>", "<im"]
 
 
 def test_decoding_loses_nothing(alpaca):
