@@ -1,6 +1,9 @@
 """Files that are complete or not there: what is on the disk before a name says so."""
 
 import os
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +31,18 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, events):
         aside.write_text("1", "utf-8")
     assert events == [("fsync", aside.name), ("replace", "a.json")]
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("way", [files.replacing, files.replacing_folder])
+def test_a_second_ctrl_c_does_not_stop_the_clearing_up(tmp_path, monkeypatch, way):
+    with pytest.raises(KeyboardInterrupt, match="the first"), way(tmp_path / "made") as aside:
+        aside.touch()
+        for module, name in ((Path, "unlink"), (shutil, "rmtree")):
+            old = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, old=old, **k: (os.kill(os.getpid(), signal.SIGINT), old(*a, **k)))
+        raise KeyboardInterrupt("the first")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, events):

@@ -80,6 +80,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     except UserError as error:
         problem = str(error)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it would end in a traceback
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever reads the output has seen enough, as `| head` does

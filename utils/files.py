@@ -8,7 +8,9 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +45,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
         sync(aside)
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        with undisturbed():
+            aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Take no Ctrl-C while the block runs, which clears up after one: pressed twice, it would leave half a file."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears of it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -68,8 +84,9 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             os.rename(path, old)
         os.rename(aside, path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        with undisturbed():
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def is_running(process: int) -> bool:

@@ -176,8 +176,15 @@ def test_a_killed_run_goes_on_and_ends_as_if_undisturbed(place, script, sampling
     for wanted in kills:
         running = script.start(*line)
         running.wait_until(lambda wanted=wanted: journal.exists() and journal.read_bytes().count(b'"output"') >= wanted)
-        running.kill()
-        assert running.wait().status == -signal.SIGKILL
+        if wanted == kills[0]:
+            running.kill()
+            assert running.wait().status == -signal.SIGKILL
+            continue
+        for _ in range(2):  # Ctrl-C, twice
+            running.kill(signal.SIGINT)
+        ended = running.wait()
+        assert ended.status == 130 and ended.err.endswith("generate.py: interrupted\n") and "Traceback" not in ended.err
+        assert f"{journal}: keeps" in ended.out and "run the same command again" in ended.out
     assert "answers are there already; continuing" in script(*line).ok()
     assert result.read_bytes() == undisturbed
 

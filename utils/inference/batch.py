@@ -104,7 +104,10 @@ class Task:
                         bar.update(finished)
                         bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.0f} tokens/s", refresh=False)
         except BaseException:
-            journal.close(done=journal.values.keys() == {"plan"})  # without an answer it is not worth keeping
+            known = sum(str(place) in journal.values for place in range(len(self.prompts)))
+            journal.close(done=not known)  # without an answer it is not worth keeping
+            if known:
+                say(f"{journal.path}: keeps {known} of {len(self.prompts)} answers; run the same command again to go on")
             raise
         file.finish(self.answered(journal.values))
         self.report(journal.values, tokens, time.monotonic() - began)
