@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ PREFERRED = (  # of those that have every character needed, one made for Chinese
 )
 BOXES = ("Last Resort", ".LastResort", "LastResort")  # they have every character, and show a box for it
 MOST_SIDES = 12  # a radar with more is not readable
+WIDEST = 44  # characters of a panel's title in one line
 
 
 def find_font(text: str, files: Iterable[str | Path]) -> Path | None:
@@ -66,7 +68,7 @@ def draw(table: Table, path: str | Path, fonts: Iterable[str | Path] | None = No
         if radar:
             draw_radar(figure.add_subplot(grid[0, 0], projection="polar"), table, labels)
         draw_bars(figure.add_subplot(grid[0, -1]), table, labels)
-        figure.suptitle(table.title)
+        figure.suptitle(textwrap.fill(table.title, WIDEST + WIDEST * radar))
         figure.legend(
             *figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(table.systems))
         )
@@ -91,8 +93,8 @@ def draw_chain(tables: list[Table], steps: list[str], path: str | Path, fonts: I
             for row in table.rows:
                 values = [math.nan if (value := row.values.get(step)) is None else value for step in shown]
                 panel.plot(range(len(shown)), values, marker="o", markersize=3, label=named[row.category])
-            panel.set_xticks(range(len(shown)), shown)
-            panel.set_title(table.title, fontsize="medium")
+            panel.set_xticks(range(len(shown)), [textwrap.fill(step, 48 // len(shown)) for step in shown])
+            panel.set_title(textwrap.fill(table.title, WIDEST), fontsize="medium")
             panel.grid(alpha=0.3)
         for panel in axes.flat[len(tables) :]:
             panel.set_axis_off()
@@ -123,9 +125,9 @@ def draw_matrix(tables: list[Table], path: str | Path, fonts: Iterable[str | Pat
                 for x, system in enumerate(table.systems):
                     color = "white" if (row.values.get(system) or 0) > middle else "black"
                     panel.text(x, y, table.shown(row.values.get(system)), ha="center", va="center", color=color)
-            panel.set_xticks(range(len(table.systems)), table.systems)
+            panel.set_xticks(range(len(table.systems)), [textwrap.fill(name, 12) for name in table.systems])
             panel.set_yticks(range(len(table.rows)), [named[row.category] for row in table.rows])
-            panel.set_title(table.title, fontsize="medium")
+            panel.set_title(textwrap.fill(table.title, WIDEST), fontsize="medium")
         save(figure, path)
 
 

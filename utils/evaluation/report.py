@@ -16,6 +16,7 @@ from utils.evaluation.tables import LABELS, Row, Table, marks
 from utils.files import replacing
 
 ALL = "*"
+WIDE = 1000  # pixels: a picture of more is read on a phone by moving it
 
 
 @dataclasses.dataclass
@@ -60,7 +61,8 @@ padding:.4rem .6rem;margin:.4rem 0}
 .answers>div{border-left:3px solid var(--line);padding-left:.6rem}
 .answers h4,.asked h4{margin:0;color:var(--soft);font-size:.85rem}
 .remarks{color:var(--soft);margin:.4rem 0 0;padding-left:1.2rem}
-figure{margin:1rem 0}img{max-width:100%;height:auto;background:#fff}
+figure{margin:1rem 0;overflow-x:auto}img{max-width:100%;height:auto;background:#fff}
+@media screen and (max-width:40rem){img.wide{max-width:none;width:56rem}}
 [hidden]{display:none!important}footer{color:var(--soft);margin-top:2rem}
 @media print{nav{display:none}body{max-width:none;font-size:11px}details{break-inside:avoid}.scroll{overflow:visible}
 th,td{white-space:normal}}
@@ -176,8 +178,9 @@ def change(one: Table, value: float | None) -> str:
 
 def picture(caption: str, path: Path) -> str:
     """A PNG, as a part of the page."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="{text(caption)}" src="data:image/png;base64,{data}">'
+    content = path.read_bytes()
+    data, width = base64.b64encode(content).decode(), int.from_bytes(content[16:20])  # where a PNG has its width
+    image = f'<img alt="{text(caption)}"{" class=wide" if width > WIDE else ""} src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
 
 
