@@ -318,28 +318,22 @@ def test_prompts_may_come_from_several_sources_with_weights(tmp_path, capsys):
         read_prompts([f"{tmp_path}/c.json:0.5"])
 
 
-def test_an_adapter_on_the_hub_answers_and_is_trained_on_as_one_in_a_folder(models, place):
+def test_an_adapter_on_the_hub_answers_and_is_trained_on_as_one_in_a_folder(models, place, script, monkeypatch):
     """It lies in the hub's cache, as after a download: there is no network here."""
     cache = place / "hub/hub/models--owner--name"
     (cache / "snapshots").mkdir(parents=True)
     shutil.copytree(place / "a", cache / "snapshots" / ("1" * 40))
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text("1" * 40)
-    environment = {**os.environ, "HF_HOME": str(place / "hub"), "HF_HUB_OFFLINE": "1"}
-
-    def started(line):
-        return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=place)
-
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub/hub"))
     line = ["--base_model", models / "base", "--test_input_path", place / "prompts.json"]
-    refused = started(command(*line, "--lora_weights", "owner/name"))
-    assert refused.returncode == 2 and "give --output_path" in refused.stderr
-    done = started(command(*line, "--lora_weights", "owner/name", "--output_path", place / "hub.json"))
-    assert done.returncode == 0, done.stderr
+    on_the_hub = [*command(*line, "--lora_weights", "owner/name")[1:], "--output_path"]
+    assert "give --output_path" in script(*on_the_hub[:-1], cwd=place).error
+    script(*on_the_hub, place / "hub.json", cwd=place).ok()
     run(*line, "--lora_weights", str(place / "a"))
     assert answers(place / "hub.json") == answers(place / "a/test.json")
     records = write(place / "records.json", [{"instruction": "一", "input": "", "output": "二"}] * 8)
-    train = [sys.executable, ROOT / "finetune.py", "--base_model", models / "base", "--data_path", records, "--dry_run"]
-    train += ["--output_dir", place / "out", "--val_set_size", "0", "--resume_from_checkpoint", "owner/name"]
-    dry = started([*map(str, train), "--batch_size", "4"])
-    assert dry.returncode == 0, dry.stderr
-    assert "incremental training: weights from" in dry.stdout and "taken from" in dry.stdout
+    train = ["--base_model", models / "base", "--data_path", records, "--dry_run", "--batch_size", 4]
+    train += ["--output_dir", place / "out", "--val_set_size", 0, "--resume_from_checkpoint", "owner/name"]
+    dry = script("finetune.py", *train, cwd=place).ok()
+    assert "incremental training: weights from" in dry and "taken from" in dry

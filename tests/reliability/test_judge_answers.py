@@ -16,7 +16,7 @@ ANSWERS = {  # what the judge writes -> how many of six scores are missing: thre
     "null": ({"content": None}, 6),
     "half a character": ("\ud800", 6),
     "half a character and scores": ("\ud800 System1 8分；System2 7分", 0),
-    "megabytes": ("长" * 3_500_000, 6),
+    "megabytes": ("长" * 700_000, 6),
     "digits without end": ("5" * 100_000, 6),
     "beyond ten": ("System1 11分；System2 100分", 6),
     "less than nothing": ("System1 -3分；System2 -0.5分", 6),
