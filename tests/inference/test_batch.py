@@ -200,6 +200,26 @@ def test_an_unfinished_run_of_other_settings_is_named(place):
     assert len(answers(place / "a" / "test.json")) == 9
 
 
+def test_answers_edited_or_of_an_adapter_trained_anew_since_are_not_kept(place):
+    weights, inputs = place / "a" / "adapter_model.safetensors", ("--test_input_path", place / "prompts.json")
+    result, journal = place / "a" / "test.json", place / "a" / ".test.json.journal"
+    run("--lora_weights", f"{place / 'a'},{place / 'b'}", *inputs)
+    first = answers(result)
+    write(result, [first[0] | {"output": "edited"}, *first[1:]])
+    run("--lora_weights", place / "a", *inputs)
+    assert answers(result) == first
+    made = json.loads((place / "a" / ".test.json.made").read_text("utf-8"))
+    shutil.copyfile(place / "b" / weights.name, weights)
+    batch_answers.Journal(journal, {key: made[key] for key in made if key not in ("template", "dtype", "sha256")}).close(
+        done=False
+    )
+    with pytest.raises(UserError, match=r"other settings \(adapter\)"):
+        run("--lora_weights", place / "a", *inputs)
+    journal.unlink()
+    run("--lora_weights", place / "a", *inputs)
+    assert answers(result) == answers(place / "b" / "test.json") != first
+
+
 def test_running_out_of_memory_halves_the_batches_and_changes_no_answer(place):
     """Pitfall 11: with the memory that one prompt needs, sixteen at once are halved until they fit."""
     long = "long " * 150
