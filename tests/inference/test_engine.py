@@ -117,6 +117,18 @@ def test_rows_that_have_their_answer_leave_the_batch(folder, monkeypatch):
     assert sum(computed) == 4 + (2 - 1) + (5 - 1) + (9 - 1) + (40 - 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_beams_go_on_as_alone_where_the_longest_prompt_has_left_the_batch(folder, family):
+    """Its padding leaves with it, so that answers begin at another column from then on."""
+    model = AutoModelForCausalLM.from_pretrained(folder / family)
+    prompts, found = prompts_of(280, (60, 9, 5)), {}
+    for step in decode(model, prompts, [2, 30, 30], SamplingParams(num_beams=4), lambda ids: False, [0] * 3):
+        found |= step.finished
+    for row in (1, 2):
+        alone = answers(model, [prompts[row]], SamplingParams(num_beams=4, max_new_tokens=30), lambda ids: False)
+        assert [found[row]] == alone
+
+
 def test_closing_the_iterator_ends_the_computation(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
     computed = []
@@ -151,6 +163,14 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     )
     assert torch.allclose(drawn[:2], expected[:2] / expected[:2].sum(), atol=0.03)
     assert drawn[2] == 0
+
+
+def test_beams_are_drawn_from_two_tokens_at_least(folder):
+    """As transformers does it: with one, every beam would be the same."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    settings = SamplingParams(num_beams=2, do_sample=True, temperature=1.0, top_k=1, max_new_tokens=6)
+    found = [answers(model, prompts_of(280, (5,)), settings, lambda ids: False, [seed]) for seed in range(6)]
+    assert any(one != found[0] for one in found)
 
 
 def test_prompts_are_read_in_groups_of_like_length():
@@ -224,7 +244,8 @@ def test_streaming_shows_whole_characters_and_no_half_stop_strings(folder):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
+    "settings",
+    [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"lora_bias": True}],
 )
 def test_merging_in_memory_is_the_adapter_and_leaves_the_base_as_it_was(folder, tmp_path, settings):
     """Pitfall 7."""
@@ -246,6 +267,17 @@ def test_merging_in_memory_is_the_adapter_and_leaves_the_base_as_it_was(folder, 
         assert torch.equal(engine.model(ids).logits, base(ids).logits)
     after = engine.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_biases_are_merged_in_memory_and_the_bases_own_come_back(tmp_path):
+    base = tiny.llama(tmp_path / "base", attention_bias=True)
+    adapter = tiny.adapter(base, tmp_path / "a", 3, lora_bias=True)
+    engine, ids = Engine(str(base), resolve(str(base), [str(adapter)], "")[1], CPU), torch.tensor(prompts_of(280, (20,)))
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    with torch.inference_mode(), engine.merged("a"):
+        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()(ids).logits
+        assert torch.allclose(engine.model(ids).logits, expected, atol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.model.state_dict().items())
 
 
 def test_weights_are_merged_where_memory_has_room_for_the_sums(folder, monkeypatch, capsys):
