@@ -14,6 +14,7 @@ from browsing import answer_of, served
 from gradio_client import Client
 from scripting import ROOT
 
+import generate
 from utils.chat import server
 from utils.console import UserError
 from utils.inference.sampling_params import SamplingParams
@@ -94,6 +95,13 @@ def test_the_address_is_obeyed(capsys, service):
     assert "warning" in capsys.readouterr().out
     server.launch_options(server.Address("0.0.0.0", None, ("me", "secret"), False))
     assert "warning" not in capsys.readouterr().out
+
+
+def test_a_password_may_hold_a_colon():
+    assert generate.login("me:a:b") == ("me", "a:b") and generate.login("") is None
+    for wrong in ("me", "me:", ":secret"):
+        with pytest.raises(UserError, match="user:password"):
+            generate.login(wrong)
 
 
 def test_a_password_is_asked_for(service):

@@ -71,6 +71,20 @@ def curl(address, path, body=None, key="secret", *more):
     return int(status), content
 
 
+def test_who_gives_a_temperature_samples_from_all_tokens(service):
+    endpoint = Endpoint(service, SamplingParams(top_p=0.5, top_k=7))
+    found = endpoint.settings({"temperature": 0.7, "max_tokens": 9})
+    assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (True, 0.7, 1.0, 0)
+    assert (found.num_beams, found.max_new_tokens) == (1, 9)
+    assert endpoint.settings({"temperature": 0.7, "top_p": 0.9}).top_p == 0.9
+    assert endpoint.settings({}).top_k == 7 and not endpoint.settings({"temperature": 0}).do_sample
+
+
+def test_half_the_window_is_the_questions_where_the_answer_might_fill_it(service):
+    asked = {"instruction": "你是谁？", "input": "", "history": [["一", "二"]]}
+    assert service.fit("base", asked, SamplingParams(max_new_tokens=service.engine.window))[1] == 0
+
+
 def test_models_are_the_base_and_every_adapter(client):
     assert [(one.id, one.parent) for one in client.models.list()] == [("base", None), ("f1", "base"), ("f2", "base")]
 

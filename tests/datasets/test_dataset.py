@@ -80,6 +80,8 @@ def test_several_files_with_weights(tiny_llama, tmp_path, capsys):
     assert f"{b}: weight 0.5 makes 4 of 9 records" in said
     assert numbers(f"{a}:1.5,{b}:0.5", seed=1) == mixed
     assert numbers(f"{a}:1.5,{b}:0.5", seed=2) != mixed
+    twice = numbers(f"{a}:0.5,{a}:0.5")
+    assert twice[:5] != [number - 10 for number in twice[5:]], "each source is drawn from by itself"
     with pytest.raises(UserError, match="the weights leave no record"):
         numbers(f"{a}:0.01")
 

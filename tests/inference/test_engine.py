@@ -148,6 +148,8 @@ def test_what_is_sampled_does_not_depend_on_the_company(folder):
         alone = [answers(model, [prompt], settings, seeds=[seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
         assert together == alone
         assert answers(model, prompts, settings, seeds=[4, 5, 6]) != together
+    own = {engine_module.seed(SamplingParams(seed=number), ids) for number in (1, 2) for ids in ([1], [2])}
+    assert len(own) == 4, "a seed for each prompt, which follows from that of the run"
 
 
 def test_sampling_follows_temperature_top_k_and_top_p():
