@@ -230,3 +230,18 @@ def test_an_adapter_s_values_must_be_those_its_settings_ask_for(bases, plain, tm
     tensors = load_file(plain / "adapter_model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "q_proj" in name}, folder / "adapter_model.safetensors")
     switching.attach(AutoModelForCausalLM.from_pretrained(bases[False]), {"own": folder}, str(bases[False]))
+
+
+def test_a_saved_adapter_is_read_back(bases, tmp_path, monkeypatch):
+    folder = tiny.adapter(bases[False], tmp_path / "a")
+    tensors, config = adapters.read_tensors(folder), read_config(folder)
+    adapters.save(tensors, config, tmp_path / "b", "base")
+    found = adapters.read_tensors(tmp_path / "b")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+    def damaged(tensors, path, metadata):
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata=metadata)
+
+    monkeypatch.setattr(adapters, "save_file", damaged)
+    with pytest.raises(UserError, match="differs from what was saved; check the disk"):
+        adapters.save(tensors, config, tmp_path / "c", "base")
