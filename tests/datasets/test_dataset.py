@@ -34,6 +34,15 @@ def encode_all(tiny_llama, data_path, cutoff_len=256, template="alpaca_short", t
     return dataset.encode_all(encoder, str(data_path), hashes, seed, keep)
 
 
+def test_records_are_encoded_where_no_home_can_be_written_to(tiny_llama, tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").touch()  # nothing can be made in it, by nobody
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "home" / "cache")
+    write(tmp_path / "data.json", 3)
+    for _ in range(2):
+        table, _ = encode_all(tiny_llama, tmp_path / "data.json")
+        assert len(table) == 3 and "encoded records are not kept for later runs" in capsys.readouterr().out
+
+
 def write(path, count, name=""):
     records = [{"instruction": f"{name}{number}", "input": "", "output": "x"} for number in range(count)]
     path.write_text(json.dumps(records, ensure_ascii=False), "utf-8")

@@ -62,6 +62,22 @@ def test_adapter_and_merged_folder_answer_elsewhere_as_here(script, data, tmp_pa
     assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] == [2, 300, *taught]
 
 
+def test_several_templates_of_a_tokenizer_travel_together(script, data, tmp_path):
+    """`tool_use` is what transformers takes where tools are given."""
+    model, out, merged = base(tmp_path / "base", "chatml"), tmp_path / "out", tmp_path / "merged"
+    words = AutoTokenizer.from_pretrained(model)
+    first = words.chat_template
+    words.chat_template = {"default": first, "tool_use": "{% if tools %}T{{ tools | length }}{% endif %}" + first}
+    words.save_pretrained(model)
+    told = script("finetune.py", *options(model, data, out, prompt_template_name="chat", max_steps=1)).ok()
+    assert "its chat templates (default, tool_use), default is used, and tool_use for records with tools" in told
+    script("merge_weights.py", "--base_model", model, "--lora_model", out, "--output_dir", merged).ok()
+    for folder in (out, merged):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == words.chat_template
+    ask = ["--test_input_path", data, "--is_ui", "False", "--num_beams", "1", "--max_new_tokens", "2"]
+    script("generate.py", "--lora_weights", out, *ask).ok()
+
+
 def test_a_prompt_that_the_template_refuses_is_one_line_before_anything_is_written(script, tmp_path):
     model = base(tmp_path / "base", "chatml")
     path, asked, out = model / "chat_template.jinja", tmp_path / "asked.json", tmp_path / "out.json"

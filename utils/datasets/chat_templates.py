@@ -25,6 +25,7 @@ CALL: Message = {
     "function": {"name": "name_probe", "arguments": '{"key": "VALUE-PROBE"}'},
 }
 SHORT_ID = "call00001"  # nine letters and digits, which some templates demand
+OTHER = "chat_template:"  # what the names of further templates begin with in a lineage
 Ids = list[int]
 
 
@@ -55,6 +56,9 @@ class ChatPrompter:
                 f"{tokenizer.name_or_path}: its tokenizer has no chat template; name a template of templates/ instead of {CHAT}"
             )
         self.tokenizer, self.thinking = tokenizer, thinking
+        if further := others(tokenizer):
+            use = ", and tool_use for records with tools" * ("tool_use" in further)
+            say(f"{tokenizer.name_or_path}: of its chat templates (default, {', '.join(further)}), default is used{use}")
         self.takes_system = self._takes_system()
         if not self.takes_system:
             say(f"{tokenizer.name_or_path}: its chat template takes no system text; one is put before the first question")
@@ -73,7 +77,8 @@ class ChatPrompter:
     def texts(self) -> dict[str, str]:
         """What prompts and labels depend on."""
         ends = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
-        return {"chat_template": with_switch(self.tokenizer.get_chat_template(), self.thinking), "ends": " ".join(ends)}
+        texts = {"chat_template": with_switch(self.tokenizer.get_chat_template(), self.thinking), "ends": " ".join(ends)}
+        return texts | {f"{OTHER}{name}": with_switch(text, self.thinking) for name, text in others(self.tokenizer).items()}
 
     def messages(self, record: Record) -> list[Message]:
         """A record as messages, the open question last or, where the record has an output, its answer.
@@ -322,6 +327,12 @@ def spoken(record: Record) -> list[Message]:
     texts = [text for pair in pairs for text in pair]
     found = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
     return found if found[-1]["content"] else found[:-1]
+
+
+def others(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The chat templates of a tokenizer that has several beside its default one, by name."""
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    return {name: text for name, text in sorted(named.items()) if name != "default"}
 
 
 def with_switch(template: str, thinking: bool | None) -> str:

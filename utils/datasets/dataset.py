@@ -326,11 +326,10 @@ def encode_file(encoder: Encoder | DocumentEncoder, file: Path, content: str, ke
     """
     made_of = [FORMAT, file.suffixes, content, *encoder.made_of]
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "dreamergpt" / f"{digest(made_of)}.arrow"
-    path = cached if keep or cached.is_file() else temporary_folder() / cached.name
+    path = cached if cached.is_file() or (keep and can_keep(cached.parent)) else temporary_folder() / cached.name
     if path.is_file():
         say(f"{file}: its encoded records are found in {path}")
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
         bar = progress(desc=f"encoding {file.name}", unit=" records")
         with replacing(path) as aside, ArrowWriter(path=str(aside), features=encoder.features) as writer, bar:
             for rows in encode_chunks(encoder, chunks(encoder.read(file))):
@@ -338,6 +337,19 @@ def encode_file(encoder: Encoder | DocumentEncoder, file: Path, content: str, ke
                 bar.update(len(rows))
             writer.finalize()
     return datasets.Dataset.from_file(str(path))
+
+
+def can_keep(folder: Path) -> bool:
+    """Whether encoded records can be kept in this folder; printed where it is, say, in a home that is read-only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        say(f"{folder}: {error.strerror}; encoded records are not kept for later runs")
+        return False
+    if not os.access(folder, os.W_OK):
+        say(f"{folder}: cannot be written to; encoded records are not kept for later runs")
+        return False
+    return True
 
 
 def chunks(records: Iterator[Any]) -> Iterator[list[Any]]:

@@ -1,12 +1,15 @@
 """A template of `templates/` as the Jinja text that other programs render, proven to give the ids of training."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.console import say
+from utils.datasets.chat_templates import OTHER
 from utils.datasets.encoding import encode_prompt, opening_ids
 from utils.datasets.records import Record
 from utils.datasets.templates import CHAT, Parts, Prompter
@@ -24,6 +27,7 @@ SAMPLES: list[Record] = [  # one turn and several, with input and system, odd wh
 ]
 GAPS = (("", ""), ("", " "), (" ", " "))  # before the first turn and later ones: some tokenizers of SentencePiece need a space
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+FURTHER = "additional_chat_templates"  # the folder in which transformers looks for those with other names
 
 
 def messages_of(record: Record) -> list[Message]:
@@ -122,6 +126,7 @@ def write_chat_template(name: str, texts: dict[str, str], tokenizer: PreTrainedT
     """
     text = texts.get("chat_template") if name == CHAT else proven(Prompter(name, texts), tokenizer, folder)
     (folder / FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / FURTHER, ignore_errors=True)
     if (folder / CONFIG).is_file() and "chat_template" in (config := read_json(folder / CONFIG)):
         write_json(folder / CONFIG, {key: value for key, value in config.items() if key != "chat_template"})
     if text is None:
@@ -130,5 +135,11 @@ def write_chat_template(name: str, texts: dict[str, str], tokenizer: PreTrainedT
             f"with the template {name}; ask it with generate.py"
         )
         return
-    with replacing(folder / FILE) as aside:
-        aside.write_text(text, "utf-8")
+    written = {folder / FILE: text}
+    for key, other in texts.items():
+        if key.startswith(OTHER):
+            name = re.sub(r"[^-.\w]", "_", key.removeprefix(OTHER))  # it may come from a file of others
+            written[folder / FURTHER / f"{name}.jinja"] = other
+    for path, template in written.items():
+        with replacing(path) as aside:
+            aside.write_text(template, "utf-8")
