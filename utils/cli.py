@@ -250,7 +250,7 @@ def _convert(name: str, raw: str, kind: Any, bounds: typing.Mapping[str, Any]) -
     least, most, choices = bounds["least"], bounds["most"], bounds["choices"]
     for one in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
         if choices and one not in choices:
-            raise UserError(f"--{name} {one}: not one of {', '.join(choices)}; choose one of these")
+            raise UserError(f"--{name} {one}: not one of {', '.join(filter(None, choices))}; choose one of these")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if least is not None and value < least:
             raise UserError(f"--{name} {raw}: too small; give at least {least}")

@@ -88,6 +88,8 @@ def test_what_is_trained_follows_from_the_records_unless_they_leave_a_choice(tmp
         (chat, "reward", "", False, "without --rewards"),
         (chat, "instruction", "", True, "with --rewards"),
         (labelled, "", "simpo", False, "compares two answers"),
+        (chat, "", "dpo", False, "--preference_loss dpo: is for preferences, and .* holds questions and answers"),
+        (labelled, "instruction", "kto", False, "--preference_loss kto: is for preferences"),
     ):
         with pytest.raises(UserError, match=words):
             stage_of(path, asked, loss, rewards)

@@ -295,6 +295,7 @@ class Page:
             y=labels.loss_axis,
             color=labels.curve,
             label=labels.loss_axis,
+            show_label=False,  # its axis says the same; below a label the plot is cut at its lower edge, the legend first
             height=320,
             elem_id="curve",
             buttons=[],

@@ -49,6 +49,9 @@ def stage_of(data_path: str, asked: str = "", preference_loss: str = "", rewards
         fix = "give --rewards" if stage == REWARD else f"leave one of them out; rewards are for --stage {REWARD}"
         raise UserError(f"--stage {stage}: {'without' if stage == REWARD else 'with'} --rewards; {fix}")
     if stage != PREFERENCE:
+        if preference_loss:
+            told = f"--preference_loss {preference_loss}: is for preferences"
+            raise UserError(f"{told}, and {data_path} holds {NAMES[form]}; give other records, or leave the option out")
         return stage
     if form == LABELLED and preference_loss not in ("", "kto"):
         raise UserError(
