@@ -144,12 +144,12 @@ def test_texts_broken_on_their_way_are_counted_and_fixed_if_asked(tmp_path, caps
     assert fixed["empty"]["input"] == ""
 
 
-@pytest.mark.parametrize("layout", ["lines", "array"])
+@pytest.mark.parametrize("layout", ["{0}\n{1}\n", "{0},\n{1},", "[{0},\n{1}]"], ids=["lines", "lines with commas", "array"])
 def test_key_twice_in_a_record_is_counted(tmp_path, capsys, layout):
     twice = '{"instruction": "一", "output": "好", "output": "坏 \\"x\\": 1"}'
     same = '{"instruction": "二", "output": "好", "output" : "好"}'
     path = tmp_path / "a.json"
-    path.write_text(f"{twice},\n{same}," if layout == "lines" else f"[{twice},\n{same}]", "utf-8")
+    path.write_text(layout.format(twice, same), "utf-8")
     assert [record["instruction"] for record in read_records(path)] == ["二"]
     assert "1 dropped, 1 kept: two different values for output" in capsys.readouterr().out
 
