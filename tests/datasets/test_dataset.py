@@ -155,6 +155,7 @@ def test_the_lengths_that_keep_95_and_99_percent(records):
 
 def test_the_split_is_seeded_and_takes_a_count_or_a_fraction():
     numbers = np.arange(100)
+    assert len(dataset.split(numbers, 0.026, 0)[1]) == 3
     train, validation = dataset.split(numbers, 20, 42)
     assert sorted([*train, *validation]) == list(range(100)) and len(validation) == 20
     assert (dataset.split(numbers, 0.2, 42)[1] == validation).all()

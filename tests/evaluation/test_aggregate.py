@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.evaluation.aggregate import agreement, by_position, means_of, tabulate
+from utils.evaluation.aggregate import agreement, by_position, differences, means_of, tabulate
 from utils.evaluation.judging import Judgement
 from utils.evaluation.tables import Row, Table
 
@@ -32,6 +32,13 @@ def test_repeats_that_differ_by_exactly_a_point_agree():
     found = agreement(judgements)
     assert found == {"mean_difference": pytest.approx(4 / 4), "within_one": 0.75, "same_best": 0.5}
     assert agreement(judgements[:1]) is None
+
+
+def test_systems_differ_by_the_mean_of_the_categories_whatever_their_sizes():
+    records = [{"category": "01qa"}] * 2 + [{"category": "02math"}] * 8
+    judgements = [judged(place, 0, "ab", *((9, 5) if place < 2 else (4, 6))) for place in range(10)]
+    (line,) = differences(records, ["a", "b"], judgements)  # (4 - 2) / 2 in favour of a, where all prompts together favour b
+    assert line.startswith("a is better than b (95 % interval of the difference +10.0 to +10.0")
 
 
 def test_a_system_without_a_value_in_a_category_has_no_mean():

@@ -72,6 +72,7 @@ def test_closeness():
     same = [("昨晚下了一场大雨。", "昨晚下了一场大雨。")]
     assert all(f(same) == pytest.approx(100) for f in metrics.CLOSENESS.values())
     assert rouge_l([("我爱北京", "我爱上海")]) == 50 and rouge_l([("我爱北京", "我爱上海"), ("我", "我")]) == 75
+    assert rouge_l([("我爱", "我爱北京上海")]) == 50, "2 * 2 / (2 + 6): what is short is not close for having nothing wrong"
     assert all(f([("", "昨晚")]) == 0 for f in metrics.CLOSENESS.values())
     nearer = [("昨晚下了大雨。", "昨晚下了一场大雨。")], [("今天天气很好。", "昨晚下了一场大雨。")]
     assert all(f(nearer[0]) > f(nearer[1]) for f in metrics.CLOSENESS.values())
