@@ -73,3 +73,9 @@ def test_a_base_is_told_from_a_slightly_trained_one(tiny_llama, tmp_path, dtype)
         assert lineage.differences(original, lineage.fingerprint(str(folder))) == ["other values in some tensors"]
         old = {key: original[key] for key in ("architecture", "tokenizer", "shapes", "samples")}  # as it was written before
         assert lineage.differences(old, rounded) == [] and lineage.is_fingerprint(old)
+
+
+def test_the_table_of_a_chain_tells_minutes():
+    step = {"options": {"output_dir": "output/f1"}, "time": {"seconds": 90.0}, "results": {"train_loss": 0.5}}
+    names, cells = lineage.table_rows([step])
+    assert dict(zip(names, cells, strict=True))["minutes"] == "1.5" and cells[0] == "f1"

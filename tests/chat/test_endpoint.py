@@ -160,6 +160,7 @@ def test_a_seed_repeats_and_a_stop_ends(client):
         ({"messages": [{"role": "alien", "content": "x"}]}, 400, "alien"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "x"}]}, 400, "user's"),
         ({"messages": [{"role": "user", "content": "长" * 9000}]}, 400, "too long"),
+        ({"stop": ["x"] * 17}, 400, "more than 16"),
         ({"n": 2}, 400, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "no place for tools"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
