@@ -44,7 +44,6 @@ TABLE = [  # option, value, what it sets in the library
     ("seed", 11, {"seed": 11}),
     ("save_steps", 13, {"save_steps": 13}),
     ("gradient_checkpointing", True, {"gradient_checkpointing": True}),
-    ("torch_compile", True, {"torch_compile": True}),
     ("deterministic", True, {"full_determinism": True}),
     ("num_workers", 2, {"dataloader_num_workers": 2}),
     ("report_to", ["tensorboard"], {"report_to": ["tensorboard"]}),

@@ -83,6 +83,19 @@ def test_variants_train(script, bases, data, tmp_path, changes):
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "computed again"])
+def test_compiled_layers_learn_the_same(script, bases, data, tmp_path, checkpointing):
+    plain, compiled, cache = tmp_path / "plain", tmp_path / "compiled", tmp_path / "cache"
+    changes = {"max_steps": 3, "learning_rate": 1e-3, "lora_dropout": 0, "gradient_checkpointing": checkpointing}
+    script("finetune.py", *options(bases["llama"], data, plain, **changes)).ok()
+    run = options(bases["llama"], data, compiled, torch_compile=True, **changes)
+    assert "2 layers are compiled" in script("finetune.py", *run, TORCHINDUCTOR_CACHE_DIR=str(cache)).ok()
+    assert list(cache.rglob("*.cpp")), "nothing was compiled"
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    assert tensors(compiled).keys() == tensors(plain).keys()
+
+
 def test_a_layer_that_the_model_has_not_is_named_with_those_it_has(script, bases, data, tmp_path):
     error = script("finetune.py", *options(bases["bloom"], data, tmp_path / "out", lora_target_modules="[q_proj]")).error
     assert "q_proj" in error and "query_key_value" in error and "dense_h_to_4h" in error

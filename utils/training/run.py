@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch._dynamo
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from utils.adapters import adapters
@@ -44,6 +45,9 @@ def train(trainer: StepTrainer, checkpoint: Path | None) -> None:
             if checkpoint:
                 trainer.budget.load(checkpoint, trainer.args.process_index)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        raise UserError(f"--torch_compile: torch cannot compile the model here: {reason}; train without it") from None
     except pickle.UnpicklingError:
         raise UserError(f"{checkpoint}: refused, a file in it asks for code to be run on loading; delete it") from None
     finally:
