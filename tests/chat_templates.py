@@ -136,7 +136,16 @@ NO_END = (  # ends answers with nothing
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 COLLAPSED = TURNS.replace("message['content']", "message['content'].replace('\n\n', '\n')") + OPEN
+HARMONY = (  # gpt-oss': words between control tokens say what is thought and what is said; the history ends otherwise
+    "{% for message in messages %}{% set last = loop.last and not add_generation_prompt %}"
+    "{% if message['role'] != 'assistant' %}{{ '<|start|>' + message['role'] + '<|message|>' + message['content'] }}"
+    "{{ '<|end|>' }}{% else %}{% if message['thinking'] and last %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + message['thinking'] + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + message['content'] + ('<|return|>' if last else '<|end|>') }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 MORE_KINDS = {
+    "harmony": (HARMONY, ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"], "<|return|>"),
     "phi3": (PHI3, SIGNS, "<|end|>"),
     "default system": (DEFAULT_SYSTEM, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     "strict": (STRICT, ["[INST]", "[/INST]"], "</s>"),

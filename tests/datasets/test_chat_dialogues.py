@@ -29,6 +29,7 @@ PIECES = [
 ]
 PIECES += ["1+1=2", "### ", "user", "ｆｕｌｌ"]
 TAKES_NO_SYSTEM = {"gemma", "strict"}
+KEYS = {"qwen3": "reasoning_content", "apart": "reasoning_content", "harmony": "thinking"}  # of thoughts beside an answer
 ROUNDS = 12
 
 
@@ -59,8 +60,8 @@ def plain_messages(kind: str, record: dict) -> list[dict]:
     found = [{"role": role, "content": said} for pair in pairs for role, said in zip(("user", "assistant"), pair, strict=True)]
     for message in found:
         thought, _ = split_thinking(message["content"])
-        if kind in ("qwen3", "apart") and thought and message["role"] == "assistant":
-            message |= {"content": message["content"].partition("</think>")[2].lstrip("\n"), "reasoning_content": thought}
+        if kind in KEYS and thought and message["role"] == "assistant":
+            message |= {"content": message["content"].partition("</think>")[2].lstrip("\n"), KEYS[kind]: thought}
             if kind == "qwen3":  # whose twin here reads them out of the text
                 message["content"] = f"<think>\n{message.pop('reasoning_content')}\n</think>\n\n{message['content']}"
     if record.get("system") and kind in TAKES_NO_SYSTEM:
@@ -105,10 +106,10 @@ def check_answer(kind, plain, messages, before, learned, end):
     """One learned answer, after the ids `before`."""
     said = plain.decode(learned)
     thought, answer = split_thinking(messages[-1]["content"])
-    thought = thought or messages[-1].get("reasoning_content", "")
+    thought = thought or messages[-1].get(KEYS.get(kind, ""), "")
     assert said.endswith(end) and said.count(end) == 1
     body = said.removesuffix(end)
-    assert answer.strip() in body and thought in body and ("</think>" in body) == bool(thought)
+    assert answer.strip() in body and thought in body and ("</think>" in body or "analysis" in body) == bool(thought)
     switch = {"enable_thinking": True} if thought else {}
     prompt = plain.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False, **switch)
     whole = plain.apply_chat_template(messages, tokenize=False, **switch)

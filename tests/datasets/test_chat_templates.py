@@ -1,5 +1,7 @@
 """Chat templates of seven published kinds: prompts as transformers', what is learned, where answers end."""
 
+import itertools
+
 import chat_templates
 import datasets
 import numpy as np
@@ -86,6 +88,24 @@ def test_every_answer_of_a_template_ends_in_the_engine_where_it_was_learned_to_e
         answer = [label for label in last if label != IGNORED]
         assert [ending(answer[: place + 1]) for place in range(len(answer))] == [False] * (len(answer) - 1) + [True]
         assert split_thinking(ending.text(answer))[1].strip() == split_thinking(record["output"])[1].strip()
+
+
+def test_words_between_control_tokens_tell_a_thought_from_what_is_said(tmp_path):
+    from utils.inference.answerers import BASE, ChatModel
+    from utils.inference.engine import Engine
+    from utils.models.placement import place
+
+    tiny.llama(tmp_path)
+    words = chat_templates.tokenizer(tmp_path, "harmony")
+    prompter = ChatPrompter(words, [words.eos_token_id])
+    ending = Engine(str(tmp_path), [ChatModel(BASE, None, "chat", None)], place(False, False)).ending(BASE)
+    for record in RECORDS:
+        answer = [label for label in encode([record], prompter, words, 1000, False)[-1].labels if label != IGNORED]
+        assert words.decode(answer[:1]) == "<|channel|>"
+        assert split_thinking(ending.text(answer)) == split_thinking(record["output"])
+        shown = [ending.so_far(answer[:length]) for length in range(1, len(answer) + 1)]
+        assert all(later.startswith(sooner.strip()) for sooner, later in itertools.pairwise(shown)), shown
+        assert shown[-1] == ending.text(answer)
 
 
 def test_an_empty_thought_is_read_only_where_it_is_asked_with_and_never_learned(tmp_path):

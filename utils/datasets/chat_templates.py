@@ -39,6 +39,15 @@ class Sequence(NamedTuple):
     raw_answers: int
 
 
+class Channels(NamedTuple):
+    """The ids that a template writes around an answer's parts where words tell them apart, as in gpt-oss': before a thought,
+    between it and what is said, and before what is said without a thought; all empty where there are no such words."""
+
+    thought: Ids
+    between: Ids
+    said: Ids
+
+
 class ChatPrompter:
     """The chat template of a tokenizer, with what a `Prompter` offers, and encodings that it alone can make.
 
@@ -66,6 +75,7 @@ class ChatPrompter:
             say(f"{tokenizer.name_or_path}: its chat template writes the day's date into prompts")
         self.thought_key = next(filter(self._takes_thoughts_as, SEPARATE), "")
         self.end, self.stop_strings = self._written_end()
+        self.channels = self._channels()
         self.ends = frozenset([*ends, *([self.end] if self.end is not None else [])])
         if not self.ends:
             raise UserError(f"{tokenizer.name_or_path}: no token ends an answer; give its tokenizer_config.json an eos_token")
@@ -234,6 +244,19 @@ class ChatPrompter:
         known = self.tokenizer.added_tokens_decoder
         end = next((token for token in self._ids(tail) if token in known), None)
         return end, (tail.strip(),) if end is None and tail.strip() else ()
+
+    def _channels(self) -> Channels:
+        """What stands around the parts of an answer, if words between control tokens tell which part it is."""
+        asked = self._render([QUESTION], True)
+        thought = {self.thought_key: "THOUGHT-PROBE"} if self.thought_key else {}
+        said, both = (self._tried([QUESTION, {"role": "assistant", "content": PROBE, **more}]) for more in ({}, thought))
+        head = self._ids(said[len(asked) : said.find(PROBE)]) if said.startswith(asked) else []
+        words = self.tokenizer.decode(head, skip_special_tokens=True).strip()
+        if not words or words == self.tokenizer.decode(head).strip():
+            return Channels([], [], [])
+        before, found, after = both[len(asked) :].partition("THOUGHT-PROBE")
+        parts = (before, after.partition(PROBE)[0]) if found and both.startswith(asked) else ("", "")
+        return Channels(self._ids(parts[0]), self._ids(parts[1]), head)
 
     def _takes_tools(self) -> bool:
         """Whether the template writes the definitions of tools."""

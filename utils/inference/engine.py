@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.adapters import switching
 from utils.console import say
-from utils.datasets.chat_templates import ChatPrompter, make_prompter
+from utils.datasets.chat_templates import Channels, ChatPrompter, make_prompter
 from utils.datasets.encoding import encode_prompt
 from utils.datasets.records import Record
 from utils.datasets.templates import Prompter
@@ -45,9 +45,12 @@ class Ending:
         stops: list[str],
         ends: Iterable[int] = (),
         markers: frozenset[int] = frozenset(),
+        channels: Channels | None = None,
     ):
-        """`markers` are control tokens that stay in the text: those that tell a tool's call from other text."""
+        """`markers` are control tokens that stay in the text: those that tell a tool's call from other text; `channels` are
+        what stands around the parts of an answer."""
         self.tokenizer, self.stops, self.markers = tokenizer, stops, markers
+        self.channels = channels or Channels([], [], [])
         self.ends = frozenset(ends) or {tokenizer.eos_token_id}
         self.tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token is a byte at least
         self.lasts = {stop[-1] for stop in stops} | {"\ufffd"}  # or a part of a character, which may be one of these
@@ -65,16 +68,31 @@ class Ending:
 
     def text(self, ids: Ids) -> str:
         """The whole answer, without what ended it."""
-        return self._cut(self._decode(ids)).strip()
+        return self._cut(self._read(ids)).strip()
 
     def so_far(self, ids: Ids) -> str:
         """What of an unfinished answer is sure to stay: no half characters, no beginning of a stop string."""
-        text = self._cut(self._decode(ids)).rstrip("\ufffd")
+        text = self._cut(self._read(ids)).rstrip("\ufffd")
         held = max((size for stop in self.stops for size in range(len(stop)) if text.endswith(stop[:size])), default=0)
         return text[: len(text) - held].strip()
 
     def _cut(self, text: str) -> str:
         return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]
+
+    def _read(self, ids: Ids) -> str:
+        """The text of an answer, a thought in a channel of its own as `<think>…</think>` before what is said."""
+        thought, between, said = self.channels
+        if said[: len(ids)] == ids[: len(said)]:
+            return self._decode(ids[len(said) :])
+        if not thought or thought[: len(ids)] != ids[: len(thought)]:
+            return self._decode(ids)
+        ids = ids[len(thought) :]
+        places = range(len(ids) - len(between) + 1)
+        end = next((place for place in places if ids[place : place + len(between)] == between), None)
+        if end is None:  # the thought goes on, or what follows it has just begun
+            held = next((size for size in range(len(between), 0, -1) if ids[-size:] == between[:size]), 0)
+            return f"<think>\n{self._decode(ids[: len(ids) - held])}" if ids else ""
+        return f"<think>\n{self._decode(ids[:end])}\n</think>\n\n{self._decode(ids[end + len(between) :])}"
 
     def _decode(self, ids: Ids) -> str:
         ids = ids[:-1] if ids and ids[-1] in self.ends else ids  # which not every tokenizer marks as special
@@ -237,10 +255,10 @@ class Engine:
     def ending(self, name: str, template: str | None = "", stops: Sequence[str] = ()) -> Ending:
         """How answers of `name` end: as the template has it (None: there is none), or with one of `stops`."""
         prompter = None if template is None else self.prompter(name, template)
-        ends, markers = self.ends[name], frozenset[int]()
+        texts = [*(prompter.stop_strings if prompter else []), *self.stops, *stops]
         if isinstance(prompter, ChatPrompter):
-            ends, markers = list(prompter.ends), prompter.markers
-        return Ending(self.tokenizers[name], [*(prompter.stop_strings if prompter else []), *self.stops, *stops], ends, markers)
+            return Ending(self.tokenizers[name], texts, prompter.ends, prompter.markers, prompter.channels)
+        return Ending(self.tokenizers[name], texts, self.ends[name])
 
     def answer(
         self, name: str, prompts: list[Ids], settings: SamplingParams, template: str | None = "", stops: Sequence[str] = ()

@@ -33,8 +33,10 @@ class Sampler:
         room: int,
         window: int | None = None,
     ):
-        self.ending = Ending(
-            tokenizer, list(prompter.stop_strings), prompter.ends if isinstance(prompter, ChatPrompter) else ends
+        self.ending = (
+            Ending(tokenizer, list(prompter.stop_strings), prompter.ends, channels=prompter.channels)
+            if isinstance(prompter, ChatPrompter)
+            else Ending(tokenizer, list(prompter.stop_strings), ends)
         )
         self.settings, self.room, self.window = settings, room, window
 
