@@ -23,5 +23,6 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# two processes, each with whole modules, whose fixtures are shared; a third gains nothing on two cores
-python -m pytest -n 2 --dist loadscope ${tier[@]+"${tier[@]}"} "$@"
+# two processes, each with whole modules, whose fixtures are shared; a third gains nothing on two cores. If one crashes, the
+# run ends: pytest-xdist would start another, and wait for ever for what the crashed one had left
+python -m pytest -n 2 --dist loadscope --max-worker-restart 0 ${tier[@]+"${tier[@]}"} "$@"

@@ -157,7 +157,7 @@ JUDGE = cases(
     ("half a request", "--budget 1.5", "--budget 1.5", "whole number"),
     ("a seed in words", "--seed lucky", "--seed lucky", "whole number"),
     ("a system without a name", "--answers ={two}", "not NAME=PATH", "write it like"),
-    ("a folder without answers", "--answers three={base}", "test.json", "check"),
+    ("a folder without answers", "--answers three={base}", "test.json", "make it with"),
     ("an API by FTP", "--judge_model m --api_base ftp://localhost/v1", "--api_base ftp://", "http://localhost"),
     ("an API in broken brackets", "--judge_model m --api_base http://[::1/v1", "--api_base http://[::1", "http://localhost"),
     ("an API on no port", "--judge_model m --api_base http://localhost:99999/v1", "--api_base", "http://localhost"),

@@ -77,7 +77,7 @@ def change_root(folder: str) -> None:
     for path in LIBRARIES:
         if os.path.islink(path):
             os.symlink(os.path.realpath(path), folder + path)
-    os.makedirs(f"{folder}/tmp")
+    os.makedirs(f"{folder}/tmp", exist_ok=True)  # it is there where Python's libraries are in it
     os.chmod(f"{folder}/tmp", 0o777)
     os.chdir(folder)
     mount(".", "/", MOVE)

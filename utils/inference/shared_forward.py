@@ -23,7 +23,7 @@ from utils.inference.engine import Engine
 from utils.inference.kv_cache import GrowingLayer, Ids
 
 ATTENTION = "text_by_text"  # the name that transformers knows `attend` by
-ALIKE = 4  # rows from which on a row's result is the same bits in any company (oneMKL; with fewer it uses other kernels)
+ALIKE = 16  # rows from which on a row's result is the same bits in any company (oneMKL; with fewer it uses other kernels)
 PROBE = 12  # tokens of the texts that the check is made with
 CLOSE = 1e-2  # largest difference of log-probabilities, many times what rounding makes of them in bfloat16
 
