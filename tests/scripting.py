@@ -69,6 +69,8 @@ class Running:
             sys.argv = argv
             if "torch" in sys.modules:  # its pool of threads did not survive the fork, and only one thread may make it anew
                 sys.modules["torch"].set_num_threads(1)
+            if "accelerate.state" in sys.modules:  # nor are its ranks those of a test that ran in the process itself
+                sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
             tqdm.set_lock(threading.RLock())  # not the one that all forks share, which a killed one may have left locked
             runpy.run_path(argv[0], run_name="__main__")
             status = 0
