@@ -1,6 +1,7 @@
 """Templates: a record as the text that a model reads, one turn or many."""
 
 import dataclasses
+import re
 import string
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from utils.datasets.records import Record
 from utils.files import read_json
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
+THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.S)
 CHAT = "chat"  # the name of the tokenizer's own template
 REQUIRED = ("prompt_input", "prompt_no_input", "response_split")
 PROMPTS = ("prompt_input", "prompt_no_input", "turn_input", "turn_no_input")
@@ -84,6 +86,11 @@ def split_thinking(text: str) -> tuple[str, str]:
     if closed:
         return before.lstrip().removeprefix("<think>").strip(), after.lstrip()
     return (before.lstrip().removeprefix("<think>").strip(), "") if before.lstrip().startswith("<think>") else ("", text)
+
+
+def without_thoughts(text: str) -> str:
+    """A text without what stands in `<think>…</think>` anywhere in it; a thought that never ends goes on to its end."""
+    return THOUGHTS.sub("", text)
 
 
 def check_template(name: str) -> None:

@@ -12,6 +12,7 @@ from utils.console import UserError, progress, say
 from utils.datasets.choices import LETTERS, Choice, read_choices
 from utils.datasets.encoding import encode_last_answers, encode_text
 from utils.datasets.records import Record
+from utils.datasets.templates import without_thoughts
 from utils.evaluation.intervals import compare_shares, wilson_percent
 from utils.evaluation.tables import Row, Table
 from utils.files import digest
@@ -26,7 +27,6 @@ PLAIN, OWN = "plain", "own"  # how it is asked: as text that goes on, or with th
 EXAMPLES = "dev.json"  # where the worked examples are looked for, beside the questions
 LONGEST = 1 << 20  # tokens: nothing is cut
 GENERATED = {PLAIN: 16, OWN: 256}  # tokens of an answer
-THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.S)
 SAID = re.compile(
     r"(?:答案|正确选项|选项|应选|故选|选择|选|\bchoose|\b(?:answer|choice)(?:\s+is)?|\\boxed)"
     r"(?:[\s:是为应该\"'“”‘’(\[{*]|选项)*([A-J](?:[\s,、和及]*[A-J])*)(?![A-Za-z])",
@@ -245,7 +245,7 @@ def read_answer(text: str, choices: Sequence[str]) -> list[int] | None:
     They are those after 答案 or the like, if it is always the same; else the letter that the answer opens with; else the only
     letter in it, or the only choice whose text it is.
     """
-    text = unicodedata.normalize("NFKC", THOUGHTS.sub("", text)).strip()
+    text = unicodedata.normalize("NFKC", without_thoughts(text)).strip()
     said = {letters(match[1]) for match in SAID.finditer(text)}
     opening = OPENS.match(text)
     if said:

@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from utils.datasets.templates import without_thoughts
+
 LOWEST, HIGHEST = 0.0, 10.0
 NUMERALS = {numeral: value for value, numeral in enumerate("零一二三四五六七八九十")} | {"两": 2, "〇": 0}
 
@@ -58,7 +60,7 @@ def read_scores(text: str, systems: int) -> Reading:
     A system has a score if the text gives it at least once and never gives another; what stands in the explanations
     (comparisons, counts of errors, years) is not a score. Reasoning within `<think>` is left out.
     """
-    text = re.sub(r"<think>.*?(</think>|\Z)", "", unicodedata.normalize("NFKC", text), flags=re.S)
+    text = without_thoughts(unicodedata.normalize("NFKC", text))
     text = re.sub(r"([^\S\n])\1+", r"\1", text)
     found = list(in_json(text, systems))
     if not found:

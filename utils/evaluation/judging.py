@@ -1,7 +1,8 @@
 """A model as judge: the published prompt, the order the systems are shown in, and asking until scores are certain."""
 
 import random
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
 
 from utils.datasets.prompts import Record
 from utils.evaluation.judge_scores import read_scores
@@ -14,7 +15,8 @@ PREAMBLE = (
     "输出结果格式为：System 分数；System 解释。"
 )
 REMINDER = "（上一次的回答里，{systems}的分数无法确定。请给每个 System 各打一个 0 到 10 之间的分数。）"
-ASKED = 3  # times in all, until every system has a certain score
+ASKED = 3  # times in all, until what the judge says can be read, or every system has a certain score
+T = TypeVar("T")
 
 
 class Judgement(NamedTuple):
@@ -62,6 +64,36 @@ class Question(NamedTuple):
     def key(self, attempt: int) -> str:
         """What it is called in the journal when it is asked for the `attempt`-th time, from 0."""
         return f"prompt {self.prompt + 1}, repeat {self.repeat + 1}, time {attempt + 1}"
+
+
+class Askable(Protocol):
+    """What a judge can be asked: its words, and what they are called in the journal."""
+
+    @property
+    def content(self) -> str: ...
+
+    def key(self, attempt: int) -> str: ...
+
+
+async def ask_for_verdict(
+    endpoint: Endpoint, asked: Askable, read: Callable[[str], T | None], reminder: str
+) -> tuple[T | None, list[str], bool]:
+    """Ask a judge until its verdict can be read, with a `reminder` from the second time on.
+
+    Returns the verdict (None: none could be read), the judge's texts, and whether the service refused to answer.
+    """
+    said: list[str] = []
+    added = ""
+    for attempt in range(ASKED):
+        reply = await endpoint.ask(asked.key(attempt), [{"role": "user", "content": asked.content + added}])
+        said.append(reply.text)
+        if reply.finish == "refused":
+            return None, said, True
+        verdict = read(reply.text)
+        if verdict is not None:
+            return verdict, said, False
+        added = f"\n\n{reminder}"
+    return None, said, False
 
 
 async def judge(endpoint: Endpoint, asked: Question) -> Judgement:

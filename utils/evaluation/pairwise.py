@@ -13,14 +13,14 @@ from utils.console import UserError, say
 from utils.datasets.file_formats import read_items
 from utils.datasets.preferences import read_pairs
 from utils.datasets.prompts import Record
+from utils.datasets.templates import without_thoughts
 from utils.evaluation.answers import by_category, key_of
 from utils.evaluation.intervals import middle, resampled, wilson, wilson_percent
-from utils.evaluation.judging import question
+from utils.evaluation.judging import ask_for_verdict, question
 from utils.evaluation.ratings import Verdict, ratings
 from utils.evaluation.tables import Row, Table
 from utils.inference.requests import Endpoint
 
-ASKED = 3  # times in all, until a verdict can be read
 TASK = (
     "请比较两个助手对同一个问题的回答，看正确、切题、有用和表达，不看长短，也不看先后。"
     "先用几句话说明理由，最后单独写一行：“结论：A”、“结论：B”或“结论：平局”。"
@@ -52,7 +52,7 @@ def compare_prompt(record: Record, first: str, second: str, with_reference: bool
 
 def read_verdict(text: str) -> float | None:
     """The verdict in a judge's answer: 1.0 for A, 0.0 for B, 0.5 for a tie; None where there is none, or several differ."""
-    text = unicodedata.normalize("NFKC", re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.S))
+    text = unicodedata.normalize("NFKC", without_thoughts(text))
     found = {match.upper() for match in VERDICT.findall(text)}
     values = {1.0 if word == "A" else 0.0 if word == "B" else 0.5 for word in found}
     return values.pop() if len(values) == 1 else None
@@ -73,17 +73,9 @@ class Question(NamedTuple):
 
 async def compare(endpoint: Endpoint, asked: Question) -> Comparison:
     """Have two answers compared in one order; a judge whose verdict cannot be read is asked again, twice."""
-    said, reminder = [], ""
-    for attempt in range(ASKED):
-        reply = await endpoint.ask(asked.key(attempt), [{"role": "user", "content": asked.content + reminder}])
-        said.append(reply.text)
-        if reply.finish == "refused":
-            return Comparison(*asked[:3], None, said, f"refused: {reply.text}")
-        outcome = read_verdict(reply.text)
-        if outcome is not None:
-            return Comparison(*asked[:3], outcome, said, "")
-        reminder = "\n\n" + REMINDER
-    return Comparison(*asked[:3], None, said, "no verdict that can be read")
+    outcome, said, is_refused = await ask_for_verdict(endpoint, asked, read_verdict, REMINDER)
+    problem = f"refused: {said[-1]}" if is_refused else "no verdict that can be read" if outcome is None else ""
+    return Comparison(*asked[:3], outcome, said, problem)
 
 
 def compare_all(
