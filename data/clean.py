@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -147,9 +148,9 @@ class Report:
         }  # fmt: skip
 
 
-def look_at_each(options: Options, files: list[Path], index: Any, kept: Path, signatures: Path, report: Report) -> list[int]:
+def look_at_each(options: Options, files: list[Path], index: Any, kept: Path, signatures: Path, report: Report) -> array:
     """Write the records that stay as lines to `kept`, and their signatures; returns where each line begins."""
-    offsets = [0]
+    offsets = array("q", [0])
     with kept.open("wb") as lines, signatures.open("wb") as sketches, progress(desc="cleaning", unit="record") as bar:
         for examined in in_parallel(options, index, chunks(files, options.fix_texts)):
             for line, sketch, cause, example, masked in examined:
@@ -237,7 +238,7 @@ def why_drop(record: "Record", text: str, options: Options) -> tuple[str, Any]:
     return "", None
 
 
-def find_near_duplicates(options: Options, kept: Path, signatures: Path, offsets: list[int], report: Report) -> set[int]:
+def find_near_duplicates(options: Options, kept: Path, signatures: Path, offsets: array, report: Report) -> set[int]:
     """The numbers of records that share --near_duplicates of their text with an earlier one that stays."""
     from utils.datasets.cleaning import candidates, similarity, texts_of
 
@@ -260,7 +261,7 @@ def find_near_duplicates(options: Options, kept: Path, signatures: Path, offsets
     return dropped
 
 
-def write(target: Path, kept: Path, offsets: list[int], dropped: set[int], report: Report) -> None:
+def write(target: Path, kept: Path, offsets: array, dropped: set[int], report: Report) -> None:
     """Write the records that stay as one JSON array, complete or not at all."""
     from utils.datasets.records import write_records
 

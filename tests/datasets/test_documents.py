@@ -9,7 +9,7 @@ import pytest
 from utils.console import UserError
 from utils.datasets.documents import read_documents
 from utils.datasets.encoding import IGNORED, encode_documents
-from utils.datasets.stages import INSTRUCTION, TEXT, stage_of
+from utils.datasets.stages import INSTRUCTION, READERS, TEXT, stage_of
 from utils.models.tokenizer import load_tokenizer
 
 LINE = "白日依山尽，黄河入海流。\n"
@@ -85,3 +85,25 @@ def test_the_form_of_the_records_says_the_stage(tmp_path):
     assert stage_of(str(text)) == TEXT and stage_of(f"{chat},{both}") == INSTRUCTION
     with pytest.raises(UserError, match=r"a\.jsonl holds raw text, .*b\.json holds questions and answers"):
         stage_of(f"{text},{chat}")
+
+
+ITEMS = {
+    "raw text": {"text": "甲"},
+    "questions and answers": {"instruction": "甲", "output": "乙"},
+    "preferences": {"instruction": "甲", "chosen": "乙", "rejected": "丙"},
+    "answers with a label": {"instruction": "甲", "output": "乙", "label": False},
+}
+
+
+@pytest.mark.parametrize("first", ITEMS)
+def test_of_a_file_of_mixed_records_the_first_decides_and_the_others_are_announced_and_counted(tmp_path, capsys, first):
+    others = [name for name in ITEMS if name != first]
+    items = [ITEMS[name] for name in (first, *others, first)]
+    path = write(tmp_path / "a.jsonl", "\n".join(["{broken", *map(json.dumps, items)]))
+    stage = stage_of(str(path), "instruction" if first == "questions and answers" else "")
+    told = capsys.readouterr().out
+    read_as_such = {"answers with a label": "preferences", "questions and answers": "answers with a label"}.get(first)
+    for line, name in enumerate(others, 3):
+        assert (f"it also holds {name} (the first: {path}, line {line})" in told) == (name != read_as_such)
+    assert len(list(READERS[stage](path, ()))) == (4 if first == "answers with a label" else 2)  # a pair is two of them
+    assert "dropped" in capsys.readouterr().out

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import xxhash
 from datasketch import MinHash
 
 from utils.datasets.records import Record
 
 SHINGLE = 5  # characters; Chinese words have two, so that a shingle is about a phrase
+PIECE = 2**14  # signatures read at once
 PERMUTATIONS, ROWS = 64, 4  # 16 bands of 4 rows find 99.98 % of the pairs that share 0.8 of their shingles
 HAN, LATIN = re.compile(r"[\u3400-\u9fff\U00020000-\U000323af]"), re.compile(r"[A-Za-z]")
 PERSONAL = {  # in this order, since an ID number may hold what looks like a phone number
@@ -28,7 +28,7 @@ WEIGHTS, CHECKS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2), "10X987
 
 
 def texts_of(record: Record) -> list[str]:
-    """All texts of a record, its earlier turns among them."""
+    """All texts of a record: its earlier turns, and as the last three instruction, input and output."""
     turns = [text for turn in record.get("history", []) for text in turn]
     return [*turns, record["instruction"], record.get("input") or "", record.get("output") or ""]
 
@@ -78,6 +78,22 @@ def normalized(text: str) -> str:
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).lower())
 
 
+@functools.cache
+def factors(width: int) -> np.ndarray:
+    """What the characters of a run are multiplied by: (width,) uint64, odd."""
+    return np.random.default_rng(0).integers(1, 2**63, width, dtype=np.uint64) | np.uint64(1)
+
+
+def run_hashes(plain: str, width: int) -> np.ndarray:
+    """Hashes of all runs of `width` characters: (runs,) uint64; a shorter text is one run."""
+    codes = np.frombuffer(plain.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    width = max(1, min(width, len(codes)))
+    hashes: np.ndarray = np.zeros(max(1, len(codes) - width + 1), np.uint64)
+    for offset, factor in enumerate(factors(width)[: len(codes)]):
+        hashes += factor * codes[offset : offset + len(hashes)]
+    return hashes
+
+
 class Contamination:
     """The n-grams of test questions; `hit(record)` is the first question that shares one with a record, or None.
 
@@ -89,26 +105,20 @@ class Contamination:
         self.questions: list[str] = []
         self._grams: dict[int, int] = {}
         for question in questions:
-            plain = normalized(question)
-            for gram in windows(plain, size) if len(plain) >= size else [plain] if plain else []:
-                self._grams.setdefault(xxhash.xxh3_64_intdigest(gram.encode()), len(self.questions))
+            if plain := normalized(question):
+                for gram in run_hashes(plain, size).tolist():
+                    self._grams.setdefault(gram, len(self.questions))
             self.questions.append(question)
 
     def hit(self, record: Record) -> str | None:
         """The test question that the record overlaps with."""
-        asked = normalized(record.get("instruction") or "")
-        grams = [asked] if len(asked) < self.size else []
-        for text in texts_of(record):
-            grams += windows(normalized(text), self.size)
-        for gram in grams:
-            if (number := self._grams.get(xxhash.xxh3_64_intdigest(gram.encode()))) is not None:
-                return self.questions[number]
+        texts = [normalized(text) for text in texts_of(record)]
+        asked = texts[-3]
+        for text in texts:
+            if len(text) >= self.size or text is asked:
+                for gram in filter(self._grams.__contains__, run_hashes(text, self.size).tolist()):
+                    return self.questions[self._grams[gram]]
         return None
-
-
-def windows(text: str, size: int) -> list[str]:
-    """All runs of `size` characters."""
-    return [text[start : start + size] for start in range(len(text) - size + 1)]
 
 
 @functools.cache
@@ -119,14 +129,7 @@ def prototype() -> MinHash:
 
 def shingles(text: str) -> np.ndarray:
     """Hashes of a text's runs of SHINGLE characters, each once: (shingles,) uint32; a shorter text is one shingle."""
-    codes = np.frombuffer(normalized(text).encode("utf-32-le"), np.uint32).astype(np.uint64)
-    width = max(1, min(SHINGLE, len(codes)))
-    factors = np.random.default_rng(0).integers(1, 2**63, SHINGLE, dtype=np.uint64) | np.uint64(1)
-    runs = max(1, len(codes) - width + 1)
-    hashes: np.ndarray = np.zeros(runs, np.uint64)
-    for offset in range(min(width, len(codes))):
-        hashes += factors[offset] * codes[offset : offset + runs]
-    return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
+    return np.unique((run_hashes(normalized(text), SHINGLE) >> np.uint64(32)).astype(np.uint32))
 
 
 def signature(text: str) -> np.ndarray:
@@ -147,13 +150,23 @@ def similarity(one: str, other: str) -> float:
 def candidates(file: Path) -> Iterator[tuple[int, int]]:
     """Pairs (earlier, later) of records whose signatures, stored one after the other in `file`, share a band.
 
-    Each record is paired with the first of each band that it shares; one band is in memory at a time.
+    Each record is paired with the first of each band that it shares; of each record one band's hash is in memory.
     """
-    signatures = np.memmap(file, np.uint32, "r").reshape(-1, PERMUTATIONS)
-    for start in range(0, PERMUTATIONS, ROWS):
-        band = np.ascontiguousarray(signatures[:, start : start + ROWS])
-        keys = band.view(np.dtype((np.void, band.itemsize * ROWS))).ravel()
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        earliest = first[inverse]
-        for later in np.flatnonzero(earliest < np.arange(len(earliest))):
-            yield int(earliest[later]), int(later)
+    for band in range(0, PERMUTATIONS, ROWS):
+        keys = band_hashes(file, band)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        firsts = order[np.searchsorted(keys, keys)]  # of the same hash, the record that comes first
+        later = np.flatnonzero(firsts != order)
+        for place in later[np.argsort(order[later])].tolist():
+            yield int(firsts[place]), int(order[place])
+
+
+def band_hashes(file: Path, band: int) -> np.ndarray:
+    """A hash of the ROWS numbers from `band` on of each signature in `file`: (records,) uint64; read a piece at a time."""
+    found: np.ndarray = np.zeros(file.stat().st_size // (4 * PERMUTATIONS), np.uint64)
+    with file.open("rb") as signatures:
+        for start in range(0, len(found), PIECE):
+            piece = np.fromfile(signatures, np.uint32, PIECE * PERMUTATIONS).reshape(-1, PERMUTATIONS)[:, band : band + ROWS]
+            found[start : start + PIECE] = (piece * factors(ROWS)).sum(1, dtype=np.uint64)
+    return found

@@ -3,13 +3,15 @@
 Records of questions with answers can also be learned by rewards, which is the one thing that their form does not say.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.console import UserError
+from utils.console import UserError, say
 from utils.datasets.documents import is_document, is_text_file, read_documents
 from utils.datasets.file_formats import read_items
+from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.preferences import is_judged, is_pair, read_judged, read_pairs
 from utils.datasets.records import read_records
 from utils.datasets.sources import data_files
@@ -21,6 +23,7 @@ NAMES = {
     PREFERENCE: "preferences",
     LABELLED: "answers with a label",
 }
+LOOKED_AT = 1000  # records of a file, to find those of another form
 STAGES = {TEXT: (TEXT,), INSTRUCTION: (INSTRUCTION, REWARD), PREFERENCE: (PREFERENCE,), LABELLED: (PREFERENCE, INSTRUCTION)}
 
 
@@ -34,7 +37,7 @@ READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Any]]] = {  # of a
 
 
 def stage_of(data_path: str, asked: str = "", preference_loss: str = "", rewards: bool = False) -> str:
-    """The stage that the files of a data path are trained by, by the first item of each.
+    """The stage that the files of a data path are trained by, by the first item of each that can be read.
 
     That is one of READERS: pairs whose `preference_loss` is kto are learned as LABELLED answers. `asked` is the stage
     that the user named, "" where it follows from the records and from whether there are `rewards`.
@@ -75,8 +78,23 @@ def form_of(data_path: str) -> str:
 
 
 def form_of_file(file: Path) -> str:
-    """The form of the records in one file, by the first."""
+    """The form of the records in one file, by the first that can be read; others among the next ones are announced."""
     if is_text_file(file):
         return TEXT
-    _, first = next(read_items(file), (0, None))
-    return TEXT if is_document(first) else PREFERENCE if is_pair(first) else LABELLED if is_judged(first) else INSTRUCTION
+    places: dict[str, str] = {}
+    for number, item in itertools.islice(read_items(file), LOOKED_AT):
+        if not isinstance(item, UnreadableItem):
+            places.setdefault(form_of_item(item), place_of(file, number))
+    form, *others = places or (INSTRUCTION,)
+    for other in others:
+        if (form, other) not in ((LABELLED, PREFERENCE), (INSTRUCTION, LABELLED)):  # which are read as that, too
+            say(
+                f"{file}: begins with {NAMES[form]}, and is read as that; it also holds {NAMES[other]} "
+                f"(the first: {places[other]}); put each kind into a file of its own"
+            )
+    return form
+
+
+def form_of_item(item: Any) -> str:
+    """The form of one record."""
+    return TEXT if is_document(item) else PREFERENCE if is_pair(item) else LABELLED if is_judged(item) else INSTRUCTION
