@@ -149,7 +149,8 @@ def check(options: Options) -> None:
 
 def check_choices(options: Options) -> None:
     """Raises UserError if --choices is given with what it excludes, or names no model."""
-    if options.answers or options.answer_with or options.judge_model or options.metrics:
+    others = (options.answers, options.answer_with, options.judge_model, options.metrics, options.pairwise, options.votes)
+    if any(others) or options.run_code or options.refusals or options.held_out:
         raise UserError("--choices: scores models, and the other options answers; run one after the other")
     if options.chain and options.lora_weights:
         raise UserError("--chain and --lora_weights: both given; --chain scores all steps of its chain")

@@ -76,6 +76,8 @@ def check_together(options: Options) -> None:
     if wrong:
         raise UserError(f"--languages {wrong[0]}: not a language that is told apart; give zh, en or other")
     check_folder(Path(options.output_path).parent, "--output_path")
+    if Path(options.output_path).is_dir() or options.output_path.endswith("/"):
+        raise UserError(f"--output_path {options.output_path}: is a folder; name a file in it, such as clean.json")
     if Path(options.output_path).exists() and not options.overwrite:
         raise UserError(f"{options.output_path}: exists already; give --overwrite, or choose another --output_path")
     if options.least_characters > options.most_characters:

@@ -185,12 +185,14 @@ def locked(folder: str | Path) -> Iterator[None]:
         return
     path = Path(folder).absolute()
     new = list(itertools.takewhile(lambda parent: not parent.exists(), path.parents))
+    name = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(name, "a+")
     except OSError as error:
-        raise UserError(f"{path.parent}: cannot be made ({error.strerror}); choose another place for the output") from None
-    name = path.with_name(f".{path.name}.lock")
-    with open(name, "a+") as file:
+        where = path if path.parent.is_dir() else path.parent
+        raise UserError(f"{where}: cannot be made ({error.strerror}); choose another place for the output") from None
+    with file:
         take(file, folder, name)
         try:
             yield

@@ -185,10 +185,13 @@ def test_the_matrix_of_forgetting(script, tmp_path):
     write_json(tmp_path / "f1.json", [{"instruction": "变了", "input": "", "output": "变了"}] * 12)
     out = script("judge.py", "--chain", tmp_path / "f2", "--output_dir", tmp_path / "third").ok()
     assert "f1.json has changed since it was learned" in out
+    for step in ("f1", "f2"):  # so that there would be something to write before the matrix
+        write_json(tmp_path / step / "test.json", [{"instruction": "问", "input": "", "output": "答"}])
     for wrong, why in (
         ("f9=x.json", "not a step of the chain"),
         ("f1", "give a step and its records"),
         ("f1=none.json", "none"),
     ):
         assert why in script("judge.py", "--chain", tmp_path / "f2", "--held_out", wrong, "--output_dir", tmp_path / "no").error
+    assert not (tmp_path / "no").exists()
     assert "give both" in script("judge.py", "--answers", "a=b", "--metrics", "--held_out", "f1=x", "--output_dir", "o").error

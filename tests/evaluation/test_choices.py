@@ -125,6 +125,8 @@ def test_shares_and_intervals_worked_out_by_hand():
     assert any("1 questions are longer than the model's window" in line for line in notes)
     assert "guessing would give 25.0 %" in notes and "base: mean over the subjects 33.3 %" in notes
     assert any(line.startswith("base and f1: no difference can be told") for line in notes)
+    several, given = questions[-1:] * 4, [Marked(chosen, "") for chosen in ([0, 1], [0], [0, 1, 2], None)]
+    assert tabulate(several, {"base": given}, Way(by="answer"), "float32")[0][0].rows[0].values == {"base": 25.0}
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +234,14 @@ def test_the_own_template_asks_as_was_trained(script, questions, tmp_path):
         (["--shots", 3, "--choices", "{}/alone/test.json"], "no dev.json beside the questions"),
         (["--choices", "{}/nowhere.json"], "nowhere.json"),
         (["--choices", "{}/test.json", "--judge_model", "m"], "scores models, and the other options answers"),
+        (["--choices", "{}/test.json", "--refusals"], "scores models, and the other options answers"),
+        (["--choices", "{}/several.json"], "all questions have several right choices"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(script, questions, tmp_path, options, error):
     (questions / "alone").mkdir(exist_ok=True)
     (questions / "alone/test.json").write_bytes((questions / "test.json").read_bytes())
+    write_json(questions / "several.json", [as_record(ONE._replace(right=(0, 1)))])
     options = [str(value).format(questions) for value in options]
     ended = script("judge.py", *options, "--base_model", questions / "base", "--output_dir", tmp_path / "out")
     assert error in ended.error and not (tmp_path / "out").exists()

@@ -14,6 +14,12 @@ from utils.files import write_json
 
 EVIL = '<script>document.title="pwned"</script><img src=x onerror="document.title=\'pwned\'">\'"&</details>'
 
+A4 = 703  # pixels between its margins
+BACK = "getComputedStyle(document.body).backgroundColor"
+COUNTING = "addEventListener('beforeprint', () => window.opened = document.querySelectorAll('details[open]').length)"
+WIDENING = """for (const row of document.querySelectorAll("tr"))
+  for (let column = 0; column < 9; column++) row.append(row.lastChild.cloneNode(true))"""
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -88,9 +94,14 @@ def test_the_page_is_searched_filtered_read_on_a_phone_and_printed(folder):
         page.set_viewport_size({"width": 1200, "height": 800})
         boxes = [page.locator(f"details[open] .answers > div >> nth={number}").bounding_box() for number in (0, 1)]
         assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]  # side by side on a screen
-        page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-        assert page.locator("details[data-category][open]").count() == 4
-        assert page.pdf()[:5] == b"%PDF-"
-        page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+        page.evaluate(COUNTING)
+        page.emulate_media(color_scheme="dark")
+        assert page.evaluate(BACK) != "rgb(255, 255, 255)"
+        assert page.pdf()[:5] == b"%PDF-" and page.evaluate("opened") == 4  # what is folded up is open on paper
         assert page.locator("details[data-category][open]").count() == 1
+        page.emulate_media(color_scheme="dark", media="print")
+        page.set_viewport_size({"width": A4, "height": 1000})
+        assert page.evaluate(BACK) == "rgb(255, 255, 255)" and page.locator("nav").is_hidden()
+        page.evaluate(WIDENING)
+        assert page.evaluate("document.documentElement.scrollWidth") <= A4
         browser.close()

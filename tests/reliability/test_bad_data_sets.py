@@ -77,6 +77,7 @@ def test_the_first_bad_item_ends_a_strict_run(refused, tmp_path, name):
         ("COIG", "--output_dir {data}", ("data.json: is not a folder", "give another --output_dir")),
         ("psyQA", "--output_dir {data}/a/b", ("data.json: is not a folder", "give another --output_dir")),
         ("psyQA", "--output_dir /proc/none/out", ("/proc/none: cannot be made", "choose another place")),
+        ("psyQA", "--output_dir /proc/none", ("/proc/none: cannot be made", "choose another place")),
         ("psyQA", "downloads", ("downloads", "--name value")),
     ],
 )

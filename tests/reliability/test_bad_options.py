@@ -161,6 +161,7 @@ JUDGE = cases(
     ("an API by FTP", "--judge_model m --api_base ftp://localhost/v1", "--api_base ftp://", "http://localhost"),
     ("an API in broken brackets", "--judge_model m --api_base http://[::1/v1", "--api_base http://[::1", "http://localhost"),
     ("an API on no port", "--judge_model m --api_base http://localhost:99999/v1", "--api_base", "http://localhost"),
+    ("an API in two words", "--judge_model m --api_base 'http://local host/v1'", "--api_base", "http://localhost"),
     ("answering and judging", "--answer_with m --judge_model m", "--answer_with", "one after the other"),
     ("a chain without lineage", "--chain {adapter}", "lineage.json", "name the output folder"),
     ("other systems, other prompts", "--answers three={data}", "data.json", "answer the same prompts"),

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from trainings import losses, options, same, tensors
 from transformers import AutoModelForCausalLM
 
 from utils import lineage
+from utils.datasets.dataset import JudgedDataset
 from utils.datasets.encoding import IGNORED
 from utils.training.batching import pad
 from utils.training.loss import returning_loss
@@ -98,6 +100,17 @@ def test_the_kto_loss_is_that_of_its_paper():
     expected = 2 * (1 - 1 / (1 + math.exp(-0.5 * 1.75))) + 3 * (1 - 1 / (1 + math.exp(-0.5 * 0.75)))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert totals.tolist() == pytest.approx([0.5 * 2, -0.5 * 0.5, 1, 1, 2])
+
+
+def test_beside_an_answer_stands_the_nearest_one_to_another_question():
+    rows = [([1, 5], [7]), ([1, 5], [8]), ([1, 6], [9, 9, 9, 9])]
+    table = datasets.Dataset.from_list([
+        {"input_ids": asked + said, "labels": [IGNORED] * 2 + said, "full_length": 2 + len(said), "supervised": 1}
+        for asked, said in rows
+    ])  # fmt: skip
+    beside = [JudgedDataset(table, range(3), cutoff_len=5)[number] for number in range(3)]
+    assert [row["rejected_ids"] for row in beside] == [[1, 5, 9, 9, 9], [1, 5, 9, 9, 9], [1, 6, 8]]
+    assert [row["rejected_labels"][:3] for row in beside] == [[IGNORED, IGNORED, last] for last in (9, 9, 8)]
 
 
 @pytest.fixture(scope="module")

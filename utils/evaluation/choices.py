@@ -169,6 +169,8 @@ def mark_all(
 ) -> dict[str, list[Marked | None]]:
     """Each answerer's results, one for each question (None: it does not fit the model's window); subject by subject, each
     in the journal `path` when it is there."""
+    if way.by != ANSWER and all(len(one.right) > 1 for one in questions):
+        raise UserError("--choices: all questions have several right choices; give --choices_by answer, which can name several")
     subjects: dict[str, list[int]] = {}
     for place, one in enumerate(questions):
         subjects.setdefault(one.category, []).append(place)

@@ -39,7 +39,8 @@ class Findings:
 
 STYLE = """
 :root{--ink:#1d1d1f;--soft:#5f6368;--line:#d9dce1;--back:#fff;--tint:#f4f6f9;--best:#0b57d0}
-@media(prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#9aa0a6;--line:#3c4043;--back:#17181a;--tint:#222427;--best:#8ab4f8}}
+@media screen and (prefers-color-scheme:dark){
+:root{--ink:#e8eaed;--soft:#9aa0a6;--line:#3c4043;--back:#17181a;--tint:#222427;--best:#8ab4f8}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:80rem;color:var(--ink);background:var(--back);overflow-wrap:anywhere;
 font:15px/1.6 system-ui,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei",sans-serif}
@@ -48,6 +49,7 @@ h3{font-size:1rem;margin:1.2rem 0 .3rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;white-space:normal;min-width:7rem}
+@media screen{th:first-child,td:first-child{position:sticky;left:0;background:var(--back)}}
 td.best{font-weight:700;color:var(--best)}td small{color:var(--soft);font-weight:400}
 .down{color:#c5221f}.up{color:#188038}
 nav{display:flex;flex-wrap:wrap;gap:.5rem;position:sticky;top:0;background:var(--back);padding:.5rem 0;z-index:1}
@@ -64,8 +66,10 @@ padding:.4rem .6rem;margin:.4rem 0}
 figure{margin:1rem 0;overflow-x:auto}img{max-width:100%;height:auto;background:#fff}
 @media screen and (max-width:40rem){img.wide{max-width:none;width:56rem}}
 [hidden]{display:none!important}footer{color:var(--soft);margin-top:2rem}
-@media print{nav{display:none}body{max-width:none;font-size:11px}details{break-inside:avoid}.scroll{overflow:visible}
-th,td{white-space:normal}}
+@media print{nav{display:none}body{max-width:none;padding:0;font-size:11px}.scroll,figure{overflow:visible}table{max-width:100%}
+th,td{white-space:normal;padding:.2rem .3rem}td small{display:block}
+h2,h3,summary{break-after:avoid}tr,figure,details{break-inside:avoid}
+th:first-child,td:first-child{min-width:4rem}td:nth-child(2){white-space:nowrap}img{max-height:85vh}@page{margin:12mm}}
 """
 SCRIPT = """
 const all=[...document.querySelectorAll('details[data-category]')],find=document.getElementById('find'),

@@ -51,8 +51,10 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
     steps: dict[str, Path] = {}
     if options.chain:
         from utils.evaluation.chain import chain_folders
+        from utils.evaluation.forgetting import named_files
 
         steps = chain_folders(options.chain)
+        named_files(options.held_out, list(steps))  # so that a wrong one is refused before anything is computed
         missing = [str(folder) for folder in steps.values() if not result_files(folder)]
         command = f"python generate.py --is_ui False --test_input_path test_data --lora_weights {','.join(missing)}"
         asked = options.judge_model or options.votes or options.metrics or options.run_code or options.answers
@@ -195,6 +197,8 @@ def have_measured(
         notes += lines
     elif options.likelihood and adapters:
         notes.append("no log-likelihoods, BLEU, chrF or ROUGE-L; name the files with the references as --test_input_path")
+    elif options.likelihood and options.base_model:
+        notes.append(f"no log-likelihoods under {options.base_model}: none of the answers stands beside an adapter")
     tables.write(Path(options.output_dir) / "metrics", found, notes)
     say("\n".join(notes))
     findings.tables += found

@@ -37,7 +37,9 @@ class ModelServer:
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.url)
-            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            whole = (
+                parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and len(self.url.split()) == 1
+            )
         except ValueError:  # brackets or a port that are none
             whole = False
         if not whole:
