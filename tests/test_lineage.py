@@ -73,9 +73,20 @@ def test_a_base_is_told_from_a_slightly_trained_one(tiny_llama, tmp_path, dtype)
         assert lineage.differences(original, lineage.fingerprint(str(folder))) == ["other values in some tensors"]
         old = {key: original[key] for key in ("architecture", "tokenizer", "shapes", "samples")}  # as it was written before
         assert lineage.differences(old, rounded) == [] and lineage.is_fingerprint(old)
+        small, larger = (old | {"samples": {"w": [value] * 4}} for value in (0.01, 0.0101))  # as weights of real models are
+        assert lineage.differences(small, larger) == ["other values in w"]
 
 
-def test_the_table_of_a_chain_tells_minutes():
+def test_the_table_of_a_chain_tells_minutes_and_what_two_parents_share_once():
+    first = {"options": {"output_dir": "f0"}}
+    parents = [
+        {"name": name, "weight": weight, "sha256": "0", "lineage": {"options": {"output_dir": name}, "parent": shared}}
+        for shared in [{"name": "output/f0", "sha256": "0", "lineage": first}]
+        for name, weight in (("f1", 0.7), ("f2", 0.3))
+    ]
+    rows = lineage.table_rows(lineage.until({"options": {"output_dir": "both"}, "parents": parents}))
+    assert [row[0] for row in rows[1:]] == ["f0", "f1", "f2", "both"]
+    assert [row[-1] for row in rows[1:]] == ["—", "f0", "f0", "f1*0.7, f2*0.3"]
     step = {"options": {"output_dir": "output/f1"}, "time": {"seconds": 90.0}, "results": {"train_loss": 0.5}}
     names, cells = lineage.table_rows([step])
     assert dict(zip(names, cells, strict=True))["minutes"] == "1.5" and cells[0] == "f1"

@@ -7,7 +7,7 @@ import tiny
 from scripting import ROOT
 
 from utils.console import UserError
-from utils.datasets.encoding import IGNORED, encode, encode_prompt, opening_ids
+from utils.datasets.encoding import IGNORED, encode, encode_last_answers, encode_prompt, opening_ids
 from utils.datasets.templates import Prompter
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -151,7 +151,10 @@ def test_a_token_that_straddles_the_boundary_is_supervised(words):
     words.add_tokens([AddedToken(":A", normalized=False, special=False)])
     record = {"instruction": "Q", "input": "", "output": "A"}
     encoded = encode([record], Prompter("alpaca_legacy"), words, 1000, train_on_inputs=False)[0]
-    assert [words.convert_ids_to_tokens(label) for label in encoded.labels if label != IGNORED] == [":A", "</s>"]
+    last = encode_last_answers([record | {"history": [["P", "B"]]}], Prompter("alpaca_legacy"), words, 1000)[0]
+    for one in (encoded, last):
+        assert [words.convert_ids_to_tokens(label) for label in one.labels if label != IGNORED] == [":A", "</s>"]
+        assert one.answer_tokens == 2
 
 
 def test_what_is_cut_has_no_end_to_learn(words):
