@@ -6,6 +6,7 @@ A table stands between `<!-- options of finetune.py -->` (or `<!-- memory -->`) 
 the Chinese of each line of help; a line that is not there stays English; that is printed.
 """
 
+import functools
 import importlib
 import json
 import re
@@ -65,7 +66,18 @@ def options_table(script: str, language: str) -> str:
 
 
 def memory_table(language: str) -> str:
-    """GB to train with the published settings, by utils/training/memory.py, on skeletons of the real sizes."""
+    """GB to train with the published settings, each without and with gradient checkpointing."""
+    first = {"zh": "模型", "en": "model"}[language]
+    cells = memory_estimates()
+    kinds = list(next(iter(cells.values())))
+    rows = [f"| {first} | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    rows += [f"| {name} | {' | '.join(row.values())} |" for name, row in cells.items()]
+    return "\n".join(rows)
+
+
+@functools.cache
+def memory_estimates() -> dict[str, dict[str, str]]:
+    """What utils/training/memory.py estimates for models of the real sizes without weights, by model and quantization."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
@@ -81,20 +93,17 @@ def memory_table(language: str) -> str:
         "Chinese-Alpaca-13B": (LlamaConfig(vocab_size=49954, **thirteen), ["q_proj", "v_proj"]),
         "BLOOM-7b1": (bloom, ["query_key_value"]),
     }
-    first = {"zh": "模型", "en": "model"}[language]
     kinds = {"bfloat16": None, "8 bit": "8bit", "4 bit": "4bit"}
-    rows = [f"| {first} | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    cells: dict[str, dict[str, str]] = {}
     for name, (config, targets) in configs.items():
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(config)
         model = get_peft_model(base, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
-        cells = []
-        for quantize in kinds.values():
-            placement = DeviceConfig(torch.device("cuda"), torch.bfloat16, quantize)
-            needed = estimate(model, placement, 8, 512)
-            cells.append(f"{needed.total(False) / 1e9:.0f} / {needed.total(True) / 1e9:.0f}")
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        cells[name] = {}
+        for kind, quantize in kinds.items():
+            needed = estimate(model, DeviceConfig(torch.device("cuda"), torch.bfloat16, quantize), 8, 512)
+            cells[name][kind] = f"{needed.total(False) / 1e9:.0f} / {needed.total(True) / 1e9:.0f}"
+    return cells
 
 
 if __name__ == "__main__":
