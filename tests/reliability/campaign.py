@@ -39,6 +39,7 @@ import psutil  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from programs import content  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -203,9 +204,9 @@ class Campaign:
         try:
             wrong = check.get(script, cleaned)(dict(pairs(options)), out)
             if killed and not wrong:
-                again = [option.replace(str(out), str(place / "undisturbed")) for option in options]
-                self.run([sys.executable, str(ROOT / script), *again], place)
-                wrong = other_results(out, place / "undisturbed")
+                out.rename(place / "killed")
+                self.run([sys.executable, str(ROOT / script), *options], place)
+                wrong = other_results(place / "killed", out)
         except Exception:
             wrong = traceback.format_exc()
         return wrong
@@ -303,17 +304,12 @@ def lenient(raw: str) -> list[Any]:
 
 
 def other_results(out: Path, undisturbed: Path) -> str:
-    """The first result file that is not the same, to the byte, as in the undisturbed run; "" if all are."""
+    """The first result file that is not the same, to the byte but for its time, as in the undisturbed run; "" if all are."""
     results = sorted(file.relative_to(undisturbed) for file in undisturbed.rglob("*") if file.suffix in RESULTS)
     if not results:
         return "the undisturbed run left no result"
-    other = [name for name in results if not (out / name).is_file() or changed(out / name, undisturbed / name)]
+    other = [name for name in results if not (out / name).is_file() or content(out / name) != content(undisturbed / name)]
     return f"after a kill {other[0]} is not that of an undisturbed run" if other else ""
-
-
-def changed(one: Path, other: Path) -> bool:
-    """True if two files differ."""
-    return one.read_bytes() != other.read_bytes()
 
 
 class Served:
