@@ -44,7 +44,7 @@ def tiny_llama(tmp_path_factory):
 def pytest_collection_modifyitems(items):
     """Mark what starts a browser (page), what starts programs (cli), and the campaign of tests/reliability."""
     for item in items:
-        marks = {"browser": "page", "script": "cli"}
+        marks = {"browser": "page", "script": "cli", "world": "cli"}
         for fixture in marks.keys() & set(item.fixturenames):
             item.add_marker(marks[fixture])
         if item.path.parent.name == "reliability":
