@@ -48,6 +48,7 @@ class Options:
     micro_batch_size: int = option(4, "sequences of full length at once", least=1)
     cutoff_len: int = option(256, "tokens of a sequence", least=2)
     repeats: int = option(3, "runs of each recipe", least=1)
+    only: str = option("", "measure the speed of this alone", choices=("", "dpo", "text"))
     recipe: str = option("", "used by the benchmark itself: run this one", choices=("", "equal", *RECIPES))
     data: str = option("", "used by the benchmark itself: the records")
 
@@ -64,21 +65,26 @@ def main(options: Options) -> None:
         data.write_text(json.dumps(records(options), ensure_ascii=False), "utf-8")
         names = ("base_model", "steps", "batch_size", "micro_batch_size", "cutoff_len")
         common = [*(f"--{name}={getattr(options, name)}" for name in names), "--data", str(data)]
-        differences = {name: value for name, value in child(__file__, *common, "--recipe", "equal").items() if " " in name}
+        facts: dict[str, Any] = {}
+        if not options.only:
+            compared = child(__file__, *common, "--recipe", "equal")
+            facts["differences"] = {name: value for name, value in compared.items() if " " in name}
         recipes: dict[str, Callable[[], Figures]] = {
-            name: functools.partial(child, __file__, *common, "--recipe", name) for name in RECIPES
+            name: functools.partial(child, __file__, *common, "--recipe", name)
+            for name in RECIPES
+            if name.endswith(options.only)
         }
         medians = interleave(recipes, options.repeats)
-    ratios = {
-        "speed of our dpo / trl": medians["our dpo"]["tokens_per_second"] / medians["trl dpo"]["tokens_per_second"],
-        "processor time, trl / our dpo": medians["trl dpo"]["cpu_seconds"] / medians["our dpo"]["cpu_seconds"],
-        "memory of our dpo / trl": medians["our dpo"]["peak_mb"] / medians["trl dpo"]["peak_mb"],
-        "real tokens a second of our text / trl packed": medians["our text"]["tokens_per_second"]
-        / medians["trl text"]["tokens_per_second"],
-        "processor time, trl packed / our text": medians["trl text"]["cpu_seconds"] / medians["our text"]["cpu_seconds"],
-        "memory of our text / trl packed": medians["our text"]["peak_mb"] / medians["trl text"]["peak_mb"],
-    }
-    report(medians, ratios, ("torch", "transformers", "peft", "trl"), differences=differences)
+    ratios: Figures = {}
+    for what, peer in (("dpo", "trl"), ("text", "trl packed")):
+        if f"our {what}" in medians:
+            theirs, ours = medians[f"trl {what}"], medians[f"our {what}"]
+            ratios |= {
+                f"real tokens a second of our {what} / {peer}": ours["tokens_per_second"] / theirs["tokens_per_second"],
+                f"processor time, {peer} / our {what}": theirs["train_cpu_seconds"] / ours["train_cpu_seconds"],
+                f"memory of our {what} / {peer}": ours["peak_mb"] / theirs["peak_mb"],
+            }
+    report(medians, ratios, ("torch", "transformers", "peft", "trl"), **facts)
 
 
 def records(options: Options) -> dict[str, list[dict[str, str]]]:
@@ -300,14 +306,16 @@ def trl_grpo(options: Options, model: Any, pairs: list[dict], folder: str) -> tu
 
 
 def measure(options: Options) -> Figures:
-    """Train one recipe; seconds from the first step's beginning, the reference's computation included, and real tokens."""
+    """Train one recipe: seconds, by the clock and of the processors, from the first step's beginning, the reference's
+    computation included, and real tokens a second."""
     both = json.loads(Path(options.data).read_text("utf-8"))
     who, what = options.recipe.split()
     rows = both["pairs" if what == "dpo" else "texts"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         model = lora_model(options)
-        seconds, tokens = (train_trl if who == "trl" else train_ours)(options, model, what, rows, folder)
-    return {"train_seconds": seconds, "tokens_per_second": tokens / seconds}
+        recipe = train_trl if who == "trl" else train_ours
+        seconds, cpu_seconds, tokens = recipe(options, model, what, rows, folder)
+    return {"train_seconds": seconds, "train_cpu_seconds": cpu_seconds, "tokens_per_second": tokens / seconds}
 
 
 def real_tokens(options: Options, what: str, rows: list[dict[str, str]]) -> int:
@@ -321,18 +329,23 @@ def real_tokens(options: Options, what: str, rows: list[dict[str, str]]) -> int:
     return sum(min(options.cutoff_len, len(ids) + 1) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def train_trl(options: Options, model: Any, what: str, rows: list[dict], folder: str) -> tuple[float, int]:
+def train_trl(options: Options, model: Any, what: str, rows: list[dict], folder: str) -> tuple[float, float, int]:
     """trl's DPOTrainer, or its SFTTrainer with packing."""
     if what == "dpo":
         trainer = trl_trainer("DPO", options, model, rows, folder, beta=BETA)
     else:
         trainer = trl_trainer("SFT", options, model, rows, folder, packing=True)
-    began = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - began, real_tokens(options, what, rows)
+    return *seconds_of(trainer.train), real_tokens(options, what, rows)
 
 
-def train_ours(options: Options, model: Any, what: str, rows: list[dict], folder: str) -> tuple[float, int]:
+def seconds_of(function: Callable[[], Any]) -> tuple[float, float]:
+    """The time of one call by the clock, and of the processors."""
+    began, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def train_ours(options: Options, model: Any, what: str, rows: list[dict], folder: str) -> tuple[float, float, int]:
     """Our trainer on the same records."""
     import numpy as np
     import pyarrow as pa
@@ -353,14 +366,16 @@ def train_ours(options: Options, model: Any, what: str, rows: list[dict], folder
     table = Dataset(pa.table(encoded(options, what, rows)))
     data = EncodedDataset(table, np.arange(len(table)), options.cutoff_len)
     job = RunConfig(plan, options.base_model, {}, 10**6, 1)
-    began = time.perf_counter()
-    if what == "dpo":
-        trainer: StepTrainer = PreferenceTrainer(model, args, job, data, None, Preference("dpo", BETA, 0.0, 0.0))
-    else:
-        trainer = StepTrainer(model, args, job, data, None)
-    trainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]  # trl's run saves nothing either
-    train(trainer, None)
-    return time.perf_counter() - began, real_tokens(options, what, rows)
+
+    def learn() -> None:
+        if what == "dpo":
+            trainer: StepTrainer = PreferenceTrainer(model, args, job, data, None, Preference("dpo", BETA, 0.0, 0.0))
+        else:
+            trainer = StepTrainer(model, args, job, data, None)
+        trainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]  # trl's run saves nothing either
+        train(trainer, None)
+
+    return *seconds_of(learn), real_tokens(options, what, rows)
 
 
 def encoded(options: Options, what: str, rows: list[dict[str, str]]) -> dict[str, list]:
