@@ -149,12 +149,13 @@ def main(options: Options) -> None:
         return setup.show(options, placement, stage)
     with locked(options.output_dir):
         origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
-        placement = setup.choose_dtype(placement, dtype, options.base_model, origin)
+        placement = setup.choose_dtype_and_kernel(placement, dtype, options.base_model, origin)
         base, parent = start.base_and_parent(origin, options.base_model)
         start.check_parent(origin, checks.lora_options(options), options.base_model)
         checks.check_layers(options, origin)
         tokenizer, train_data, val_data, data = prepare_data(options, origin, parent, stage)
-        rules = what_rules(options) | {"dtype": placement.dtype_name} | reward_files(options.rewards) | asked.hashes()
+        chosen = {"dtype": placement.dtype_name, "attn_implementation": placement.kernel}
+        rules = what_rules(options) | chosen | reward_files(options.rewards) | asked.hashes()
         run_facts = {
             "options": rules,
             "base": lineage.identity(base),

@@ -2,8 +2,12 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+from scripting import ROOT
 from trainings import tensors
 
 from utils import lineage
@@ -55,3 +59,22 @@ def test_a_chain_of_all_stages(script, tiny_llama, tmp_path):
     systems = ["--answers", f"merged={tmp_path}/merged.json", "--answers", f"adapter={tmp_path}/out/reward"]
     out = script("judge.py", *systems, "--metrics", "--test_input_path", prompts, "--output_dir", tmp_path / "judged").ok()
     assert "exact number (%), all 4 prompts: merged and adapter: no difference can be told" in out
+
+
+@pytest.mark.parametrize("name", ["counsellor", "assistant", "tutor"])
+def test_one_command_makes_an_expert_of_a_folder_on_another_base(tiny_llama, tmp_path, name):
+    """Cleaned, trained in three steps of one update each, asked what was held back, and measured."""
+    models, output = tmp_path / "models", tmp_path / "output"
+    models.mkdir()
+    (models / "tiny").symlink_to(tiny_llama)
+    env = {"MODEL_DIR": models, "OUTPUT_DIR": output, "PYTHON": sys.executable, "TRAIN_OPTIONS": "--max_steps 1",
+           "ANSWER_OPTIONS": "--max_new_tokens 4"}  # fmt: skip
+    command = ["bash", ROOT / "scripts" / f"expert-{name}.sh", "--base", "tiny", "--no-page"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {k: str(v) for k, v in env.items()})
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    chain = lineage.chain(output / f"expert-{name}-3")
+    assert [step["data"]["stage"] for step in chain] == ["text", "instruction", "preference"]
+    assert "expert-" in chain[1]["data"]["path"] and "clean" in chain[1]["data"]["path"]
+    for step in range(1, 4):
+        assert len(json.loads((output / f"expert-{name}-{step}" / "test.json").read_text("utf-8"))) == 10
+    assert f"expert-{name}-3" in (output / f"expert-{name}-measured" / "chain.md").read_text("utf-8")

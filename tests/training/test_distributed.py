@@ -6,10 +6,14 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from scripting import ROOT
 from trainings import losses, options
+
+from utils.training.checkpoints import MANIFEST
 
 TEXT = (ROOT / "docs" / "distributed_EN.md").read_text("utf-8")
 COMMANDS = re.findall(r"^(torchrun --nnodes 2|accelerate launch --multi_gpu) (.*?) finetune\.py", TEXT, re.MULTILINE)
@@ -46,6 +50,69 @@ def test_two_machines_give_what_one_process_gives(script, bases, data, tmp_path,
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+SRUN = """#!{python}
+import os, pathlib, signal, subprocess, sys
+
+step = {{name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_NNODES")}} | {{"SLURM_STEP_ID": "0"}}
+signed = [f"{{name}}={{value}}".encode() for name, value in step.items()]
+
+
+def forward(number, _):
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if set(signed) <= set((process / "environ").read_bytes().split(b"\\0")):
+                os.kill(int(process.name), number)
+        except OSError:
+            pass
+
+
+nodes = range(int(step["SLURM_NNODES"]))
+envs = [os.environ | step | {{"SLURM_NODEID": str(n), "SLURM_PROCID": str(n), "SLURM_LOCALID": "0"}} for n in nodes]
+tasks = [subprocess.Popen(sys.argv[1:], env=env) for env in envs]
+signal.signal(signal.SIGTERM, forward)
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """Starts the batch script of the documentation as Slurm would on two nodes: `srun` starts its task on each, and passes a
+    signal on to all processes of a step, those that a task has started among them."""
+    for name, text in {"srun": SRUN.format(python=sys.executable), "scontrol": "#!/bin/sh\necho 127.0.0.1\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    block = re.search(r"## Slurm.*?```text\n(.*?)```", TEXT, re.DOTALL)[1]
+
+    def start(run):
+        batch = re.sub(r"finetune\.py .*?'", lambda _: f"finetune.py {shlex.join(run)}'", block)
+        batch = batch.replace("--nproc_per_node 2", "--nproc_per_node 1").replace("29500", free_port())
+        assert batch.count("127.0.0.1") == 0 and "--nodes 2 --ntasks-per-node 1" in batch
+        env = os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        env |= {"SLURM_JOB_ID": tmp_path.name, "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+        return subprocess.Popen(["bash", "-c", batch], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
+
+    return start
+
+
+@pytest.mark.slow
+def test_a_slurm_job_whose_time_runs_out_leaves_a_checkpoint_and_the_next_goes_on(script, bases, data, tmp_path, sbatch):
+    changes = {"num_epochs": 30, "lora_dropout": 0, "learning_rate": 1e-3}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "one", **changes)).ok()
+    run, log = options(bases["llama"], data, tmp_path / "two", **changes), tmp_path / "two" / "train_log.jsonl"
+    job = sbatch(run)
+    while job.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.01)
+    job.terminate()
+    _, errors = job.communicate(timeout=600)
+    assert 'Traceback (most recent call last):\n  File "finetune' not in errors
+    stopped = len(losses(tmp_path / "two"))
+    assert 3 <= stopped < 150 and (tmp_path / "two" / f"checkpoint-{stopped}" / MANIFEST).exists(), errors[-3000:]
+    job = sbatch(run)
+    _, errors = job.communicate(timeout=600)
+    assert job.returncode == 0, errors[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
 def test_the_check_of_a_gpu_says_where_there_is_none(tmp_path):

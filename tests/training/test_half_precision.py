@@ -1,6 +1,8 @@
 """Half precision and quantization: every family trains with what a GPU would do, rehearsed on the CPU."""
 
 import contextlib
+import dataclasses
+import importlib
 import json
 import random
 import shutil
@@ -10,16 +12,17 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional
-from trainings import losses, options
+from trainings import losses, options, same, tensors
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 from transformers.modeling_outputs import CausalLMOutput
 
+from benchmarks import memory as memory_cases
 from utils import lineage
 from utils.adapters import adapters
 from utils.console import UserError
 from utils.models import loading
 from utils.models.architecture import meta_model
-from utils.models.placement import half_precision_gain, place, training_kernel
+from utils.models.placement import half_precision_gain, place, with_training_kernel
 from utils.training import memory
 from utils.training.loss import returning_loss
 
@@ -77,6 +80,34 @@ def test_quantized_bases_train_with_layers_trained_whole(script, bases, data, tm
     changes = {bits: True, "modules_to_save": whole, "dtype": "bfloat16", "max_steps": 3}
     script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **changes)).ok()
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+
+
+@pytest.fixture
+def products_as_on_cuda(monkeypatch):
+    """bitsandbytes' 8-bit products with the operations of a GPU, which quantize what goes in, too; a CPU has its own."""
+    functions = importlib.import_module("bitsandbytes.autograd._functions")
+    monkeypatch.setattr(functions, "MatMul8bitFp", functions.MatMul8bitLt)
+
+
+@pytest.mark.parametrize(("family", "whole"), [("llama", "[embed_tokens,lm_head]"), ("bloom", "[lm_head]")])
+def test_8_bit_as_a_gpu_computes_it_learns_and_checkpointing_changes_nothing(
+    script, bases, data, tmp_path, cuda_rules, products_as_on_cuda, family, whole
+):
+    changes = {"load_8bit": True, "dtype": "bfloat16", "modules_to_save": whole, "max_steps": 3, "lora_dropout": 0}
+    for out, on in (("kept", False), ("again", True)):
+        script("finetune.py", *options(bases[family], data, tmp_path / out, gradient_checkpointing=on, **changes)).ok()
+    script("finetune.py", *options(bases[family], data, tmp_path / "full", **(changes | {"load_8bit": False}))).ok()
+    assert losses(tmp_path / "kept") == losses(tmp_path / "again") and same(
+        *map(tensors, (tmp_path / "kept", tmp_path / "again"))
+    )
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "full"), rel=3e-2)
+    assert losses(tmp_path / "kept") != losses(tmp_path / "full")
+
+
+def test_checkpointing_frees_what_8_bit_products_keep_on_a_gpu(tmp_path, products_as_on_cuda):
+    figures = memory_cases.compare(memory_cases.random_model("llama", tmp_path), "8 bit", "all linear layers", 2, 96)
+    assert 0.85 < figures["ratio"] < 1.15 and 0.85 < figures["checkpointed_ratio"] < 1.15
+    assert figures["checkpointed_counted_mb"] < 0.6 * figures["counted_mb"]
 
 
 def norms(folder):
@@ -227,9 +258,9 @@ def test_flash_attention_is_taken_where_it_works_and_the_choice_is_said(
     Gpu(monkeypatch, major)
     monkeypatch.setattr("utils.models.placement.is_flash_attn_2_available", lambda: installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    assert training_kernel(place(None, False, dtype=dtype), str(bases["llama"])) == chosen
+    assert with_training_kernel(place(None, False, dtype=dtype), str(bases["llama"])).kernel == chosen
     assert f"attention kernel: {chosen or 'sdpa'}" in capsys.readouterr().out
-    assert training_kernel(place(None, False, kernel="eager"), str(bases["llama"])) == "eager"
+    assert with_training_kernel(place(None, False, kernel="eager"), str(bases["llama"])).kernel == "eager"
     if not (installed and major >= 8):
         with pytest.raises(UserError, match="flash_attention_2: needs the package"):
             place(None, False, kernel="flash_attention_2")
@@ -239,6 +270,17 @@ def test_a_kernel_that_is_not_there_is_refused_before_the_work(script, bases, da
     run = options(bases["llama"], data, tmp_path / "out", attn_implementation="flash_attention_2")
     assert "needs the package flash-attn" in script("finetune.py", *run).error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_resumed_with_another_kernel_than_it_began_with(script, bases, data, tmp_path, monkeypatch):
+    """As where FlashAttention was there at first, and is not any more."""
+    run = options(bases["llama"], data, tmp_path / "out", max_steps=1)
+    with monkeypatch.context() as changed:
+        changed.setattr("utils.models.placement.with_training_kernel", lambda one, _: dataclasses.replace(one, kernel="eager"))
+        script("finetune.py", *run).ok()
+    (tmp_path / "out" / lineage.FILE).unlink()  # as if it had been killed before its end
+    assert "attn_implementation was 'eager', is ''" in script("finetune.py", *run).error
+    script("finetune.py", *run, "--attn_implementation=eager").ok()
 
 
 def test_what_is_faster_than_8_bit_is_said(bases, monkeypatch, capsys):

@@ -124,16 +124,16 @@ def has_flash_attention(device: torch.device) -> bool:
     return device.type == "cuda" and is_flash_attn_2_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def training_kernel(placement: DeviceConfig, base_model: str) -> str:
-    """The attention kernel to train with: the one asked for, or FlashAttention 2 where device, type and model have it;
-    "" for the one that transformers takes, SDPA where the model has that. On a GPU the choice is printed."""
+def with_training_kernel(placement: DeviceConfig, base_model: str) -> DeviceConfig:
+    """`placement` with the attention kernel to train with: the one asked for, or FlashAttention 2 where device, type and
+    model have it; "" for the one that transformers takes, SDPA where the model has that. On a GPU the choice is printed."""
     if placement.kernel or placement.device.type != "cuda":
-        return placement.kernel
+        return placement
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(read_architecture(base_folder(base_model)))]
     in_half = placement.dtype in (torch.bfloat16, torch.float16)
     chosen = FLASH if kind._supports_flash_attn and in_half and has_flash_attention(placement.device) else ""
     say(f"attention kernel: {chosen or 'sdpa where the model has it'} (--attn_implementation: another)")
-    return chosen
+    return dataclasses.replace(placement, kernel=chosen)
 
 
 def has_npu() -> bool:

@@ -22,18 +22,20 @@ def train(trainer: StepTrainer, checkpoint: Path | None) -> None:
     """Train, from `checkpoint` on where there is one.
 
     SIGINT, SIGTERM and SIGHUP (but for those that are ignored, as under nohup) end the run after the current step with
-    a checkpoint and exit status 130, 143 or 129; a second one, but for SIGHUP, ends it at once.
+    a checkpoint and exit status 130, 143 or 129; a second one, but for SIGHUP, ends a single process at once. A rank gets
+    the same one twice where both Slurm and torchrun pass it on, and its launcher ends it if it takes too long.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
         if signal.Signals(number).name == "SIGHUP":
             leave_terminal()
             signal.signal(number, signal.SIG_IGN)  # both the kernel and the shell send it
-        elif trainer.stopped_by is not None:
+        elif trainer.stopped_by is not None and trainer.args.world_size == 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         trainer.stopped_by = number
-        say("stopping after this step, with a checkpoint; once more stops at once")
+        at_once = "; once more stops at once" if trainer.args.world_size == 1 else ""
+        say(f"stopping after this step, with a checkpoint{at_once}")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup has one ignored

@@ -35,20 +35,21 @@ def join_ranks(placement: "DeviceConfig") -> None:
         PartialState(cpu=placement.device.type == "cpu", timeout=LONGEST_WAIT)
 
 
-def choose_dtype(placement: "DeviceConfig", named: str, base_model: str, origin: "RunStart") -> "DeviceConfig":
-    """`placement` with the type to train in: the one that an option `named`, that of the checkpoint to resume, or the
-    one that is fast here, on all ranks what the first one measures."""
+def choose_dtype_and_kernel(placement: "DeviceConfig", named: str, base_model: str, origin: "RunStart") -> "DeviceConfig":
+    """`placement` with the type to train in, and the attention kernel: the type that an option `named`, that of the
+    checkpoint to resume, or the one that is fast here, on all ranks what the first one measures."""
     from accelerate.utils import broadcast_object_list
 
-    from utils.models.placement import measured, with_dtype
+    from utils.models.placement import measured, with_dtype, with_training_kernel
     from utils.training import start
 
     if origin.checkpoint and not named:
-        return with_dtype(placement, start.dtype_of(origin.checkpoint))
-    names = [named or measured(placement, base_model).dtype_name if is_main_process() else ""]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        broadcast_object_list(names)
-    return with_dtype(placement, names[0])
+        names = [start.dtype_of(origin.checkpoint)]
+    else:
+        names = [named or measured(placement, base_model).dtype_name if is_main_process() else ""]
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            broadcast_object_list(names)
+    return with_training_kernel(with_dtype(placement, names[0]), base_model)
 
 
 def prepare_model(options: Options, placement: "DeviceConfig", origin: "RunStart", tokenizer: Any, stage: str) -> "PeftModel":
@@ -59,7 +60,6 @@ def prepare_model(options: Options, placement: "DeviceConfig", origin: "RunStart
     from utils.adapters.lora_config import lora_config
     from utils.models import spread
     from utils.models.loading import fit_embeddings, load_base
-    from utils.models.placement import training_kernel
     from utils.models.sharding import wants_fsdp
 
     if wants_fsdp() and stage not in (TEXT, INSTRUCTION):
@@ -71,7 +71,7 @@ def prepare_model(options: Options, placement: "DeviceConfig", origin: "RunStart
         raise UserError("--eval_answers, --eval_choices: are not supported with FSDP; evaluate the saved adapter with judge.py")
     say(f"base model {options.base_model} on {placement}")
     transformers.set_seed(options.seed)
-    base = load_base(options.base_model, tokenizer, placement, training_kernel(placement, options.base_model))
+    base = load_base(options.base_model, tokenizer, placement, placement.kernel)
     config = lora_config(base, lora_options(options), origin.checkpoint or origin.parent, stage == TEXT)
     fit_embeddings(base, tokenizer, options.base_model, config.modules_to_save or [])
     spread.check_adapter(base, config.modules_to_save or [], config.use_dora)
@@ -90,7 +90,7 @@ def show(options: Options, placement: "DeviceConfig", stage: str) -> None:
     from utils.training.data import prepare_data
 
     origin = start.decide(options.output_dir, options.resume_from_checkpoint, options.overwrite_output_dir)
-    placement = choose_dtype(placement, named_dtype(options), options.base_model, origin)
+    placement = choose_dtype_and_kernel(placement, named_dtype(options), options.base_model, origin)
     start.check_parent(origin, lora_options(options), options.base_model)
     check_layers(options, origin)
     parent = {"lineage": lineage.read(origin.parent)} if origin.parent else None
