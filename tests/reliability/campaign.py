@@ -369,6 +369,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, with all they start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     until = time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), given.seed)
