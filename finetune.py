@@ -144,6 +144,7 @@ def main(options: Options) -> None:
     began = time.time()
     dtype, kernel = checks.named_dtype(options), options.attn_implementation
     placement = place(options.load_8bit, options.load_4bit, dtype=dtype, device_map=options.device_map, kernel=kernel)
+    checks.check_compiles(options, placement.quantize)
     setup.join_ranks(placement)
     if options.dry_run:
         return setup.show(options, placement, stage)

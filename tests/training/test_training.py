@@ -96,6 +96,11 @@ def test_compiled_layers_learn_the_same(script, bases, data, tmp_path, checkpoin
     assert tensors(compiled).keys() == tensors(plain).keys()
 
 
+def test_8_bit_products_are_not_compiled(script, bases, data, tmp_path):
+    run = options(bases["llama"], data, tmp_path / "out", torch_compile=True, load_8bit=True)
+    assert "8-bit products cannot be compiled" in script("finetune.py", *run).error and not (tmp_path / "out").exists()
+
+
 def test_a_layer_that_the_model_has_not_is_named_with_those_it_has(script, bases, data, tmp_path):
     error = script("finetune.py", *options(bases["bloom"], data, tmp_path / "out", lora_target_modules="[q_proj]")).error
     assert "q_proj" in error and "query_key_value" in error and "dense_h_to_4h" in error

@@ -52,6 +52,15 @@ def check_together(options: Options) -> str:
     return stage
 
 
+def check_compiles(options: Options, quantize: str | None) -> None:
+    """Raises UserError if what --torch_compile asks for would come apart at every product."""
+    if options.torch_compile and quantize == "8bit":
+        raise UserError(
+            "--torch_compile: 8-bit products cannot be compiled, since what they give out depends on the values; "
+            "add --load_8bit False, or leave --torch_compile out"
+        )
+
+
 def named_dtype(options: Options) -> str:
     """The type to compute in that the options name, by its new name or its old ones; "" if they name none.
 
