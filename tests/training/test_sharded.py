@@ -97,4 +97,4 @@ def test_pairs_are_not_sharded(script, bases, tmp_path):
     pairs = [{"instruction": f"问{i}", "chosen": "好", "rejected": "坏"} for i in range(8)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs), "utf-8")
     run = options(bases["llama"], tmp_path / "pairs.json", tmp_path / "out")
-    assert "FSDP: trains on raw text and on questions" in script("finetune.py", *run, **configured()).error
+    assert "FSDP: supports only raw text and questions and answers" in script("finetune.py", *run, **configured()).error

@@ -1,7 +1,7 @@
-"""What autograd keeps of a forward pass for the backward one: counted, of a real model or of one without values.
+"""What autograd keeps from a forward pass for the backward one, counted for a real model or for one without values.
 
-Nothing is known here of architectures: the model's own code runs on tensors that have shapes and no values
-(`torch._subclasses.FakeTensorMode`), which takes about a second, and autograd says what it would keep
+Nothing here knows about architectures: the model's own code runs on tensors that have shapes but no values
+(`torch._subclasses.FakeTensorMode`), which takes about a second, and autograd reports what it would keep
 (`torch.autograd.graph.saved_tensors_hooks`).
 """
 
@@ -32,10 +32,10 @@ from utils.training.loss import full_loss, sparse_loss
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """Bytes that are kept of one micro-batch.
+    """Bytes that are kept for one micro-batch.
 
-    `everything`: without gradient checkpointing. With it: what comes `into_layers`, what is kept `outside` of them, and
-    what the `largest` layer keeps while it is computed again. `sparse`: logits exist for labelled tokens only.
+    `everything`: without gradient checkpointing. With it: the inputs of layers (`into_layers`), what is kept `outside`
+    them, and what the `largest` layer keeps while it is recomputed. `sparse`: logits exist for labelled tokens only.
     """
 
     everything: int
@@ -46,30 +46,30 @@ class Saved:
 
     @property
     def checkpointed(self) -> int:
-        """What is kept at most at once with gradient checkpointing."""
+        """The most that is kept at once with gradient checkpointing."""
         return self.into_layers + self.outside + self.largest
 
 
 class Counter:
-    """Counts distinct tensors that autograd keeps, and in which of the layers that can be checkpointed it does."""
+    """Counts the distinct tensors that autograd keeps, by the checkpointable layer they belong to."""
 
     def __init__(self, model: nn.Module):
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.known = {storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self.alive: list[torch.Tensor] = []  # so that no other tensor gets the place of one that was counted
+        self.alive: list[torch.Tensor] = []  # so that no new tensor reuses the storage of a counted one
         self.kept: dict[int, tuple[int | None, int]] = {}  # by storage: the layer, and bytes
         self.inputs: dict[int, int] = {}
         self.layer: int | None = None
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What autograd calls with each tensor that it keeps."""
+        """Called by autograd with each tensor that it keeps."""
         if storage(tensor) not in self.known:
             self.alive.append(tensor)
             self.kept.setdefault(storage(tensor), (self.layer, tensor.untyped_storage().nbytes()))
         return tensor
 
     def enter(self, number: int, _: nn.Module, args: Any, options: Any) -> None:
-        """What is called when a layer begins: what comes into it is what checkpointing keeps."""
+        """Called when a layer begins: its inputs are what checkpointing keeps."""
         self.layer = number
         for tensor in tree_leaves((args, options)):
             if isinstance(tensor, torch.Tensor) and storage(tensor) not in self.known:
@@ -77,7 +77,7 @@ class Counter:
                 self.inputs[storage(tensor)] = tensor.untyped_storage().nbytes()
 
     def leave(self, *_: Any) -> None:
-        """What is called when a layer ends."""
+        """Called when a layer ends."""
         self.layer = None
 
     @contextlib.contextmanager
@@ -92,7 +92,7 @@ class Counter:
             yield
 
     def saved(self, sparse: bool = True) -> Saved:
-        """What was counted."""
+        """The totals."""
         by_layer: dict[int | None, int] = {}
         for place, (layer, size) in self.kept.items():
             if place not in self.inputs:
@@ -103,15 +103,15 @@ class Counter:
 
 
 def storage(tensor: torch.Tensor) -> int:
-    """What tells a tensor's memory from that of others; a view has that of what it is a view of."""
+    """Identifies a tensor's storage; a view shares that of its base."""
     return tensor.untyped_storage()._cdata
 
 
 def saved_in_training(model: PeftModel, placement: DeviceConfig, rows: int, length: int) -> Saved:
-    """What training `model` keeps of a micro-batch of `rows` records of `length` tokens, all of them labelled.
+    """What training `model` keeps for a micro-batch of `rows` records of `length` tokens, all of them labelled.
 
-    The model may be on the meta device, or hold its weights, which are not touched. Raises what its code raises where
-    that looks at values.
+    The model may be on the meta device, or hold its weights, which are not touched. Raises whatever its code raises if it
+    looks at values.
     """
     computes_here = placement.device.type != "cuda" or torch.cuda.is_available()
     device = placement.device if computes_here else torch.device("cpu")
@@ -134,19 +134,18 @@ def saved_in_training(model: PeftModel, placement: DeviceConfig, rows: int, leng
 
 
 def product_of_experts(values: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """The shapes of torch's grouped product, which without values knows bfloat16 only: (tokens, in) by (experts, in, out)."""
+    """Stands in for torch's grouped product, which supports only bfloat16 without values: (tokens, in), (experts, in, out)."""
     return values.to(weight.dtype) @ weight[0]
 
 
 @contextlib.contextmanager
 def computing_without_values() -> Iterator[None]:
-    """While the block runs, tensors have shapes and no values, and what a library logs of an operation that cannot do
-    without them is not printed."""
+    """While the block runs, tensors have shapes but no values; torch's log of operations that need values is silenced."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level, grouped, packed = logger.level, moe._grouped_mm, masking_utils.find_packed_sequence_indices
     logger.setLevel(logging.CRITICAL)
     moe._grouped_mm = product_of_experts
-    masking_utils.find_packed_sequence_indices = lambda *_: None  # or there would be a mask that training does without
+    masking_utils.find_packed_sequence_indices = lambda *_: None  # avoids a mask that training does without
     try:
         with FakeTensorMode():
             yield
@@ -167,7 +166,7 @@ def without_values(model: PeftModel, dtype: torch.dtype) -> PeftModel:
 
 
 def give_tensors(model: nn.Module) -> None:
-    """Replace a model's tensors by new ones on the device in use; shared ones stay shared."""
+    """Replace a model's tensors with new ones on the current device; shared ones stay shared."""
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
@@ -189,7 +188,7 @@ class Product8bit(torch.autograd.Function):
 
 
 def product_4bit(layer: nn.Linear, values: torch.Tensor) -> torch.Tensor:
-    """A linear layer as bitsandbytes computes it in 4 bit: it keeps nothing, and gives the type that it is given."""
+    """A linear layer as bitsandbytes computes it in 4 bit: it keeps nothing, and returns the dtype of its input."""
     return functional.linear(values.to(layer.weight.dtype), layer.weight, layer.bias).to(values.dtype)
 
 
@@ -199,7 +198,7 @@ def product_8bit(layer: nn.Linear, values: torch.Tensor) -> torch.Tensor:
 
 
 def compute_as_quantized(base: PreTrainedModel, placement: DeviceConfig) -> None:
-    """Have the linear layers that would be quantized keep for the backward pass what they would keep then."""
+    """Have the linear layers that would be quantized keep what their quantized form keeps for the backward pass."""
     product = product_8bit if placement.quantize == "8bit" else product_4bit
     for module in base.modules():
         if isinstance(module, nn.Linear) and module is not output_layer(base) and not module.weight.requires_grad:
@@ -207,7 +206,7 @@ def compute_as_quantized(base: PreTrainedModel, placement: DeviceConfig) -> None
 
 
 class Hidden(BaseModelOutputWithPast):
-    """A decoder's output, of which only the hidden states are there."""
+    """A decoder's output with hidden states only."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -215,7 +214,7 @@ class Hidden(BaseModelOutputWithPast):
 
 @torch.no_grad()
 def gives_logits_of_its_output_layer(base: PreTrainedModel) -> bool:
-    """True if a model's logits are what its output layer gives, neither scaled nor capped; its decoder is left out."""
+    """True if a model's logits are its output layer's, neither scaled nor capped; the decoder is not run."""
     decoder, head = base.base_model, output_layer(base)
     if decoder is base or head is None:
         return False

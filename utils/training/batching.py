@@ -1,8 +1,8 @@
-"""Which records make up an optimizer step, how they are dealt into micro-batches, and how these are padded.
+"""Which records make up an optimizer step, how they are packed into micro-batches, and how these are padded.
 
-A step's gradient does not depend on how its records are dealt, as long as its loss is the mean over all its
-supervised tokens. So each step's records are drawn at random, and only then sorted by length and cut: the same
-steps as ever, with nearly no padding.
+A step's gradient does not depend on how its records are packed, as long as its loss is the mean over all its
+supervised tokens. So each step's records are drawn at random, and only then sorted by length and cut: the steps
+stay the same, with almost no padding.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from utils.datasets.encoding import IGNORED
 
-OVERHEAD = 128  # tokens that could be computed in the time that a micro-batch takes whatever its size
+OVERHEAD = 128  # fixed cost of a micro-batch, in tokens that could be computed in the same time
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """What rules batches: records a step over all ranks, the most padded tokens of one micro-batch, and more.
+    """How batches are formed: records per step over all ranks, the limit of tokens per micro-batch (padding included), etc.
 
-    `group_by_length` draws steps of records of similar length, as transformers does; else they are drawn at random.
+    `group_by_length` puts records of similar length into a step, as transformers does; otherwise they are drawn at random.
     """
 
     batch_size: int
@@ -38,11 +38,11 @@ class BatchConfig:
 def pack_micro_batches(indices: Sequence[int], lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Cut records, longest first, into micro-batches of at most `most_tokens` tokens with padding.
 
-    Of all ways to cut them it takes the one with the fewest padded tokens, where each micro-batch counts as OVERHEAD
-    more. A record that is longer than `most_tokens` is a micro-batch of its own.
+    The cut minimizes the number of padded tokens plus OVERHEAD per micro-batch. A record longer than `most_tokens` is
+    a micro-batch of its own.
     """
     order = sorted(indices, key=lambda i: (-lengths[i], i))
-    costs, starts = [0], [0]  # of the cheapest way to cut the first records, and where its last micro-batch begins
+    costs, starts = [0], [0]  # for the first n records: cost of the cheapest cut, and where its last micro-batch begins
     for stop in range(1, len(order) + 1):
         ways: list[tuple[int, int]] = []
         for start in range(stop - 1, -1, -1):
@@ -62,7 +62,7 @@ def pack_micro_batches(indices: Sequence[int], lengths: Sequence[int], most_toke
 
 
 def split_across_ranks(indices: Sequence[int], lengths: Sequence[int], world_size: int) -> list[list[int]]:
-    """Spread a step's records over ranks so that all have about the same work: by length, to and fro."""
+    """Spread a step's records over ranks so that all have about the same work: sorted by length, in alternating direction."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for position, index in enumerate(sorted(indices, key=lambda i: (-lengths[i], i))):
         lap, place = divmod(position, world_size)
@@ -71,7 +71,7 @@ def split_across_ranks(indices: Sequence[int], lengths: Sequence[int], world_siz
 
 
 class MicroBatch(NamedTuple):
-    """Records (by number) that are computed at once, and how many supervised tokens their whole step has."""
+    """Numbers of the records computed at once, and how many supervised tokens their whole step has."""
 
     records: list[int]
     supervised: int
@@ -80,9 +80,8 @@ class MicroBatch(NamedTuple):
 class StepBatchSampler:
     """A batch sampler: for each optimizer step of an epoch, this rank's micro-batches.
 
-    All ranks get the same number of micro-batches (an empty one where records ran out), since some ways of
-    sharding wait for each other at each. The order depends on seed and epoch alone. `lengths` and `supervised` are
-    tokens a record.
+    All ranks get the same number of micro-batches (empty ones where records run out), since some ways of sharding
+    synchronize at each. The order depends on seed and epoch alone. `lengths` and `supervised` count tokens per record.
     """
 
     def __init__(self, lengths: Sequence[int], supervised: Sequence[int], plan: BatchConfig):
@@ -92,7 +91,7 @@ class StepBatchSampler:
         self.epoch = 0
 
     def __len__(self) -> int:
-        """Optimizer steps an epoch; the last one may have fewer records."""
+        """Optimizer steps per epoch; the last one may have fewer records."""
         return math.ceil(len(self.lengths) / self.plan.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -111,12 +110,12 @@ class StepBatchSampler:
         for start in range(0, len(order), size):
             step = order[start : start + size]
             supervised = sum(self.supervised[index] for index in step)
-            dealt = [
+            packed = [
                 pack_micro_batches(part, self.lengths, self.plan.micro_batch_tokens)
                 for part in split_across_ranks(step, self.lengths, self.plan.world_size)
             ]
-            mine = dealt[self.plan.rank]
-            mine = mine + [[]] * (max(map(len, dealt)) - len(mine))
+            mine = packed[self.plan.rank]
+            mine = mine + [[]] * (max(map(len, packed)) - len(mine))
             yield [MicroBatch(records, supervised) for records in mine]
 
 
@@ -125,9 +124,9 @@ def pad(records: Sequence[dict[str, Any]], pad_to: int) -> dict[str, torch.Tenso
 
     `places` counts, over all rows together, the tokens whose next one has a label: where logits are needed.
 
-    Under causal attention no token sees what is right of it, so the padding needs no attention mask; its labels are
-    ignored. No records give one token without a label. Of pairs the chosen answers come first, then the rejected
-    ones, and their reference as `reference`: (pairs, 2) float32; labels of whole answers as `good`: (records,) bool.
+    Under causal attention no token sees anything to its right, so padding needs no attention mask; its labels are
+    ignored. No records give one token without a label. For pairs, the chosen answers come first, then the rejected
+    ones; their reference is `reference`: (pairs, 2) float32. Labels of whole answers are `good`: (records,) bool.
     """
     if records and "rejected_ids" in records[0]:
         rejected = [{"input_ids": record["rejected_ids"], "labels": record["rejected_labels"]} for record in records]

@@ -1,7 +1,7 @@
-"""How many tokens are computed at once: as many as the options say, and fewer from where memory has ended on.
+"""How many tokens are computed at once: as many as the options say, and fewer after memory has run out.
 
-A step's loss does not depend on how its records are dealt into micro-batches, so that less memory makes it slower and
-changes nothing else. Each rank has a budget of its own.
+A step's loss does not depend on how its records are packed into micro-batches, so less memory makes it slower and
+changes nothing else. Each rank has its own budget.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from utils.training.batching import pack_micro_batches
 
 
 class Budget:
-    """At most `tokens` in a micro-batch, with padding; at first what the options say, `most`."""
+    """At most `tokens` in a micro-batch, padding included; initially `most`, which the options give."""
 
     def __init__(self, most: int):
         self.most = self.tokens = most
 
-    def deal(self, records: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        """Records, known to fit into a micro-batch of `most` tokens each, as micro-batches that fit now; one at least."""
+    def pack(self, records: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Split records, each known to fit in `most` tokens, into micro-batches that fit now; returns at least one."""
         return pack_micro_batches(records, lengths, self.tokens) or [[]]
 
     @property
     def is_reduced(self) -> bool:
-        """True once memory has ended."""
+        """True once memory has run out."""
         return self.tokens < self.most
 
     def reduce(self, records: int, length: int) -> str:
-        """Halve it, after memory ended with so many `records` of `length` tokens; what is to be printed of that.
+        """Halve the budget after memory ran out with `records` of `length` tokens; returns the notice to print.
 
-        Raises UserError if it was a single record.
+        Raises UserError if that was a single record.
         """
         if records < 2:
             raise UserError(
@@ -38,15 +38,15 @@ class Budget:
                 "give --gradient_checkpointing True, a lower --cutoff_len, --load_8bit or --load_4bit"
             )
         self.tokens = min(self.tokens, records * length) // 2
-        return f"out of memory with {records} records of {length} tokens at once; done again with half as many, as from here on"
+        return f"out of memory with {records} records of {length} tokens at once; repeated with half as many, also from here on"
 
     def save(self, folder: Path, rank: int) -> None:
-        """Keep a reduced budget in a checkpoint, so that a resumed run deals its records as this one would."""
+        """Keep a reduced budget in a checkpoint, so that a resumed run packs its records as this one would."""
         if self.is_reduced:
             write_json(folder / name(rank), self.tokens)
 
     def load(self, folder: Path, rank: int) -> None:
-        """Take the budget of a checkpoint, if it was reduced."""
+        """Restore the budget of a checkpoint, if it was reduced."""
         if (folder / name(rank)).is_file():
             self.tokens = min(self.most, int(read_json(folder / name(rank))))
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: known to be whole, tied to the run's options and data, found again after a kill."""
+"""Checkpoints of a run: known to be complete, tied to the run's options and data, found again after a kill."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from utils.console import say
 from utils.files import read_json, sha256, sync, write_json
 
-MANIFEST = "checkpoint.json"  # written last: a folder without it is not whole
+MANIFEST = "checkpoint.json"  # written last: a folder without it is incomplete
 
 
 def step_of(folder: Path) -> int:
@@ -17,7 +17,7 @@ def step_of(folder: Path) -> int:
 
 
 def in_order(output_dir: str | Path) -> list[Path]:
-    """The folders of checkpoints in `output_dir`, whole or not, oldest step first."""
+    """The checkpoint folders in `output_dir`, complete or not, oldest step first."""
     return sorted((p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0), key=step_of)
 
 
@@ -31,7 +31,7 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """True if a checkpoint's manifest is there and each of its files is as it was written."""
+    """True if a checkpoint has its manifest and each of its files is unchanged since it was written."""
     if not (folder / MANIFEST).is_file():
         return False
     manifest = read_json(folder / MANIFEST)
@@ -42,7 +42,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def newest_whole(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint of the highest step; says which ones it passes over because they are not whole."""
+    """The complete checkpoint of the highest step; prints which incomplete ones it skips."""
     for folder in reversed(in_order(output_dir)):
         if is_whole(folder):
             return folder
@@ -51,16 +51,16 @@ def newest_whole(output_dir: str | Path) -> Path | None:
 
 
 def rotate(output_dir: str | Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and that of the best step."""
+    """Delete all checkpoints but the newest `keep` and that of the best step."""
     for folder in in_order(output_dir)[:-keep]:
         if step_of(folder) != best_step:
             remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; of a link that is called like one only the link."""
+    """Delete a checkpoint; if it is a symbolic link, only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:
-        (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one is not taken for whole
+        (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one is not taken for complete
         shutil.rmtree(folder)

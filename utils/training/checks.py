@@ -1,4 +1,4 @@
-"""What is refused before the long work: options that contradict each other, or name what is not there."""
+"""Checks before the long work: options that contradict each other or name missing things are refused."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ Options = Any  # finetune.Options; modules import no scripts
 
 
 def check_together(options: Options) -> str:
-    """The stage that is to be trained. Raises UserError for options that contradict each other, or name what is not there."""
+    """The stage to train. Raises UserError for options that contradict each other or name missing things."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     at_once = options.micro_batch_size * processes
     if options.batch_size % at_once:
@@ -41,7 +41,7 @@ def check_together(options: Options) -> str:
     check_template(options.prompt_template_name)
     stage = stage_of(options.data_path, options.stage, options.preference_loss, bool(options.rewards))
     carries = CARRIED if options.prompt_template_name == CHAT else ()
-    firsts = [next(READERS[stage](file, carries)) for file in files]  # one without any is refused before torch is imported
+    firsts = [next(READERS[stage](file, carries)) for file in files]  # refuses a file without any before torch is imported
     if stage == REWARD:
         for first in firsts:
             try_out(load_rewards(options.rewards, options.reward_format), first)
@@ -62,21 +62,21 @@ def check_compiles(options: Options, quantize: str | None) -> None:
 
 
 def named_dtype(options: Options) -> str:
-    """The type to compute in that the options name, by its new name or its old ones; "" if they name none.
+    """The dtype that --dtype or the older --bf16 and --fp16 name; "" if they name none.
 
     Raises UserError if they name several.
     """
     old = {"bfloat16": options.bf16, "float16": options.fp16}
     named = {options.dtype} - {""} | {name for name, value in old.items() if value}
     if len(named) > 1:
-        raise UserError("--dtype, --bf16, --fp16: these name several types to compute in; give one")
+        raise UserError("--dtype, --bf16, --fp16: these name several dtypes; give one")
     return named.pop() if named else "float32" if False in old.values() else ""
 
 
 def check_layers(options: Options, origin: "RunStart") -> None:
-    """Raises UserError if an option names a layer that the model does not have, or the parent's settings do not fit it.
+    """Raises UserError if an option names a layer that the model lacks, or the parent's settings do not fit the model.
 
-    The model's weights need not be loaded for that.
+    The model's weights are not loaded for that.
     """
     from utils.adapters import adapters, settings, targets
     from utils.models.architecture import meta_model
@@ -89,7 +89,7 @@ def check_layers(options: Options, origin: "RunStart") -> None:
     targets.check_layers(model, wanted["lora_target_modules"], wanted["modules_to_save"])
     if parent is not None and has_settings:
         config = settings.read_config(parent)
-        config.inference_mode = False  # as it is saved, nothing of it would train
+        config.inference_mode = False  # saved as True, which would freeze the adapter
         adapters.add(model, config)
 
 
@@ -102,7 +102,7 @@ def lora_options(options: Options) -> dict[str, Any]:
 
 
 def check_window(options: Options, config: Any) -> None:
-    """Print it if --cutoff_len is more than the model was made for. Raises UserError if it has positions for no more."""
+    """Print if --cutoff_len exceeds the model's context window. Raises UserError if the model has no positions for more."""
     from utils.models.architecture import has_learned_positions, window_of
 
     window = window_of(config)

@@ -1,4 +1,4 @@
-"""The records that a training learns from and is validated with, encoded; and the template that goes with them."""
+"""The encoded records that a run trains on and is validated with; and the template that goes with them."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ Options = Any  # finetune.Options; modules import no scripts
 
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Run the block on each machine's first rank before the others, which then find what it has made."""
+    """Run the block on each machine's first rank before the others, which then find its results."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
@@ -33,7 +33,7 @@ def first_rank_first() -> Iterator[None]:
 def prepare_data(
     options: Options, origin: "RunStart", parent: dict[str, Any] | None, stage: str
 ) -> tuple[Any, "EncodedDataset", "EncodedDataset | None", dict[str, Any]]:
-    """The tokenizer, the encoded records to train on and to validate with, and what the lineage says of them."""
+    """The tokenizer, the encoded records for training and validation, and what the lineage records about them."""
     from utils.datasets import dataset
     from utils.datasets.chat_templates import make_prompter
     from utils.datasets.encoding import OVERLAP
@@ -46,13 +46,13 @@ def prepare_data(
     from utils.training import replay
 
     earlier = replay.files_to_replay(parent, stage) if options.replay else {}
-    config = read_architecture(base_folder(options.base_model))  # before the tokenizer, whose library reads this file, too
+    config = read_architecture(base_folder(options.base_model))  # before the tokenizer, whose library also reads this file
     quantized.check(base_folder(options.base_model), config, training=True)
     check_window(options, config)
     folder = tokenizer_folder(options, origin)
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer names no eos_token, with which answers end; {PUT_IT}")
+        raise UserError(f"{folder}: the tokenizer names no eos_token to end answers with; {PUT_IT}")
     ends = end_tokens(options.base_model, tokenizer)
     prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
     hashes = {str(file): sha256(file) for file in data_files(options.data_path)}
@@ -97,7 +97,7 @@ def prepare_data(
 def tell_labels(train: "EncodedDataset", good_weight: float, bad_weight: float) -> int:
     """Print how many answers are good and bad, and weights that would balance them; returns the number of good ones.
 
-    Balanced are weights whose products with these numbers are in a ratio of 1 to 4/3 (Ethayarajh et al. 2024, eq. 9).
+    They balance if the ratio of weight times number, good to bad, is 1 to 4/3 (Ethayarajh et al. 2024, eq. 9).
     """
     from utils.datasets.dataset import column
 
@@ -106,13 +106,13 @@ def tell_labels(train: "EncodedDataset", good_weight: float, bad_weight: float) 
     say(f"{good} answers labelled good (--desirable_weight {good_weight:g}), {bad} bad (--undesirable_weight {bad_weight:g})")
     if good and bad and not 0.99 <= good * good_weight / (bad * bad_weight) <= 1.34:
         balance = f"--desirable_weight {bad / good:.2g}" if good < bad else f"--undesirable_weight {good / bad:.2g}"
-        say(f"they do not weigh the same; {balance} would balance them")
+        say(f"good and bad do not weigh the same; {balance} would balance them")
     return good
 
 
 def write_template(options: Options, data: dict[str, Any], tokenizer: Any) -> None:
-    """Write into the output folder the template that was trained with, as other programs read it; after raw text, which
-    has none, the tokenizer's own."""
+    """Write the template used in training into the output folder, in the form that other programs read; after raw text,
+    which has none, the tokenizer's own."""
     from utils.datasets.jinja_export import write_chat_template
     from utils.datasets.templates import CHAT
 
@@ -125,7 +125,7 @@ def write_template(options: Options, data: dict[str, Any], tokenizer: Any) -> No
 
 
 def tokenizer_folder(options: Options, origin: "RunStart") -> str:
-    """The folder of the tokenizer: the one given, else that beside the adapter to train on, else the base's."""
+    """The tokenizer's folder: the one given, else the one saved with the adapter to continue from, else the base's."""
     from utils.models.tokenizer_files import has_tokenizer
 
     beside = origin.checkpoint or origin.parent

@@ -1,4 +1,4 @@
-"""What --dry_run prints: the data as training would see them."""
+"""What --dry_run prints: the data as training would see it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ MARKS = {"supervised": "[[{}]]", "end of sequence": "{{{{{}}}}}", "": "{}"}  # i
 
 
 def histogram(lengths: Sequence[int], cutoff_len: int) -> str:
-    """Records by length in tokens, as bars; a mark where the cutoff falls."""
+    """Number of records by length in tokens, as bars; a mark shows where the cutoff falls."""
     edges = np.unique(np.linspace(min(lengths), max(lengths) + 1, BINS + 1).round().astype(int))
     counts, _ = np.histogram(lengths, edges)
     lines = []
@@ -27,7 +27,7 @@ def histogram(lengths: Sequence[int], cutoff_len: int) -> str:
 
 
 def example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """One encoded record as text: what is supervised in green, the end of sequence in red; in marks if without color."""
+    """One encoded record as text: supervised parts in green, the end of sequence in red; in brackets if without color."""
     styles = COLORS if wants_color() else MARKS
     pieces: list[tuple[str, list[int]]] = []
     for token, label in zip(record["input_ids"], record["labels"], strict=True):
@@ -42,7 +42,7 @@ def print_report(lengths: Sequence[int], cutoff_len: int, examples: Sequence[dic
     """Print the histogram and the examples."""
     say(f"records by length in tokens:\n{histogram(lengths, cutoff_len)}")
     keeps95, keeps99 = lengths_that_keep(np.asarray(lengths))
-    say(f"--cutoff_len {keeps95} would keep 95 % whole, {keeps99} would keep 99 %")
+    say(f"--cutoff_len {keeps95} would keep 95 % uncut, {keeps99} would keep 99 %")
     if is_main_process():
         styles = COLORS if wants_color() else MARKS
         legend = ", ".join(style.format(part) for part, style in styles.items() if part)

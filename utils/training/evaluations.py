@@ -1,4 +1,4 @@
-"""What the model answers while it is trained, and how well: at each evaluation, on the first rank."""
+"""What the model answers during training, and how well: at each evaluation, on the first rank."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,20 +14,20 @@ SCORES = {"eval_choices": "right choices (%)", "eval_chrf": "chrF", "eval_exact"
 
 
 class Evaluated(NamedTuple):
-    """What came of an evaluation: `scores` by their names in the log (each 0 to 100), `answers` as `{"question", "answer"}`,
-    and `notes`, lines for the reader."""
+    """Results of an evaluation: `scores` by their names in the log (each 0 to 100), `answers` as `{"question", "answer"}`,
+    and `notes`, lines to print."""
 
     scores: dict[str, float]
     answers: list[dict[str, str]]
     notes: list[str]
 
 
-Evaluator = Callable[[PreTrainedModel], Evaluated]  # the script puts in that of `utils.evaluation.during_training`
+Evaluator = Callable[[PreTrainedModel], Evaluated]  # the script supplies that of `utils.evaluation.during_training`
 
 
 def evaluate_answers(trainer: Any, evaluator: Evaluator) -> dict[str, float]:
-    """Have the first rank of a `StepTrainer` evaluate, while the others wait; returns the scores on all of them, and adds
-    the answers to the log."""
+    """Have the first rank of a `StepTrainer` evaluate while the others wait; returns the scores on all ranks, and logs the
+    answers."""
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = [None]

@@ -1,7 +1,7 @@
 """Learning by rewards (GRPO): groups of answers are sampled, and the better ones of each group made likelier.
 
-A step samples answers to its questions from the model as it is then, with random numbers that follow from the seed, the
-step and the question alone; so a run that was stopped resumes with the same answers.
+A step samples answers to its questions from the current model, with random numbers that depend only on the seed, the
+step and the question; so a run that was stopped resumes with the same answers.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ Ids = list[int]
 
 
 class Sampler(Protocol):
-    """What draws answers: `utils.inference.rollouts.Sampler`, which the script puts in."""
+    """Draws answers; the script supplies `utils.inference.rollouts.Sampler`."""
 
     def __call__(self, model: PreTrainedModel, prompts: list[Ids], seeds: list[int]) -> list[Ids]:
         """The ids of an answer to each prompt."""
@@ -45,14 +45,14 @@ class Sampler(Protocol):
         """The part of an answer that a person reads."""
 
     def is_cut(self, ids: Ids) -> bool:
-        """True if an answer did not come to its end."""
+        """True if an answer was cut before its end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """`group` answers a question, drawn at `temperature`; ratios are clipped at 1 ± `clip`; `beta` weighs the KL term.
+    """`group` answers per question, drawn at `temperature`; ratios are clipped at 1 ± `clip`; `beta` weighs the KL term.
 
-    `updates` is how often the optimizer steps on the answers of one sampling.
+    `updates` is the number of optimizer steps on the answers of one sampling.
     """
 
     rewards: list[WeightedReward]
@@ -65,7 +65,7 @@ class Policy:
 
 @dataclasses.dataclass
 class Answer:
-    """A sampled answer: the question's and its own ids, its text, its rewards (unweighted), and how it compares."""
+    """A sampled answer: the question's ids, its own, its text, unweighted rewards, their weighted sum, and its advantage."""
 
     question: Ids
     ids: Ids
@@ -77,7 +77,7 @@ class Answer:
 
 
 def advantages(rewards: list[float]) -> list[float]:
-    """The rewards of one group, less their mean and by their standard deviation (Shao et al. 2024, section 4.1.2)."""
+    """The rewards of one group minus their mean, over their standard deviation (Shao et al. 2024, section 4.1.2)."""
     mean, spread = statistics.fmean(rewards), statistics.stdev(rewards) if len(rewards) > 1 else 0.0
     return [(reward - mean) / (spread + SPREAD) for reward in rewards]
 
@@ -157,7 +157,7 @@ class GRPOTrainer(StepTrainer):
 
     @contextlib.contextmanager
     def returning_loss(self) -> Iterator[bool]:
-        """While the block runs, the model returns the loss of the answers that it is given."""
+        """While the block runs, the model returns the loss of the answers it is called with."""
         model: PreTrainedModel = self.model.get_base_model()
         with returning_loss(model, self.accelerator.autocast()) as sparse:
             log_probs = log_probs_by(model, sparse, self.settings.temperature)
@@ -165,9 +165,9 @@ class GRPOTrainer(StepTrainer):
             yield sparse
 
     def attach_reference(self) -> dict[str, torch.Tensor]:
-        """The trained weights as the run started with them, kept in the output folder for a resumed run.
+        """The trained weights that the run started with, kept in the output folder for when it is resumed.
 
-        Raises UserError if a run is to be resumed and they are gone.
+        Raises UserError if the file is missing in a run that is resumed.
         """
         path = Path(self.args.output_dir) / REFERENCE
         mine = trained_weights(self.model)
@@ -229,7 +229,7 @@ class GRPOTrainer(StepTrainer):
 
     @torch.no_grad()
     def micro_batches(self, answers: list[Answer]) -> list[dict[str, Any]]:
-        """The answers as padded micro-batches, with what the model and the reference make of their tokens."""
+        """The answers as padded micro-batches, with the model's and the reference's log-probabilities if needed."""
         plan = self.job.plan
         rows: list[dict[str, Any]] = [
             {"input_ids": one.question + one.ids, "labels": [IGNORED] * len(one.question) + one.ids, "advantage": one.advantage}
@@ -272,7 +272,7 @@ class GRPOTrainer(StepTrainer):
                 parameter.data = now[name]
 
     def note(self, answers: list[Answer]) -> None:
-        """Keep the figures of a step for its entry in the log: means over the answers of all ranks."""
+        """Keep a step's figures for its log entry: means over the answers of all ranks."""
         count = len(answers)
         groups = [answers[start : start + self.settings.group] for start in range(0, count, self.settings.group)]
         equal = sum(len({one.reward for one in group}) == 1 for group in groups)
@@ -293,7 +293,7 @@ class GRPOTrainer(StepTrainer):
         self.nothing_to_learn = equal == all_groups
 
     def check_step(self) -> None:
-        """As of any step; where all answers of each group are worth the same, there is nothing to learn, and no error."""
+        """As for any step; but if all answers of each group have the same reward, a zero gradient is no error."""
         if self.nothing_to_learn:
             say(f"step {self.state.global_step}: all answers of each group have the same reward; nothing is learned from them")
             self.gradient_norm = torch.ones(())
@@ -311,7 +311,7 @@ class GRPOTrainer(StepTrainer):
     def validate(self) -> dict[str, float]:
         """The mean reward of one sampled answer to each question of the validation set, as `eval_reward`.
 
-        Its negative stands in for the loss, so that the best adapter is that of the highest reward.
+        Its negative replaces the loss, so that the best adapter is the one with the highest reward.
         """
         data, plan = self.eval_dataset, self.job.plan
         mine = range(plan.rank, len(data), plan.world_size)

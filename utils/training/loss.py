@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from utils.datasets.encoding import IGNORED
 from utils.models.sharding import loads
 
-CHUNK = 512  # supervised tokens whose logits are held at once; torch's own choice, of 8 to 64, takes twice the time
-PROBE = 1000  # beyond what any model caps its logits at (Gemma 2: 30)
+CHUNK = 512  # supervised tokens whose logits are held at once; torch's own choice (8 to 64) takes twice as long
+PROBE = 1000  # far above any model's cap on its logits (Gemma 2: 30)
 
 
 @contextlib.contextmanager
@@ -26,17 +26,17 @@ def returning_loss(
 ) -> Iterator[bool]:
     """While the block runs, `model(input_ids, labels)` returns the sum of the cross-entropies of its labelled tokens.
 
-    Yields True where only labelled tokens go through the output layer, False where the model's own logits must be
-    used because it does more to them than its output layer does (it scales or caps them, say). `computing` is the
-    context that training computes in; of a model that is `sharded` each rank calls the output layer once a micro-batch,
-    since the ranks gather its weights together.
+    Yields True if only labelled tokens go through the output layer, False if the model's own logits must be used
+    because it processes them further (scales or caps them, say). `computing` is the context that training computes in.
+    If the model is `sharded`, each rank calls the output layer exactly once per micro-batch, since the ranks gather its
+    weights together.
     """
     decoder, head = model.base_model, model.get_output_embeddings()
     with computing or contextlib.nullcontext():
         sparse = loads() and head is not None and is_decoder_and_head(model, decoder, head)
-    if sharded:  # until it is, the first rank alone has the weights
+    if sharded:  # before the model is sharded, only the first rank has the weights
         [sparse] = broadcast_object_list([sparse])
-    own = model.__dict__.get("forward")  # of a model that is spread over devices
+    own = model.__dict__.get("forward")  # there if the model is spread over devices
     if sparse:
         model.forward = functools.partial(sparse_loss, decoder, head, sharded)
     else:
@@ -52,10 +52,10 @@ def returning_loss(
 
 @torch.no_grad()
 def is_decoder_and_head(model: PreTrainedModel, decoder: nn.Module, head: nn.Module) -> bool:
-    """True if the model's logits are its output layer's, applied to what its decoder gives.
+    """True if the model's logits are exactly what its output layer makes of the decoder's hidden states.
 
-    The output layer's result is replaced by one of up to PROBE on the way: a model that caps or scales its logits
-    shows it there, however small they are themselves.
+    The output layer's result is enlarged to PROBE on the way, so that capping or scaling shows however small the model's
+    own logits are.
     """
     if decoder is model:
         return False
@@ -78,10 +78,9 @@ def is_decoder_and_head(model: PreTrainedModel, decoder: nn.Module, head: nn.Mod
     finally:
         hook.remove()
         model.train(was_training)
-    put_in, came_out = seen[0]
-    put_in, came_out, hidden, logits = (values.float().cpu() for values in (put_in, came_out, hidden, logits))
-    near = (put_in - hidden).abs().max() <= 1e-2 * hidden.abs().max()
-    return bool(near) and torch.equal(logits, came_out)
+    head_input, head_output, hidden, logits = (values.float().cpu() for values in (*seen[0], hidden, logits))
+    near = (head_input - hidden).abs().max() <= 1e-2 * hidden.abs().max()
+    return bool(near) and torch.equal(logits, head_output)
 
 
 def sparse_loss(
@@ -93,9 +92,9 @@ def sparse_loss(
     places: torch.Tensor,
     **_: object,
 ) -> torch.Tensor:
-    """Sum of cross-entropies of a micro-batch as `batching.pad` gives it; logits exist at its `places` only."""
+    """Sum of cross-entropies of a micro-batch from `batching.pad`; logits are computed at its `places` only."""
     every = decoder(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)
-    if not len(places):  # zero, and still a function of all parameters, as a rank without records needs it
+    if not len(places):  # zero, yet a function of all parameters, which a rank without records needs
         return 0 * head(every[:1]).float().sum()
     hidden, targets = every[places.to(every.device)], labels.flatten()[places + 1]
     if sharded:
@@ -111,20 +110,20 @@ def sparse_loss(
 
 
 def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of cross-entropies of one chunk, in float32 whatever the model computes in."""
+    """Sum of cross-entropies of one chunk, in float32 whatever the model's dtype."""
     scores = head(hidden).float()
     return functional.cross_entropy(scores, targets.to(scores.device), reduction="sum")
 
 
 def plain_layer(head: nn.Module) -> nn.Linear | None:
-    """The output layer where it is an ordinary linear one (or a trained copy of one), else None: LoRA, quantized."""
+    """The output layer if it is an ordinary linear layer (or a trained copy of one); None if it has LoRA or is quantized."""
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save["default"]
     return head if type(head) is nn.Linear else None
 
 
 def full_loss(forward, input_ids: torch.Tensor, labels: torch.Tensor, **_: object) -> torch.Tensor:
-    """The same sum out of the model's own logits for all tokens."""
+    """The same sum from the model's own logits for all tokens."""
     logits = forward(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:].flatten().to(logits.device)
     return functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")

@@ -30,12 +30,12 @@ from utils.training.trainer import RunConfig, StepTrainer
 LOSSES = ("dpo", "ipo", "orpo", "simpo")
 WITH_REFERENCE = ("dpo", "ipo", "kto")
 INPUTS = ("input_ids", "labels", "places")
-REFERENCE = "reference.npz"  # in the output folder: log-probabilities of the reference, of each answer of each pair
+REFERENCE = "reference.npz"  # in the output folder: the reference's log-probabilities of each answer of each pair
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Which loss; `beta` scales it, `sft` adds that share of the chosen answers' own loss, `margin` is SimPO's.
+    """Which `loss`; `beta` scales it, `sft` is the weight of the chosen answers' own loss added to it, `margin` is SimPO's.
 
     KTO's loss of a good answer counts `good_weight` times, that of a bad one `bad_weight` times.
     """
@@ -53,7 +53,7 @@ def pair_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (pairs,) and rewards (pairs, 2), the chosen answer's first.
 
-    `log_probs` and `reference` are sums over the answers' tokens, `counts` their numbers: (pairs, 2) each.
+    `log_probs` and `reference` are sums over the answers' tokens, `counts` the numbers of tokens: (pairs, 2) each.
     DPO: Rafailov et al. 2023, eq. 7. IPO: Azar et al. 2023, eq. 17, on means over tokens as its authors advise.
     ORPO: Hong et al. 2024, eq. 6 and 7. SimPO: Meng et al. 2024, eq. 6.
     """
@@ -83,9 +83,9 @@ def sparse_log_probs(
     places: torch.Tensor,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """Log-probabilities of the `targets` that follow the `places` of `batching.pad`: (labelled,), with no other logits."""
+    """Log-probabilities of the `targets` after the `places` of `batching.pad`: (labelled,); no other logits are computed."""
     every = decoder(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)
-    if not len(places):  # zero, and still a function of all parameters, as a rank without records needs it
+    if not len(places):  # zero, yet a function of all parameters, which a rank without records needs
         return 0 * head(every[:1]).float().sum(1)
     chunks = zip(every[places.to(every.device)].split(CHUNK), targets.split(CHUNK), strict=True)
     found = [checkpoint(head_log_probs, head, h, t, temperature, use_reentrant=False) for h, t in chunks]
@@ -93,7 +93,7 @@ def sparse_log_probs(
 
 
 def head_log_probs(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities of one chunk of tokens, in float32 whatever the model computes in."""
+    """Log-probabilities of one chunk of tokens, in float32 whatever the model's dtype."""
     scores = head(hidden).float() / temperature
     return -functional.cross_entropy(scores, targets.to(scores.device), reduction="none")
 
@@ -105,7 +105,7 @@ def full_log_probs(
     places: torch.Tensor,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """The same out of the model's own logits for all tokens."""
+    """The same from the model's own logits for all tokens."""
     logits = forward(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
     scores = logits[places.to(logits.device)].float() / temperature
     found = functional.cross_entropy(scores, targets.to(logits.device), reduction="none")
@@ -113,7 +113,7 @@ def full_log_probs(
 
 
 def log_probs_by(model: PreTrainedModel, sparse: bool, temperature: float = 1.0) -> Callable[..., torch.Tensor]:
-    """The log-probabilities by `model`, `sparse` where all that stands between its states and the logits is a layer."""
+    """A function that gives `model`'s log-probabilities; `sparse` if only its output layer follows the hidden states."""
     if sparse:
         found = functools.partial(sparse_log_probs, model.base_model, model.get_output_embeddings())
     else:
@@ -193,7 +193,7 @@ def judged_loss(
 
 
 def half_of(batch: dict[str, Any], second: bool) -> dict[str, Any]:
-    """The first or the second half of the rows of a micro-batch as `pad` gives it, with their column of the reference."""
+    """The first or second half of the rows of a micro-batch from `pad`, with their column of the reference."""
     rows, width = len(batch["input_ids"]) // 2, batch["input_ids"].shape[1]
     mine = slice(rows, None) if second else slice(rows)
     places = batch["places"]
@@ -206,7 +206,7 @@ class PreferenceTrainer(StepTrainer):
     """A StepTrainer on pairs: the loss of a step is the mean over its pairs."""
 
     compute: Callable[..., torch.Tensor] = staticmethod(pair_loss)
-    totals = 4  # numbers that it adds up
+    totals = 4  # how many sums it keeps
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class PreferenceTrainer(StepTrainer):
 
     @contextlib.contextmanager
     def returning_loss(self) -> Iterator[bool]:
-        """While the block runs, the model returns the loss of the pairs that it is given."""
+        """While the block runs, the model returns the loss of the pairs it is called with."""
         model: PreTrainedModel = self.model.get_base_model()
         with super().returning_loss() as sparse:
             model.forward = functools.partial(self.compute, log_probs_by(model, sparse), self.settings, self.rewards)
@@ -233,7 +233,7 @@ class PreferenceTrainer(StepTrainer):
     def attach_reference(self) -> None:
         """Give each pair the reference's log-probabilities: computed before the first step, later read from the file.
 
-        Raises UserError if a run is to be resumed and they are gone.
+        Raises UserError if the file is missing in a run that is resumed.
         """
         parts = {"train": self.train_dataset} | ({"validation": self.eval_dataset} if self.eval_dataset is not None else {})
         path = Path(self.args.output_dir) / REFERENCE
@@ -259,7 +259,7 @@ class PreferenceTrainer(StepTrainer):
         batches = pack_micro_batches(range(len(data)), data.lengths, plan.micro_batch_tokens)
         found = torch.zeros(len(data), 2, device=self.args.device)
         self.model.eval()
-        say("computing what the reference makes of each answer, once")
+        say("computing the reference's log-probability of each answer, once")
         with (
             self.returning_loss(),
             self.accelerator.autocast(),
@@ -272,7 +272,7 @@ class PreferenceTrainer(StepTrainer):
         return self.accelerator.reduce(found, "sum").cpu().numpy()
 
     def snapshot(self) -> Callable[[], None]:
-        """What puts everything back, the sums of the rewards, too."""
+        """A function that restores everything, including the sums of the rewards."""
         restore, rewards = super().snapshot(), self.rewards.clone()
 
         def restore_all() -> None:
@@ -289,7 +289,7 @@ class PreferenceTrainer(StepTrainer):
         super().log(logs, *args, **kwargs)
 
     def reward_logs(self) -> dict[str, float]:
-        """What `rewards` has added up, as means over pairs."""
+        """The sums in `rewards` as means over pairs."""
         chosen, rejected, right, pairs = self.accelerator.reduce(self.rewards.clone(), "sum").tolist()
         return {
             "reward_chosen": chosen / max(1, pairs),
@@ -312,12 +312,12 @@ class KTOTrainer(PreferenceTrainer):
 
     @torch.no_grad()
     def completed(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The answers of the micro-batches, with KTO's `kl`: how much likelier than by the reference mismatched ones are.
+        """The answers of the micro-batches, with KTO's `kl`: how much likelier mismatched answers are than by the reference.
 
         It is the mean over the whole step, and at least 0; no gradient flows through it.
         """
         was_training = self.model.training
-        self.model.eval()  # as the reference was computed, so that at first there is no difference
+        self.model.eval()  # as when the reference was computed, so that there is no difference at first
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         found = torch.zeros(2, device=self.args.device)
         for batch in batches:
@@ -333,7 +333,7 @@ class KTOTrainer(PreferenceTrainer):
         return [half_of(batch, second=False) | {"kl": kl} if "reference" in batch else batch for batch in batches]
 
     def reward_logs(self) -> dict[str, float]:
-        """Means over good and over bad answers, the share on the right side of `kl`, and that of the last step."""
+        """Means over good and over bad answers, the share on the right side of `kl`, and the last step's `kl`."""
         good, bad, goods, bads, right = self.accelerator.reduce(self.rewards.clone(), "sum").tolist()
         if not goods + bads:
             return {}

@@ -1,4 +1,4 @@
-"""Replay: some records of the steps before are learned again, so that a new step does not make an adapter forget them."""
+"""Replay: some records of earlier steps are learned again, so that a new step does not make the adapter forget them."""
 
 import random
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from utils.lineage import parents_of
 
 
 def parents_files(parent: dict[str, Any] | None, stage: str) -> Iterator[tuple[Path, str]]:
-    """The data files of all earlier steps of the same stage, nearest first, each once, with the hash that was learned."""
+    """The data files of all earlier steps of the same stage, nearest first, each once, with its hash when it was learned."""
     seen: set[str] = set()
     parents = [parent] if parent else []
     for found in parents:
@@ -30,20 +30,20 @@ def parents_files(parent: dict[str, Any] | None, stage: str) -> Iterator[tuple[P
 
 
 def files_to_replay(parent: dict[str, Any] | None, stage: str) -> dict[str, str]:
-    """The parents' data files of the same stage that are still as they were learned, with their hashes.
+    """The parents' data files of the same stage that are unchanged since they were learned, with their hashes.
 
-    Others are left out, which is printed. Raises UserError if none is left.
+    Others are left out, with a notice. Raises UserError if none is left.
     """
     usable_files: dict[str, str] = {}
     for file, content in parents_files(parent, stage):
         if file.is_file() and sha256(file) == content:
             usable_files[str(file)] = content
         else:
-            why = "has changed since it was learned" if file.is_file() else "is not there any more"
+            why = "has changed since it was learned" if file.is_file() else "no longer exists"
             say(f"--replay: {file} {why}; its records are not replayed")
     if not usable_files:
         raise UserError(
-            "--replay: no data file of an earlier step is there as it was learned; "
+            "--replay: no data file of an earlier step exists unchanged; "
             "give --resume_from_checkpoint and keep the files where its lineage.json names them, or leave the option out"
         )
     return usable_files
@@ -57,9 +57,9 @@ def with_replay(
     files: dict[str, str],
     seed: int,
 ) -> tuple[datasets.Dataset, np.ndarray, dict[str, Any]]:
-    """Table and training numbers with `share` times as many records of `files`, and what the lineage says of them.
+    """Table and training numbers, with `share` times as many records drawn from `files`; and what the lineage records of them.
 
-    They are drawn with `seed` from all usable records of the files together.
+    They are drawn with `seed` from the usable records of all the files together.
     """
     tables: list[datasets.Dataset] = [table]
     numbers: list[np.ndarray] = []

@@ -1,6 +1,6 @@
-"""Rewards: what an answer is worth, by functions of ready-made names or of the user's own file.
+"""Rewards: what an answer is worth, by built-in functions or by those of the user's own file.
 
-A reward is a function of the answer's text and of the record that asked for it, such as
+A reward is a function of the answer's text and of the record with its question, such as
 
     def polite(answer: str, record: dict) -> float:
         return float(answer.endswith("谢谢。"))
@@ -22,12 +22,12 @@ from utils.files import sha256
 
 Reward = Callable[[str, dict[str, Any]], Any]
 NUMBER = re.compile(r"[-−]?\d[\d,，]*(?:\.\d+)?(?:/\d+)?")
-THINKING = r"<think>.+?</think>\s*\S.*"  # the form that `format` asks for where no other is given
+THINKING = r"<think>.+?</think>\s*\S.*"  # the pattern of `format` if no other is given
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightedReward:
-    """One reward by its name, and the factor that its values are multiplied by."""
+    """A named reward, and the factor its values are multiplied by."""
 
     name: str
     weight: float
@@ -35,7 +35,7 @@ class WeightedReward:
 
 
 def exact(answer: str, record: dict[str, Any]) -> float:
-    """1 if the answer is the reference, but for white space around it."""
+    """1 if the answer is the reference, ignoring white space around it."""
     return float(answer.strip() == record["output"].strip())
 
 
@@ -46,13 +46,13 @@ def number(answer: str, record: dict[str, Any]) -> float:
 
 
 def length(answer: str, record: dict[str, Any]) -> float:
-    """1 if the answer is as long as the reference, in characters; less by the share that it is longer or shorter."""
+    """1 minus the relative difference from the reference's length in characters, and at least 0."""
     wanted = len(record["output"].strip())
     return max(0.0, 1 - abs(len(answer.strip()) - wanted) / wanted) if wanted else float(not answer.strip())
 
 
 def of_format(pattern: str) -> Reward:
-    """A reward of 1 for answers that match the regular expression from start to end. Raises UserError if it is none."""
+    """A reward of 1 for answers that match the whole regular expression. Raises UserError if `pattern` is not one."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -69,31 +69,31 @@ def last_number(text: str) -> Fraction | None:
     return Fraction(over) / Fraction(under) if under and Fraction(under) else Fraction(over)
 
 
-READY: dict[str, Reward] = {"exact": exact, "number": number, "length": length}
+BUILT_IN: dict[str, Reward] = {"exact": exact, "number": number, "length": length}
 
 
 def load_rewards(names: Sequence[str], pattern: str) -> list[WeightedReward]:
     """The rewards that `--rewards` names: `exact`, `number`, `length`, `format`, or `FILE.py:name`, each with `:weight`.
 
-    `pattern` is the form that `format` asks for. Raises UserError if one is unknown, or its file cannot be run.
+    `pattern` is the one `format` uses. Raises UserError if a reward is unknown, or its file cannot be run.
     """
     found = []
     for given in names:
         name, weight = split_weight(given)
         if name == "format":
             function = of_format(pattern or THINKING)
-        elif name in READY:
-            function = READY[name]
+        elif name in BUILT_IN:
+            function = BUILT_IN[name]
         else:
             function = from_file(name)
         found.append(WeightedReward(name.rpartition(":")[2], weight, function))
     if pattern and not any(one.name == "format" for one in found):
-        raise UserError("--reward_format: is given, and --rewards does not name format; add it, or leave the pattern out")
+        raise UserError("--reward_format: is given, but --rewards does not name format; add it, or leave the pattern out")
     return found
 
 
 def split_weight(given: str) -> tuple[str, float]:
-    """A name and its weight, 1 where none is given: what is not a finite number is part of the name."""
+    """A name and its weight (1 if none is given); a last part that is not a finite number belongs to the name."""
     name, _, last = given.rpartition(":")
     try:
         weight = float(last)
@@ -106,7 +106,7 @@ def from_file(given: str) -> Reward:
     """The function that `FILE.py:name` stands for. Raises UserError if there is none, or the file cannot be run."""
     file, _, name = given.rpartition(":")
     if not file:
-        raise UserError(f"--rewards {given}: is unknown; give {', '.join([*READY, 'format'])}, or FILE.py:name")
+        raise UserError(f"--rewards {given}: is unknown; give {', '.join([*BUILT_IN, 'format'])}, or FILE.py:name")
     if not Path(file).is_file():
         raise UserError(f"--rewards {given}: {file} is not there; give the path of a Python file")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
@@ -116,7 +116,7 @@ def from_file(given: str) -> Reward:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"--rewards {given}: {file} cannot be run ({told(error)}); correct it") from None
+        raise UserError(f"--rewards {given}: {file} cannot be run ({in_a_line(error)}); correct it") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--rewards {given}: {file} has no function {name}; define {name}(answer, record)")
@@ -124,18 +124,18 @@ def from_file(given: str) -> Reward:
 
 
 def reward_files(names: Sequence[str]) -> dict[str, str]:
-    """The files of those rewards that are the user's own, with their hashes."""
+    """The files of the user's own rewards, with their hashes."""
     files = [split_weight(given)[0].rpartition(":")[0] for given in names]
     return {file: sha256(file) for file in files if file}
 
 
 def value_of(reward: WeightedReward, answer: str, record: dict[str, Any]) -> float:
-    """What one reward says of an answer. Raises UserError if it raises, or returns no finite number."""
+    """The value of one reward for an answer. Raises UserError if it raises, or returns no finite number."""
     asked = f"--rewards {reward.name}: on the question {record['instruction'][:40]!r} and the answer {answer[:40]!r}"
     try:
         value = reward.function(answer, record)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{asked} it raised {told(error)}; correct it and run the same command again") from None
+        raise UserError(f"{asked} it raised {in_a_line(error)}; correct it and run the same command again") from None
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -145,17 +145,17 @@ def value_of(reward: WeightedReward, answer: str, record: dict[str, Any]) -> flo
     return result
 
 
-def told(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
     """An exception in a line."""
     return f"{type(error).__name__}: {reason(error)}"
 
 
 def try_out(rewards: Sequence[WeightedReward], record: dict[str, Any]) -> None:
-    """Ask each reward for the reference of one record, so that what cannot work ends before the model is loaded.
+    """Try each reward on the reference of one record, so that errors show before the model is loaded.
 
-    Raises UserError, also where a reward compares with references and there is none.
+    Raises UserError if one fails, or compares with references and the record has none.
     """
     for reward in rewards:
-        if reward.function in READY.values() and not record["output"].strip():
+        if reward.function in BUILT_IN.values() and not record["output"].strip():
             raise UserError(f"--rewards {reward.name}: compares with the output, which the records lack; give records with one")
         value_of(reward, record["output"], record)

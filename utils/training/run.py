@@ -1,4 +1,4 @@
-"""A training from its first step to the adapter that is kept; a signal ends it with a checkpoint."""
+"""A training run from its first step to the adapter that is kept; a signal ends it with a checkpoint."""
 
 import contextlib
 import pickle
@@ -19,7 +19,7 @@ from utils.training.trainer import StepTrainer
 
 
 def train(trainer: StepTrainer, checkpoint: Path | None) -> None:
-    """Train, from `checkpoint` on where there is one.
+    """Train, resuming from `checkpoint` if there is one.
 
     SIGINT, SIGTERM and SIGHUP (but for those that are ignored, as under nohup) end the run after the current step with
     a checkpoint and exit status 130, 143 or 129; a second one, but for SIGHUP, ends a single process at once. A rank gets
@@ -38,7 +38,7 @@ def train(trainer: StepTrainer, checkpoint: Path | None) -> None:
         say(f"stopping after this step, with a checkpoint{at_once}")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup has one ignored
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, stop) for number in heard}
     try:
         with trainer.returning_loss() as sparse:
@@ -51,27 +51,27 @@ def train(trainer: StepTrainer, checkpoint: Path | None) -> None:
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise UserError(f"--torch_compile: torch cannot compile the model here: {reason}; train without it") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{checkpoint}: refused, a file in it asks for code to be run on loading; delete it") from None
+        raise UserError(f"{checkpoint}: refused, because loading a file in it would run code; delete it") from None
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, handler)
         trainer.run_log.close()
         with contextlib.suppress(OSError):
-            Path(trainer.args.output_dir).rmdir()  # where nothing came of the run, not even a line in its log
+            Path(trainer.args.output_dir).rmdir()  # if it is empty: the run left nothing, not even a line in its log
     if trainer.stopped_by is not None:
         say(f"stopped at step {trainer.state.global_step}; run the same command again to resume")
         sys.exit(128 + trainer.stopped_by)
 
 
 def finish(trainer: StepTrainer, tokenizer: PreTrainedTokenizerBase, take_best: bool) -> dict[str, Any]:
-    """Choose the adapter to keep, write it with its tokenizer into the output folder; returns what came of the run.
+    """Write the adapter to keep and its tokenizer into the output folder; returns the results of the run.
 
-    With `take_best` it is that of the checkpoint with the best value of what the Trainer was told to compare by.
+    With `take_best` it is the adapter of the checkpoint with the best value of the Trainer's metric.
     Raises UserError if nothing was learned.
     """
     state, output_dir = trainer.state, Path(trainer.args.output_dir)
-    if is_main_process():  # a run that was killed between its last checkpoint and this has no other occasion
+    if is_main_process():  # the only occasion in a run that was killed right after its last checkpoint
         checkpoints.rotate(output_dir, trainer.job.keep, state.best_global_step)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     step = state.best_global_step if take_best else state.global_step
@@ -81,7 +81,7 @@ def finish(trainer: StepTrainer, tokenizer: PreTrainedTokenizerBase, take_best: 
             evaluated |= {name: entry[name] for name in (evaluations.LOSS, *evaluations.SCORES) if name in entry}
     if evaluated:
         say(f"kept: the adapter of step {step} of {state.global_step}, {why_kept(trainer.args, take_best, evaluated)}")
-    tensors = adapters.read_tensors(output_dir / f"checkpoint-{step}")  # there is one at the end, and one of the best step
+    tensors = adapters.read_tensors(output_dir / f"checkpoint-{step}")  # there is one of the last step and one of the best
     if not adapters.has_moved(tensors):
         raise UserError(f"{output_dir}: no lora_B has moved from zero, so nothing was learned; raise --learning_rate")
     if is_main_process():
@@ -99,7 +99,7 @@ def finish(trainer: StepTrainer, tokenizer: PreTrainedTokenizerBase, take_best: 
 
 
 def why_kept(args: TrainingArguments, take_best: bool, evaluated: dict[str, float]) -> str:
-    """In words, why the adapter of a step is kept, and what it was evaluated with."""
+    """In words, why the adapter of a step is kept, and its evaluation results."""
     name = args.metric_for_best_model if take_best else None
     shown = [
         f"{evaluations.SCORES[one]} {value:.1f}" if one in evaluations.SCORES else f"{value:.4f}"

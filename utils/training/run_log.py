@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: the log as JSON lines, and the curves of its losses."""
+"""What a run leaves for people to read: the log as JSON lines, and its loss curves."""
 
 import json
 import time
@@ -13,18 +13,18 @@ from utils.files import replacing
 from utils.training.evaluations import SCORES
 
 LOG, PLOT = "train_log.jsonl", "loss.png"
-PANELS = {  # what is drawn together, where it is logged
+PANELS = {  # what is drawn together, if it is logged
     "loss": ("loss", "eval_loss"),
     "reward": ("reward", "eval_reward", "reward_chosen", "reward_rejected", "reward_margin"),
     "accuracy": ("reward_accuracy",),
     "score": tuple(SCORES),
 }
 CURVES = {"loss": "training", "eval_loss": "validation", "reward": "training", "eval_reward": "validation", **SCORES}
-PROGRESS = ".progress.json"  # beside the log while the run goes: its steps, all and done, here and before, and its seconds
+PROGRESS = ".progress.json"  # beside the log during the run: its first, current and last step, and its seconds so far
 
 
 class RunLog(TrainerCallback):
-    """Writes `train_log.jsonl` as the run goes, and `loss.png` at each evaluation and at the end.
+    """Writes `train_log.jsonl` during the run, and `loss.png` at each evaluation and at the end.
 
     The log is the Trainer's own history, so after a resume it is that of an undisturbed run.
     """
@@ -35,7 +35,7 @@ class RunLog(TrainerCallback):
         self.first, self.began = 0, 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write what the checkpoint that is resumed has logged, if any, and show how far the run is."""
+        """Write what the resumed checkpoint, if any, has logged, and show the progress so far."""
         self.bar = progress(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
         self.first, self.began = state.global_step, time.time()
         if is_main_process():
@@ -51,22 +51,22 @@ class RunLog(TrainerCallback):
             self.add_newest(state)
 
     def add_newest(self, state: TrainerState) -> None:
-        """Add the history's newest entry, and note how far the run is."""
+        """Add the history's newest entry, and record the progress."""
         if is_main_process():
             self.add([state.log_history[-1]])
             steps = {"first": self.first, "step": state.global_step, "steps": state.max_steps}
             text = json.dumps(steps | {"seconds": round(time.time() - self.began, 1)})
-            (self.folder / PROGRESS).write_text(text, "utf-8")  # not synced: it costs nothing, and nobody needs it afterwards
+            (self.folder / PROGRESS).write_text(text, "utf-8")  # not synced, since nobody needs it after the run
 
     def close(self) -> None:
-        """End the bar's line, however the run ended."""
+        """Close the progress bar, however the run ended."""
         if is_main_process():
             (self.folder / PROGRESS).unlink(missing_ok=True)
         if self.bar is not None:
             self.bar.close()
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Write entries to the end of the log; before the first one there is no file."""
+        """Append entries to the log, whose file is created with the first."""
         lines = [line(entry) for entry in entries]
         if lines:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class RunLog(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
     ) -> None:
-        """Draw the curves as they are."""
+        """Draw the curves so far."""
         kind = "reward" if "eval_reward" in metrics else "loss"
         if f"eval_{kind}" in metrics:
             say(f"step {state.global_step} of {state.max_steps}: validation {kind} {metrics[f'eval_{kind}']:.4f}")
@@ -101,7 +101,7 @@ def curve(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
 
 
 def plot(history: list[dict[str, Any]], path: Path) -> None:
-    """Draw the losses over the optimizer steps, and below them rewards where there are any, into a PNG file."""
+    """Plot the losses over the optimizer steps, and below them rewards, accuracy and scores if any, as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

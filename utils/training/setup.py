@@ -1,4 +1,4 @@
-"""What a training needs before its first step: device, model, Trainer; and what --dry_run shows instead."""
+"""What a training run needs before its first step: device, model, Trainer; and what --dry_run shows instead."""
 
 import datetime
 import math
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from utils.training.start import RunStart
     from utils.training.trainer import StepTrainer
 
-LONGEST_WAIT = datetime.timedelta(days=1)  # of ranks for the first one, which encodes the data
+LONGEST_WAIT = datetime.timedelta(days=1)  # for the first rank to encode the data
 Options = Any  # finetune.Options; modules import no scripts
 
 
 def join_ranks(placement: "DeviceConfig") -> None:
-    """Make the processes of a run on several GPUs or machines known to each other, so that one can wait for another."""
+    """Connect the processes of a run on several GPUs or machines, so that one can wait for another."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
@@ -53,7 +53,7 @@ def choose_dtype_and_kernel(placement: "DeviceConfig", named: str, base_model: s
 
 
 def prepare_model(options: Options, placement: "DeviceConfig", origin: "RunStart", tokenizer: Any, stage: str) -> "PeftModel":
-    """The base with the adapter that is trained on it."""
+    """The base with the adapter to be trained."""
     import transformers
 
     from utils.adapters import adapters
@@ -64,7 +64,7 @@ def prepare_model(options: Options, placement: "DeviceConfig", origin: "RunStart
 
     if wants_fsdp() and stage not in (TEXT, INSTRUCTION):
         raise UserError(
-            f"FSDP: trains on {NAMES[TEXT]} and on {NAMES[INSTRUCTION]}, and these are others; "
+            f"FSDP: supports only {NAMES[TEXT]} and {NAMES[INSTRUCTION]}; "
             "start with torchrun, or with --device_map auto in one process"
         )
     if wants_fsdp() and (options.eval_answers or options.eval_choices):
@@ -104,7 +104,7 @@ def show(options: Options, placement: "DeviceConfig", stage: str) -> None:
     every_layer = data["stage"] == TEXT
     model = adapters.add(base, lora_config(base, lora_options(options), origin.checkpoint or origin.parent, every_layer))
     trainable, total = model.get_nb_trainable_parameters()
-    say(f"\n{math.ceil(len(train) / options.batch_size)} optimizer steps an epoch, {count_steps(options, len(train))} in all")
+    say(f"\n{math.ceil(len(train) / options.batch_size)} optimizer steps per epoch, {count_steps(options, len(train))} in all")
     say(f"{trainable:,} of {total:,} parameters would be trained")
     memory.show(model, placement, options.micro_batch_size, options.cutoff_len)
     say("dry run: no weights were loaded and nothing was written")
@@ -129,8 +129,8 @@ def prepare_trainer(
 ) -> "StepTrainer":
     """The Trainer with everything it needs.
 
-    The best adapter is chosen by `best`; `sampler` draws the answers that rewards are for, and `evaluator` has the model
-    answer at each evaluation.
+    The best adapter is chosen by the metric `best`; `sampler` draws the answers to be rewarded, and `evaluator` has the
+    model answer at each evaluation.
     """
     from utils.training.batching import BatchConfig
     from utils.training.trainer import RunConfig, StepTrainer
@@ -170,7 +170,7 @@ def prepare_trainer(
 def compile_layers(model: "PeftModel") -> None:
     """Have each decoder layer compiled when it is first called, in place, once for all lengths of records.
 
-    Layers compile faster than the whole, one like the other, and the loss that training puts around them stays as it is.
+    Layers, being alike, compile faster than the whole model, and the loss that training puts around them is left alone.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -183,7 +183,7 @@ def compile_layers(model: "PeftModel") -> None:
 def training_arguments(
     options: Options, placement: "DeviceConfig", model: "PeftModel", records: int, best: str = ""
 ) -> "TrainingArguments":
-    """The options in the Trainer's own terms; `best` is what the best adapter is chosen by, "" if nothing."""
+    """The options as the Trainer's arguments; `best` is the metric that chooses the best adapter, "" for none."""
     from transformers import TrainingArguments
 
     from utils.models import spread
@@ -196,7 +196,7 @@ def training_arguments(
     if checkpointing is None and spread.offloaded(model):
         checkpointing = True
         say(
-            "layers are read for each pass: --gradient_checkpointing is on, or all of them would be held until the backward one"
+            "layers are read for each pass: --gradient_checkpointing is on; otherwise all would be held until the backward pass"
         )
     if checkpointing is None:
         checkpointing = memory.is_short(model, placement, options.micro_batch_size, options.cutoff_len)
@@ -219,7 +219,7 @@ def training_arguments(
         bf16=placement.autocast_dtype == "bfloat16",
         fp16=placement.autocast_dtype == "float16",
         gradient_checkpointing=checkpointing,
-        # bitsandbytes keeps the input of each 8-bit product where only recomputing the whole layer frees it
+        # bitsandbytes keeps the input of each 8-bit product, which only recomputing the whole layer frees
         gradient_checkpointing_kwargs={"use_reentrant": placement.quantize == "8bit"},
         full_determinism=options.deterministic,
         seed=options.seed,
@@ -236,12 +236,12 @@ def training_arguments(
         report_to=trackers.wanted(options) or "none",
         run_name=options.wandb_run_name or None,
     )
-    args._n_gpu = min(1, args.n_gpu)  # several GPUs are for several processes; DataParallel would split micro-batches
+    args._n_gpu = min(1, args.n_gpu)  # several GPUs need several processes; DataParallel would split micro-batches
     return args
 
 
 def tell_end(options: Options, results: dict[str, Any], began: float) -> None:
-    """Print what came of the run, and the command that answers with its adapter."""
+    """Print the results of the run, and the command that answers with its adapter."""
     import torch
 
     losses = f"training loss {results['train_loss']:.4f}"

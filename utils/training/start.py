@@ -1,4 +1,4 @@
-"""Where a training run starts: from the base, from an earlier adapter's weights, or from a checkpoint of its own."""
+"""Where a training run starts: from the base, from an earlier adapter's weights, or from one of its own checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -16,18 +16,18 @@ from utils.training import checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class RunStart:
-    """`parent`: the adapter whose weights the run begins with; `checkpoint`: the one of this run that it resumes from."""
+    """`parent`: the adapter whose weights the run begins with; `checkpoint`: the checkpoint of this run that it resumes."""
 
     parent: Path | None
     checkpoint: Path | None
 
 
 def decide(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool) -> RunStart:
-    """Choose the start, and say which it is.
+    """Choose the start, and print which it is.
 
-    A whole checkpoint in `output_dir` wins, also when `resume_from_checkpoint` names a parent adapter, since that is
-    what the same command finds after a kill. Another folder is a parent; "auto" means none.
-    Raises UserError if the run is finished already, or the named folder holds no adapter.
+    A complete checkpoint in `output_dir` wins even if `resume_from_checkpoint` names a parent adapter: that is what the
+    same command finds after a kill. Any other folder named there is the parent; "auto" means none.
+    Raises UserError if the run is already finished, or the named folder holds no adapter.
     """
     from utils.adapters.adapters import open_tensors
 
@@ -38,7 +38,7 @@ def decide(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool)
     own = named is not None and named.resolve().parent == folder.resolve() and checkpoints.step_of(named) >= 0
     parent = None if own else named
     if parent is not None:
-        open_tensors(parent)  # so that a broken one is refused before the base is loaded
+        open_tensors(parent)  # refuses a broken one before the base is loaded
         if parent.resolve() == folder.resolve():
             raise UserError(f"--resume_from_checkpoint {parent}: is the output folder itself; choose another --output_dir")
     if overwrite:
@@ -74,9 +74,9 @@ def clear(output_dir: str) -> None:
 
 
 def base_and_parent(start: RunStart, base_model: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What the lineage keeps of the base (name, fingerprint) and of the parent adapter (name, hash, its own lineage).
+    """What the lineage records of the base (name, fingerprint) and of the parent adapter (name, hash, its own lineage).
 
-    A run that goes on from its checkpoint without naming its parent again has the one that it began with.
+    A run that resumes from its checkpoint without naming its parent again keeps the one that it began with.
     Raises UserError if the parent was trained on another base.
     """
     from utils.adapters.adapters import find_weights
@@ -86,20 +86,20 @@ def base_and_parent(start: RunStart, base_model: str) -> tuple[dict[str, Any], d
         return base, read_json(start.checkpoint / checkpoints.MANIFEST)["run"]["parent"] if start.checkpoint else None
     own = lineage.read(start.parent)
     if own is None:
-        say(f"{start.parent}: has no {lineage.FILE}, as published adapters have none; that it fits this base is taken on trust")
+        say(f"{start.parent}: has no {lineage.FILE}, as is usual for published adapters; it is assumed to fit this base")
     lineage.check_same_base(own, base["fingerprint"], str(start.parent), base_model)
     return base, {"name": str(start.parent), "sha256": sha256(find_weights(start.parent)), "lineage": own}
 
 
 def tell_other_dtype(parent: dict[str, Any] | None, dtype: str) -> None:
-    """Print it if the parent was trained in another type, which is fine: an adapter's own weights are float32 in all."""
+    """Print if the parent was trained in another dtype, which is fine: an adapter's own weights are always float32."""
     before = ((parent or {}).get("lineage") or {}).get("dtype")
     if before and before != dtype:
         say(f"the parent adapter was trained in {before}, this run computes in {dtype}")
 
 
 def check_parent(start: RunStart, wanted: dict[str, Any], base_model: str) -> None:
-    """Raises UserError if a wanted setting contradicts that of the adapter to train on, naming both, or it has biases."""
+    """Raises UserError if an option contradicts the adapter to continue from (both values are named), or that has biases."""
     parent = start.checkpoint or start.parent
     if parent is None:
         return
@@ -116,14 +116,14 @@ def check_parent(start: RunStart, wanted: dict[str, Any], base_model: str) -> No
 
 
 def dtype_of(checkpoint: Path) -> str:
-    """The type that a checkpoint's run computes in; one from before this was recorded named it by --bf16 and --fp16."""
+    """The dtype that a checkpoint's run computes in; before it was recorded, --bf16 and --fp16 were."""
     options = read_json(checkpoint / checkpoints.MANIFEST)["run"]["options"]
     old = {"bfloat16": options.get("bf16"), "float16": options.get("fp16")}
     return options.get("dtype") or next((name for name, given in old.items() if given), "float32")
 
 
 def check_unchanged(start: RunStart, run: dict[str, Any]) -> None:
-    """Raises UserError if the checkpoint to go on from belongs to a run of other options or data; lists them."""
+    """Raises UserError, listing the differences, if the checkpoint to resume belongs to a run with other options or data."""
     if start.checkpoint is None:
         return
     before = read_json(start.checkpoint / checkpoints.MANIFEST)["run"]
@@ -142,7 +142,7 @@ def check_unchanged(start: RunStart, run: dict[str, Any]) -> None:
 
 
 def comparable(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's options, its data and its parent by their hashes, and its base by its fingerprint, as flat entries."""
+    """A run's options, hashes of its data and its parent, and the fingerprint of its base, as one flat dict."""
     parent = (run["parent"] or {}).get("sha256")
     data = {f"data file {name}": hash for name, hash in run["data"].items()}
     return run["options"] | data | {"parent adapter": parent, "base model": run["base"]}

@@ -1,4 +1,4 @@
-"""Trackers that a run can be logged to, too: TensorBoard, Weights & Biases, SwanLab and MLflow."""
+"""Trackers that a run can also be logged to: TensorBoard, Weights & Biases, SwanLab and MLflow."""
 
 import importlib.util
 import os
@@ -9,20 +9,20 @@ from utils.console import UserError, is_main_process, reason
 if TYPE_CHECKING:
     from transformers import Trainer
 
-NAMES = ("tensorboard", "wandb", "swanlab", "mlflow")  # each is the name of its package, too
+NAMES = ("tensorboard", "wandb", "swanlab", "mlflow")  # each is also the name of its package
 OFFLINE = {
     "tensorboard": "check the disk",
     "wandb": "log in, or set WANDB_MODE=offline",
     "swanlab": "log in, or set SWANLAB_MODE=offline",
     "mlflow": "check MLFLOW_TRACKING_URI, such as a folder",
 }
-ANSWERS = "eval/answers"  # what the answers of an evaluation are called there
+ANSWERS = "eval/answers"  # the name under which trackers show the answers of an evaluation
 Options = Any  # finetune.Options; modules import no scripts
 Answers = list[dict[str, str]]
 
 
 def wanted(options: Options) -> list[str]:
-    """The trackers that are asked for: by --report_to, or, as of old, by naming a project of Weights & Biases."""
+    """The trackers asked for: by --report_to or, as in older versions, by naming a Weights & Biases project."""
     named = [name for name in options.report_to if name != "none"]
     wandb = ["wandb"] if options.wandb_project or os.environ.get("WANDB_PROJECT") else []
     return list(dict.fromkeys(named + wandb))
@@ -39,21 +39,21 @@ def check(options: Options) -> None:
 
 
 def start(options: Options) -> None:
-    """Have the trackers begin a run, on the first rank. Raises UserError if one of them cannot, with what it says."""
+    """Have the trackers begin a run, on the first rank. Raises UserError with a tracker's own message if it cannot."""
     if not is_main_process():
         return
     pass_on(options)
     for name in wanted(options):
         try:
             begin(name, options.wandb_run_name or None)
-        except Exception as error:  # each library has its own, for no login, no network, no room
+        except Exception as error:  # each library has its own for a missing login, network or disk space
             raise UserError(
                 f"--report_to {name}: could not start a run ({reason(error)}); {OFFLINE[name]}, or leave it out"
             ) from None
 
 
 def begin(name: str, run_name: str | None) -> None:
-    """Begin a run of one tracker, where the Trainer's own way would be too late or not work."""
+    """Begin a run of one tracker, if the Trainer would do so too late or not at all."""
     if name == "wandb":
         import wandb
 
@@ -65,18 +65,18 @@ def begin(name: str, run_name: str | None) -> None:
     elif name == "mlflow":
         import mlflow
 
-        mlflow.search_experiments(max_results=1)  # the Trainer begins the run, once it is known that there is a store
+        mlflow.search_experiments(max_results=1)  # fails if there is no store; the Trainer begins the run
 
 
 def pass_on(options: Options) -> None:
-    """Put the options that wandb reads from the environment there."""
+    """Put the options for wandb into the environment, where it reads them."""
     for name in ("project", "watch", "log_model"):
         if value := getattr(options, f"wandb_{name}"):
             os.environ[f"WANDB_{name.upper()}"] = value
 
 
 def show_answers(trainer: "Trainer", answers: Answers) -> None:
-    """Show the answers of an evaluation in each tracker of this run: as a table, or where there are none as text."""
+    """Show the answers of an evaluation in each tracker of this run: as a table, or as text if it has no tables."""
     step, names = trainer.state.global_step, trainer.args.report_to
     rows = [[one["question"], one["answer"]] for one in answers]
     if "tensorboard" in names:
@@ -102,6 +102,6 @@ def show_answers(trainer: "Trainer", answers: Answers) -> None:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Questions and answers as a table in Markdown."""
+    """Questions and answers as a Markdown table."""
     lines = [["question", "answer"], ["---", "---"], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in row) + " |" for row in lines)

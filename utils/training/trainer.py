@@ -1,4 +1,4 @@
-"""The Trainer: whole optimizer steps as units, a loss that is right whatever the micro-batches, checkpoints that last."""
+"""The Trainer: whole optimizer steps as units, a loss independent of the micro-batches, checkpoints that are verified."""
 
 import contextlib
 import dataclasses
@@ -40,11 +40,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What a run is, beside the Trainer's own arguments.
+    """What defines a run besides the Trainer's own arguments.
 
-    `base_model` is recorded in the adapter; `run` is what a checkpoint must have in common with a command that goes
-    on with it; evaluation comes every `eval_steps` steps, and with it what an `evaluator` does where there is one; `keep`
-    checkpoints stay.
+    `base_model` is recorded in the adapter; `run` is what a checkpoint must have in common with the command that resumes
+    it; every `eval_steps` steps the validation loss is computed and the `evaluator`, if any, called; `keep` checkpoints
+    are kept.
     """
 
     plan: BatchConfig
@@ -56,7 +56,7 @@ class RunConfig:
 
 
 class PaddedBatches(torch.utils.data.Dataset):
-    """A data set whose items are padded micro-batches, asked for by their record numbers."""
+    """A data set whose items are padded micro-batches, indexed by record numbers."""
 
     def __init__(self, records: EncodedDataset, pad_to: int):
         self.records = records
@@ -79,13 +79,13 @@ class StepLoader(DataLoader):
 
 
 class StepTrainer(Trainer):
-    """A Trainer whose data loader gives one optimizer step an item: its micro-batches, as a list.
+    """A Trainer whose data loader yields one optimizer step per item: its micro-batches, as a list.
 
-    The loss of a step is the mean over its supervised tokens, over all micro-batches and ranks. Where memory ends, a rank
-    does its part of the step again with smaller micro-batches, of which the others need not know.
+    The loss of a step is the mean over its supervised tokens, over all micro-batches and ranks. A rank that runs out of
+    memory repeats its part of the step with smaller micro-batches; the other ranks need not know.
     """
 
-    repeats_alone = True  # whether a rank can do its part of a step again without the others
+    repeats_alone = True  # whether a rank can repeat its part of a step without the others
 
     def __init__(
         self,
@@ -102,13 +102,13 @@ class StepTrainer(Trainer):
                 f"FSDP was asked for, but accelerate would run {self.accelerator.distributed_type.value} here; "
                 "FSDP needs CUDA GPUs: use another accelerate configuration on this machine"
             )
-        self.remove_callback(PrinterCallback)  # the bar and the log of RunLog stand in for it
+        self.remove_callback(PrinterCallback)  # RunLog's progress bar and log replace it
         self.job = job
         self.stopped_by: int | None = None
         self.budget = Budget(job.plan.micro_batch_tokens)
-        self.computing = (0, 0)  # records and their length, of the micro-batch that is computed
+        self.computing = (0, 0)  # records, and their padded length, of the micro-batch being computed
         self.failure = ""  # what kept this rank from computing its part of a step
-        self.step_records: list[list[int]] = []  # of the step's micro-batches, and their losses and the gradient's norm
+        self.step_records: list[list[int]] = []  # of each micro-batch of the step; below: their losses and the gradient norm
         self.step_losses = self.gradient_norm = torch.zeros(0)
         self.add_callback(StepCallback(self))
 
@@ -119,8 +119,8 @@ class StepTrainer(Trainer):
             batch_sampler=StepBatchSampler(self.train_dataset.lengths, self.train_dataset.supervised, self.job.plan),
             collate_fn=list,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.device.type == "cuda",  # so that copying to the GPU does not wait for it
-            generator=torch.Generator().manual_seed(self.args.seed),  # loading draws none of dropout's random numbers
+            pin_memory=self.args.device.type == "cuda",  # so that copies to the GPU are asynchronous
+            generator=torch.Generator().manual_seed(self.args.seed),  # keeps loading apart from dropout's random numbers
         )
 
     def _run_epoch(self, **epoch: Any) -> None:
@@ -129,14 +129,14 @@ class StepTrainer(Trainer):
             super()._run_epoch(**epoch)
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward through the micro-batches of one step; ranks exchange gradients at its end."""
+        """Forward and backward pass over the micro-batches of one step; the ranks then average their gradients."""
         model.train()
         try:
             self.step_records, losses = self.until_it_fits(lambda: self.compute_step(model, inputs))
         except UserError as error:
             if self.args.world_size == 1:
                 raise
-            self.failure, losses = str(error), [torch.zeros((), device=self.args.device)]  # the others learn of it below
+            self.failure, losses = str(error), [torch.zeros((), device=self.args.device)]  # check_step tells the others
             model.zero_grad()
         if self.args.world_size > 1 and not self.is_fsdp_enabled:
             self.average_gradients()
@@ -146,7 +146,7 @@ class StepTrainer(Trainer):
     def compute_step(self, model: nn.Module, inputs: list[dict[str, Any]]) -> tuple[list[list[int]], list[torch.Tensor]]:
         """One attempt at this rank's part of a step: the records of its micro-batches, and their losses."""
         if self.budget.is_reduced:
-            inputs = self.dealt_anew(inputs)
+            inputs = self.repacked(inputs)
         losses = []
         for number, batch in enumerate(self.completed(inputs), 1):
             is_early = self.is_fsdp_enabled and number < len(inputs)
@@ -154,16 +154,16 @@ class StepTrainer(Trainer):
                 losses.append(self.forward_backward(model if self.is_fsdp_enabled else self.model, batch))
         return [batch["records"] for batch in inputs], losses
 
-    def dealt_anew(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The records of a step's micro-batches in others, as large as the budget has them now."""
+    def repacked(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records of a step's micro-batches, packed again within the current budget."""
         records, supervised = [record for batch in inputs for record in batch["records"]], inputs[0]["supervised"]
         padded = PaddedBatches(self.train_dataset, self.job.plan.pad_to)
-        return [padded[MicroBatch(part, supervised)] for part in self.budget.deal(records, self.train_dataset.lengths)]
+        return [padded[MicroBatch(part, supervised)] for part in self.budget.pack(records, self.train_dataset.lengths)]
 
     def until_it_fits(self, attempt: Callable[[], T]) -> T:
-        """The result of `attempt`; where memory ends, that is printed, and it is made again with half as much at once.
+        """The result of `attempt`, which is repeated with half as much at once if it runs out of memory; that is printed.
 
-        Raises UserError if memory ends with a single record.
+        Raises UserError if a single record does not fit in memory.
         """
         restore = self.snapshot()
         while True:
@@ -173,25 +173,25 @@ class StepTrainer(Trainer):
                 alone = self.args.world_size == 1 or (self.repeats_alone and not self.is_fsdp_enabled)
                 if not alone or not is_out_of_memory(error):
                     raise
-            say(self.budget.reduce(*self.computing))  # here, where the error is gone, and with it the tensors it held
+            say(self.budget.reduce(*self.computing))  # here, since the error and the tensors it held are gone by now
             restore()
 
     def snapshot(self) -> Callable[[], None]:
-        """What puts everything back as it is now, before a step or an evaluation."""
+        """A function that restores the state of now, before a step or an evaluation: gradients and random numbers."""
         cuda = self.args.device.type == "cuda"
-        numbers, on_device = torch.get_rng_state(), torch.cuda.get_rng_state(self.args.device) if cuda else None
+        cpu_state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state(self.args.device) if cuda else None
 
         def restore() -> None:
             self.model.zero_grad()
-            torch.set_rng_state(numbers)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self.args.device)
+            torch.set_rng_state(cpu_state)
+            if cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state, self.args.device)
                 torch.cuda.empty_cache()
 
         return restore
 
     def average_gradients(self) -> None:
-        """Give all ranks the mean of their gradients, at the end of a step that each has computed in its own time."""
+        """Give all ranks the mean of their gradients, once each has computed its part of the step."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:
             if parameter.grad is None:
@@ -202,15 +202,15 @@ class StepTrainer(Trainer):
             parameter.grad /= self.args.world_size
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Keep the norm for `check_step`; of a sharded model it is gathered from the ranks."""
+        """Keep the norm for `check_step`; for a sharded model it is gathered from the ranks."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self.gradient_norm
 
     def check_step(self) -> None:
-        """Look at what the step gave, once it is all computed: the only place where a step waits for the device.
+        """Check a step's losses and gradient; this is the only place where a step waits for the device.
 
-        Notes on all ranks a signal that one of them got. Raises UserError if a loss is not finite, naming step and
+        A signal that one rank received is passed on to all. Raises UserError if a loss is not finite, naming step and
         records, or if the gradient is exactly zero.
         """
         norm = torch.as_tensor(self.gradient_norm, device=self.args.device)
@@ -232,7 +232,7 @@ class StepTrainer(Trainer):
         step = self.state.global_step
         if bad:
             numbers = ", ".join(str(self.train_dataset.numbers[record]) for record in sorted(bad))
-            fix = "lower --learning_rate" if step > 1 else "check the weights of the model, which were not trained yet"
+            fix = "lower --learning_rate" if step > 1 else "check the model's weights, which have not been trained yet"
             raise UserError(
                 f"step {step}: the loss is not finite in the micro-batches of records {numbers} "
                 f"(counted from 0 over --data_path); look at these, or {fix}"
@@ -244,18 +244,18 @@ class StepTrainer(Trainer):
             )
 
     def returning_loss(self) -> contextlib.AbstractContextManager[bool]:
-        """While the block runs, the model returns the loss of the records that it is given."""
+        """While the block runs, the model returns the loss of the records it is called with."""
         return returning_loss(self.model.get_base_model(), self.accelerator.autocast(), self.is_fsdp_enabled)
 
     def forward_backward(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        """One micro-batch's share of the step's loss; DDP averages gradients, so it is scaled by their number."""
+        """One micro-batch's share of the step's loss, scaled by the number of ranks, whose gradients are averaged."""
         self.computing = len(batch["records"]), batch["input_ids"].shape[1]
         loss = model(**self.on_device(batch)).to(self.args.device) * (self.args.world_size / batch["supervised"])
         self.accelerator.backward(loss)
         return loss.detach()
 
     def completed(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The micro-batches of a step, or of the validation set, with what can only be told from all of them."""
+        """Micro-batches of a step or of the validation set, completed with what depends on all of them (here: nothing)."""
         return batches
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -265,8 +265,7 @@ class StepTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """What the validation set and the evaluator give, as far as there are such, logged under the names that begin with
-        `eval_`."""
+        """Results of the validation set and the evaluator, if any, logged under names that begin with `eval_`."""
         metrics = self.validate() if self.eval_dataset is not None else {}
         if self.job.evaluator:
             metrics |= evaluations.evaluate_answers(self, self.job.evaluator)
@@ -286,9 +285,9 @@ class StepTrainer(Trainer):
         return {"eval_loss": self.accelerator.reduce(total, "sum").item() / sum(data.supervised)}
 
     def sum_of_losses(self, model: nn.Module, data: EncodedDataset, batches: list[list[int]]) -> torch.Tensor:
-        """One attempt at the losses of records, given by their numbers in micro-batches."""
+        """One attempt at summing the losses of the records whose numbers the micro-batches list."""
         if self.budget.is_reduced:
-            batches = [part for batch in batches for part in self.budget.deal(batch, data.lengths)]
+            batches = [part for batch in batches for part in self.budget.pack(batch, data.lengths)]
         total = torch.zeros((), device=self.args.device)
         padded = [pad([data[number] for number in numbers], self.job.plan.pad_to) for numbers in batches]
         for numbers, batch in zip(batches, self.completed(padded), strict=True):
@@ -297,11 +296,11 @@ class StepTrainer(Trainer):
         return total
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the Trainer's formula knows neither LoRA nor left-out logits."""
+        """Not counted: the Trainer's formula accounts for neither LoRA nor skipped logits."""
         return 0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Take the checkpoint's adapter, checked; peft would spread a model anew that is spread over devices."""
+        """Load the checkpoint's adapter, checked; peft would re-dispatch a model that is already spread over devices."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -315,7 +314,7 @@ class StepTrainer(Trainer):
             adapters.save(adapters.state(model, state_dict), model.peft_config["default"], folder, self.job.base_model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, seal it when it is whole, and only then delete older ones.
+        """Write a checkpoint, seal it once it is complete, and only then delete older ones.
 
         Raises UserError if it cannot be written; older checkpoints stay.
         """
@@ -339,14 +338,14 @@ class StepTrainer(Trainer):
 
 
 class StepCallback(TrainerCallback):
-    """When to evaluate, to save and to stop: at the chosen steps, at each epoch's end, and when a signal asks for it."""
+    """Decides when to evaluate, save and stop: at the chosen steps, at the end of each epoch, and on a signal."""
 
     def __init__(self, trainer: StepTrainer):
         self.trainer = trainer
         self.evaluates = trainer.eval_dataset is not None or trainer.job.evaluator is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Check the optimizer step, and decide what comes after it."""
+        """Check the optimizer step, and decide what follows it."""
         steps_per_epoch = len(self.trainer.callback_handler.train_dataloader)
         last = state.global_step % steps_per_epoch == 0 or state.global_step == state.max_steps
         control.should_evaluate = self.evaluates and (last or state.global_step % self.trainer.job.eval_steps == 0)
@@ -358,7 +357,7 @@ class StepCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
     ) -> None:
-        """The best adapter so far is always on the disk."""
+        """Save whenever the adapter is the best so far, so that the best one is always on disk."""
         best = args.metric_for_best_model
         if best is None:
             return
