@@ -46,7 +46,7 @@ class Options:
     languages: list[str] = option([], "keep only answers in these languages: zh, en, other")
     least_characters: int = option(1, "shortest answer that stays", least=1)
     most_characters: int = option(100_000, "longest record that stays", least=1)
-    fix_texts: list[str] = option([], "fix what was broken in texts on their way here", choices=FIXES)
+    fix_texts: list[str] = option([], "fix what earlier processing broke in texts", choices=FIXES)
     mask_personal: bool = option(True, "replace e-mail addresses, ID and phone numbers")
     overwrite: bool = option(False, "replace the output")
 

@@ -39,7 +39,7 @@ def questions(files: list[Path]) -> Iterator[Choice]:
         raise UserError(f"{files[0].parent}: holds none of {', '.join(TOPICS)}; name the folder data/v1 of AGIEval")
     missing = [name for name in TOPICS if name not in by_name]
     if missing:
-        say(f"{files[0].parent}: not there, and left out: {', '.join(missing)}")
+        say(f"{files[0].parent}: missing, and left out: {', '.join(missing)}")
     if WITHOUT_CHOICES in by_name:
         say(f"{by_name[WITHOUT_CHOICES]}: left out, its questions have no choices")
     for name, topic in TOPICS.items():

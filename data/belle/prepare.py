@@ -2,7 +2,7 @@
 
     python data/belle/prepare.py --raw downloads/Belle_open_source_0.5M.json
 
-What comes out keeps the raw file's name. A file of dialogues (`Human:` and `Assistant:` inside one text) is recognised.
+What comes out keeps the raw file's name. A file of dialogues (`Human:` and `Assistant:` inside one text) is recognized.
 """
 
 import re

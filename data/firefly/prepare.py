@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils.cli import option, run
 from utils.console import say
 from utils.datasets.item_formats import InvalidRecord, dialogue
-from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
+from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognize
 from utils.datasets.records import Record, RecordWriter, printable, writers
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Options(PrepareOptions):
 
 def main(options: Options) -> None:
     raw = find_raw(options.raw, "Firefly")[0]
-    convert = {"firefly": single, "firefly dialogue": turns}[recognise(raw, "Firefly")]
+    convert = {"firefly": single, "firefly dialogue": turns}[recognize(raw, "Firefly")]
     names = [f"firefly-train-{part}.json" for part in range(options.parts)]
     with (
         output_files(options, "firefly", names, [raw], r"firefly-train-\d+\.json") as outputs,

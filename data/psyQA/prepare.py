@@ -18,13 +18,13 @@ from utils.console import say
 from utils.datasets.file_formats import read_items
 from utils.datasets.item_formats import InvalidRecord
 from utils.datasets.items import Item, UnreadableItem
-from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognise
+from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognize
 from utils.datasets.records import Record, writers
 
 
 def main(options: PrepareOptions) -> None:
     raw = find_raw(options.raw, "PsyQA")[0]
-    recognise(raw, "PsyQA")
+    recognize(raw, "PsyQA")
     names = [f"psyqa-{variant}.json" for variant in range(6)]
     with output_files(options, "psyQA", names, [raw]) as outputs, writers(outputs) as variants:
         for item, record in itertools.chain.from_iterable(cleaned(raw, answered, options, answers(raw))):

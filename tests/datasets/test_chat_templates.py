@@ -135,7 +135,7 @@ def test_answers_that_a_template_drops_are_counted(kind, capsys):
     table = datasets.Dataset(encoder(RECORDS))
     usable(table, np.arange(len(table)), 1000)
     said = capsys.readouterr().out
-    assert ("learned as they stand in the records" in said) == (name == "r1"), said
+    assert ("learned as the records have them" in said) == (name == "r1"), said
 
 
 def test_records_that_a_template_refuses_are_dropped_and_counted(tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_records_that_a_template_refuses_are_dropped_and_counted(tmp_path, capsy
     }
     for table in encoded.values():
         assert usable(datasets.Dataset(table), np.arange(4), 1000).tolist() == [0, 3]
-        told = "2 of 4 records dropped, which the chat template refuses; the first: 'bad': the chat template cannot render"
+        told = "2 of 4 records dropped, since the chat template refuses them; the first: 'bad': the chat template cannot render"
         assert told in capsys.readouterr().out
         with pytest.raises(UserError, match="refuses all 2 records; the first: 'bad'"):
             usable(datasets.Dataset(table), np.arange(1, 3), 1000)

@@ -52,7 +52,7 @@ def write(path, count, name=""):
 def test_encoded_records_are_found_again_but_a_stale_cache_is_never_used(tiny_llama, tmp_path, capsys):
     def table(**changes):
         found = encode_all(tiny_llama, file, **changes)[0]
-        return found[:], "are found in" in capsys.readouterr().out
+        return found[:], "are already in" in capsys.readouterr().out
 
     file = tmp_path / "records.json"
     file.write_text(F1.read_text("utf-8").replace("梦想家", f"梦想家{time.time_ns()}"), "utf-8")
@@ -140,7 +140,7 @@ def test_a_prompt_that_fills_the_cutoff_is_counted_and_dropped(tiny_llama, tmp_p
     numbers = dataset.usable(*encode_all(tiny_llama, file, cutoff_len=150), 150)
     out = capsys.readouterr().out
     assert 0 not in numbers and len(numbers) == 30
-    assert "cuts 1 of 31 records (1 of them dropped" in out and "would keep 95 % whole" in out
+    assert "cuts 1 of 31 records (1 of them dropped" in out and "would keep 95 % uncut" in out
     with pytest.raises(UserError, match="leaves no answer in any of 31 records"):
         dataset.usable(*encode_all(tiny_llama, file, cutoff_len=5), 5)
 
@@ -172,7 +172,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(script, tiny_llama, tmp_p
         out = script("finetune.py", *argv).ok()
     finally:
         (tmp_path / "away").rename(tiny_llama / "model.safetensors")
-    for words in ("records by length", "would keep 99 %", "4 optimizer steps an epoch, 8 in all", "parameters would be trained",
+    for words in ("records by length", "would keep 99 %", "4 optimizer steps per epoch, 8 in all", "would be trained",
                   "memory on cpu", "example 2", "[[我是梦想家", "{{</s>}}"):  # fmt: skip
         assert words in out, words
     assert not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ def test_cmmlu(prepare, tmp_path):
         "topic": "解剖学", "groups": ["STEM"],
     }  # fmt: skip
     assert "groups" not in other and "alchemy is not a subject of this set; its questions are kept, without a group" in said
-    assert "2 of 3 questions dropped: a choice stands there twice" in said
+    assert "2 of 3 questions dropped: a choice occurs twice" in said
     assert records_in(tmp_path / "out/dev.json")[1]["answer"] == "B" and "CC BY-NC-SA 4.0" in said
     assert [one.category for one in read_choices([str(tmp_path / "out/test.json")])] == ["alchemy", "anatomy"]
 
@@ -87,7 +87,7 @@ def test_agieval_and_logiqa(prepare, tmp_path):
     first, second = records_in(tmp_path / "out/test.json")
     assert first["instruction"] == "甲在乙左。\n谁在右？" and first["answer"] == "B" and first["groups"] == ["LogiQA"]
     assert second["answer"] == "AC" and second["category"] == "jec-qa-ca"
-    assert "not there, and left out: gaokao-chinese" in said and "left out, its questions have no choices" in said
+    assert "missing, and left out: gaokao-chinese" in said and "left out, its questions have no choices" in said
     assert "CC BY-NC-SA" in prepare("logiqa_zh").ok()
     assert records_in(tmp_path / "out/test.json")[0]["topic"] == "逻辑推理"
 

@@ -105,7 +105,7 @@ def test_lines_of_items(tmp_path):
         (b'{\n "instruction": "a",\n "output": "b"\n}', "one JSON object over several lines"),
         (b'[{"instruction": "a"} {"instruction": "b"}]', "a , is missing) in line 1"),
         (b'[{"instruction": "a"\n, nonsense}]', "is not JSON (Expecting property name enclosed in double quotes) in line 2"),
-        (b'[{"instruction": "a", "output": "b"}]\n1', "goes on after the end of its array in line 2"),
+        (b'[{"instruction": "a", "output": "b"}]\n1', "continues after the end of its array in line 2"),
         (b"[" * 100_000, "nested too deeply"),
         (b"PAR1 and nothing else", "cut off or damaged (Parquet"),
         (gzip.compress(json.dumps(RECORDS).encode(), mtime=0)[:-20], "cut off or damaged (gzip)"),
@@ -151,7 +151,7 @@ def test_a_tsv_file_written_without_quoting_keeps_its_rows(tmp_path, capsys):
     path = tmp_path / "a.TSV"
     path.write_text('instruction\tinput\toutput\n"一\t材料\t二\n三\t材料\t四\n五"\t材料\t六\n"七"\t\t八\n', "utf-8")
     assert [record["instruction"] for record in read_records(path)] == ['"一', "三", '五"', '"七"']
-    assert "quotation marks are not around cells" in capsys.readouterr().out
+    assert "quotation marks do not enclose cells" in capsys.readouterr().out
 
 
 def test_a_quoted_table_keeps_line_breaks_in_cells_which_are_counted(tmp_path, capsys):

@@ -84,8 +84,8 @@ def test_answers_that_are_not_to_be_learned(tmp_path, item, learn):
 
 
 DROPPED = [
-    (ANSWER | {"weight": 0}, "none of its answers is to be learned"),
-    (two({"loss": False}, {"loss": False}), "none of its answers is to be learned"),
+    (ANSWER | {"weight": 0}, "no answer in it is to be learned"),
+    (two({"loss": False}, {"loss": False}), "no answer in it is to be learned"),
     (two({"weight": 0.5}), "weight is 0.5: only 0 and 1"),
     (two({"weight": "0"}), "weight is 0: only 0 and 1"),
     (two() | {"loss": [True]}, "loss has 1 entries for 2 answers"),
@@ -124,7 +124,7 @@ def test_a_set_as_it_is_downloaded_is_refused_by_name(tmp_path, capsys, name):
         list(read_records(path))
     path.write_text(as_lines([*RECORDS, RAW[name]]), "utf-8")
     assert list(read_records(path)) == RECORDS
-    assert f"1 dropped, 3 kept: an item as it is downloaded, for data/{name}/prepare.py" in capsys.readouterr().out
+    assert f"1 dropped, 3 kept: an item of a raw downloaded set, for data/{name}/prepare.py" in capsys.readouterr().out
 
 
 def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, capsys):
@@ -137,6 +137,6 @@ def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, cap
     assert len(list(read_records(path))) == 39
     said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
     assert said == [
-        f"{path}: fields not used, with the records that have them: "
+        f"{path}: unused fields, with the number of records that have them: "
         "id (39), tools (39), loss (of a question) (39), name (in turns) (39)"
     ]

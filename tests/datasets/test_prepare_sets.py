@@ -188,7 +188,7 @@ def test_coig_folder_with_some_of_the_files(prepare, tmp_path):
         if not name.startswith("translated"):
             (tmp_path / "raw" / name).unlink()
     said = prepare("COIG").ok()
-    assert "not there, and left out: human_value_alignment_instructions_part1, " in said
+    assert "missing, and left out: human_value_alignment_instructions_part1, " in said
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["translated_instructions.json"]
 
 
@@ -198,7 +198,7 @@ def test_coig_archive_that_is_cut_off_or_none(prepare, tmp_path):
     raw.write_bytes(whole[: len(whole) // 2])
     assert "cut off or damaged" in prepare("COIG", raw=raw).error
     raw.write_bytes(gzip.compress(b"no archive at all" * 100))
-    assert "no tar archive" in prepare("COIG", raw=raw).error
+    assert "not a tar archive" in prepare("COIG", raw=raw).error
     assert not (tmp_path / "out").exists()
 
 

@@ -99,7 +99,7 @@ def test_wrong_set_says_what_it_has_and_lacks(prepare, tmp_path):
 @pytest.mark.parametrize(
     ("called", "doubt"),
     [
-        ("Belle_open_source_1M.json", "it is called like a file of BELLE"),
+        ("Belle_open_source_1M.json", "it is named like a file of BELLE"),
         ("human_value_alignment_instructions_part1.json", "it is called like a file of COIG"),
         ("mine.json", "its name does not tell"),
         ("alpaca_gpt4_data_zh.json", ""),
@@ -132,8 +132,8 @@ def test_files_of_an_earlier_run_are_named(prepare, tmp_path):
     raw.write_text(lines(firefly_items(60)))
     said = prepare("firefly", "--parts", 3, raw=raw).ok()
     names = [f"firefly-train-{part}.json" for part in range(5)]
-    assert f"replaced once the new ones are complete, as an earlier run wrote them: {', '.join(names[:3])}\n" in said
-    assert f"stay from an earlier run, and do not go with what is written now: {', '.join(names[3:])}; delete them" in said
+    assert f"files of an earlier run, replaced once the new ones are complete: {', '.join(names[:3])}\n" in said
+    assert f"files of an earlier run that do not belong to the new ones: {', '.join(names[3:])}; delete them" in said
     assert len(records_in(tmp_path / "out" / names[4])) > 0
 
 

@@ -136,7 +136,7 @@ def test_texts_broken_on_their_way_are_counted_and_fixed_if_asked(tmp_path, caps
     assert list(read_records(path)) == records
     said = capsys.readouterr().out
     for name in ("entities", "zero_width", "lines", "placeholders", "empty"):
-        assert f"1 kept as they are, with {FAULTS[name].what}; data/clean.py --fix_texts {name} " in said
+        assert f"1 kept unchanged, with {FAULTS[name].what}; data/clean.py --fix_texts {name} " in said
     fixed = {record["instruction"]: record for record in read_records(path, fixes=["all"])}
     assert {name: record["output"] for name, record in fixed.items()} == {
         name: right for name, (_, right) in kinds.items() if right

@@ -48,7 +48,7 @@ def test_file_names_with_commas_and_colons(tmp_path):
         ("{folder}/link.json", "is a broken link"),
         ("{folder}/pipe", "is not a plain file"),
         ("data/nowhere.json", "data/nowhere.json: no such file"),
-        ("datasets/firefly", "not to be had from the hub"),
+        ("datasets/firefly", "not available from the hub"),
         ("./owner/name", "no such file"),
         ("just_a_name", "no such file"),
         ("x" * 5000, "no such file"),
@@ -93,7 +93,7 @@ def test_folder_of_the_hub_reads_each_split_once(tmp_path, capsys):
         assert [file.name for file in data_files(str(path))] == [f"train-0000{n}-of-00002.jsonl" for n in (0, 1)]
         said = capsys.readouterr().out
         assert "left out as copies in another format: data/train.csv" in said
-        assert "reads 2 of its 4 files" in said
+        assert "reading 2 of its 4 files" in said
     (folder / "other").mkdir()
     write(folder / "other" / "train.json", 1)
     with pytest.raises(UserError, match=r"holds several training sets \(data, other\); name the folder"):
@@ -113,7 +113,7 @@ def test_folder_of_save_to_disk(tmp_path):
     with pytest.raises(UserError, match=r"cut off or damaged \(Arrow: "):
         list(read_records(shard))
     shard.unlink()
-    with pytest.raises(UserError, match="is a folder of save_to_disk without data-"):
+    with pytest.raises(UserError, match="written by save_to_disk, but lacks data-"):
         data_files(str(tmp_path / "one") + "/")
 
 
@@ -184,12 +184,12 @@ def test_hub_name_is_fetched_and_then_found_without_network(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         said, (records, files) = load("owner/name")
         assert records == RECORDS
-        assert "taken for a data set of the Hugging Face hub" in said
-        assert "reads 2 of its 3 files: data/train-0.jsonl, data/train-1.json.gz" in said
+        assert "taken for a data set on the Hugging Face hub" in said
+        assert "reading 2 of its 3 files: data/train-0.jsonl, data/train-1.json.gz" in said
         assert [Path(file).name for file in files] == ["train-0.jsonl", "train-1.json.gz"]
         _, error = load("owner/other")
-        assert error.startswith("owner/other: no such file, and not to be had from the hub (")
+        assert error.startswith("owner/other: no such file, and not available from the hub (")
         server.shutdown()
     assert load("owner/name", offline="1")[1] == [records, files]
     _, error = load("owner/other", offline="1")
-    assert error.startswith("owner/other: no such file, and not to be had from the hub (")
+    assert error.startswith("owner/other: no such file, and not available from the hub (")

@@ -202,7 +202,7 @@ def test_a_prompt_with_tools_is_asked_with_them_or_that_is_printed_or_refused(tm
     assert as_asked(records[1])["tools"] == TOOLS and len(as_asked(records[1])["messages"]) == 4
     engine = Engine(str(tmp_path / "base"), [ChatModel(BASE, None, "alpaca", None)], place(False, False))
     Task(engine, BASE, tmp_path / "test.json", records[:1], SamplingParams(max_new_tokens=4))
-    assert "1 prompts have tools, for which its template alpaca has no place" in capsys.readouterr().out
+    assert "1 prompts have tools, which its template alpaca does not support" in capsys.readouterr().out
     with pytest.raises(UserError, match="tools are called in this dialogue"):
         encode_prompt(records[1], Prompter("alpaca"), words)
     assert ChatPrompter(chat_templates.tokenizer(tmp_path / "plain", "plain"), [2]).carries == frozenset()

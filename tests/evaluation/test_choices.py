@@ -47,7 +47,7 @@ def test_several_right_choices_and_a_passage():
         ({"answer": "E"}, "the right choice is not among the choices"),
         ({"answer": 4}, "the right choice is not among the choices"),
         ({"answer": "BB"}, "the right choice is not among the choices"),
-        ({"choices": ["一", "二", "二", "四"]}, "a choice stands there twice"),
+        ({"choices": ["一", "二", "二", "四"]}, "a choice occurs twice"),
         ({"choices": ["一", " ", "三"]}, "a choice is empty or not a text"),
         ({"choices": ["一"]}, "1 choices, not 2 to 10"),
         ({"instruction": " "}, "the question is missing"),
@@ -65,7 +65,7 @@ def test_bad_questions_are_counted_and_named(tmp_path, capsys, changes, cause):
 
 def test_a_file_without_questions_is_refused(tmp_path):
     write_json(tmp_path / "set.json", [{"instruction": "你好", "output": "好"}])
-    with pytest.raises(UserError, match="holds no question that can be used"):
+    with pytest.raises(UserError, match="holds no usable question"):
         read_choices([str(tmp_path / "set.json")])
 
 

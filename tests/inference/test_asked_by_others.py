@@ -70,7 +70,7 @@ def test_several_templates_of_a_tokenizer_travel_together(script, data, tmp_path
     words.chat_template = {"default": first, "tool_use": "{% if tools %}T{{ tools | length }}{% endif %}" + first}
     words.save_pretrained(model)
     told = script("finetune.py", *options(model, data, out, prompt_template_name="chat", max_steps=1)).ok()
-    assert "its chat templates (default, tool_use), default is used, and tool_use for records with tools" in told
+    assert "has several chat templates (default, tool_use); default is used, and tool_use for records with tools" in told
     script("merge_weights.py", "--base_model", model, "--lora_model", out, "--output_dir", merged).ok()
     for folder in (out, merged):
         assert AutoTokenizer.from_pretrained(folder).chat_template == words.chat_template

@@ -129,8 +129,8 @@ def archive(*members: tuple[str, bytes]) -> bytes:
 
 
 ARCHIVES = {
-    "empty": (b"", "no tar archive"),
-    "a gzipped text": (gzip.compress(b"text" * 1000), "no tar archive"),
+    "empty": (b"", "not a tar archive"),
+    "a gzipped text": (gzip.compress(b"text" * 1000), "not a tar archive"),
     "cut off": (archive(("a.json", b"{}" * 9999))[:80], "cut off or damaged"),
     "without members": (archive(), "no JSON objects"),
     "of broken members": (archive(("a.json", b'{"round_0": ')), "no JSON objects"),

@@ -87,7 +87,7 @@ def test_templates(refused, broken):
     has(refused("finetune.py", f"--prompt_template_name {broken}"), ("broken.json",))
 
 
-BRACE = ("_no_input", "double a brace that is meant literally")
+BRACE = ("_no_input", "double each brace that is meant literally")
 GOOD_TEMPLATE = {
     "prompt_input": "问：{instruction}\n文：{input}\n答：",
     "prompt_no_input": "问：{instruction}\n答：",

@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template: how a dialogue is asked with it, which tokens are learned, and where an answer ends."""
+"""The tokenizer's own chat template: how it renders a dialogue, which tokens are learned, and where an answer ends."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from utils.datasets.tool_calls import Message, open_part, parsed_json, words_of
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 EMPTY_THOUGHT = re.compile(r"\A\s*(<think>)?\s*</think>\n*")
 CONTROL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>")
-SEPARATE = ("reasoning_content", "thinking", "reasoning")  # what templates call thoughts that they are given apart
+SEPARATE = ("reasoning_content", "thinking", "reasoning")  # keys of messages in which templates take thoughts
 PROBE = "ANSWER-PROBE"
 QUESTION = {"role": "user", "content": "Q"}
 CALL: Message = {
@@ -25,13 +25,13 @@ CALL: Message = {
     "function": {"name": "name_probe", "arguments": '{"key": "VALUE-PROBE"}'},
 }
 SHORT_ID = "call00001"  # nine letters and digits, which some templates demand
-OTHER = "chat_template:"  # what the names of further templates begin with in a lineage
+OTHER = "chat_template:"  # prefix of the names of further templates in a lineage
 Ids = list[int]
 
 
 class Sequence(NamedTuple):
-    """One sequence to learn from: its `labels` count `answer_tokens` of answers, `raw_answers` of which stand in the record
-    and not in what the template writes."""
+    """One sequence to learn from. `answer_tokens` of its labels belong to answers; `raw_answers` of its answers are taken
+    from the record, since the template writes them differently."""
 
     input_ids: Ids
     labels: Ids
@@ -40,8 +40,8 @@ class Sequence(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """The ids that a template writes around an answer's parts where words tell them apart, as in gpt-oss': before a thought,
-    between it and what is said, and before what is said without a thought; all empty where there are no such words."""
+    """The ids that a template writes around the parts of an answer that words mark, as in gpt-oss: before a thought, between
+    a thought and the reply, and before a reply without a thought; all empty if there are no such words."""
 
     thought: Ids
     between: Ids
@@ -49,12 +49,12 @@ class Channels(NamedTuple):
 
 
 class ChatPrompter:
-    """The chat template of a tokenizer, with what a `Prompter` offers, and encodings that it alone can make.
+    """The chat template of a tokenizer, with the interface of `Prompter` and encodings of its own.
 
-    `ends` are the tokens that end an answer, to which the one is added that the template writes after an answer;
-    `thinking` is passed to the template as its `enable_thinking` (None: the template's own default). The empty thought that
-    some templates write before an answer without any is never learned; with `thinking` False it is read, as it is asked with.
-    Raises UserError if the tokenizer has no chat template, or it cannot be rendered.
+    `ends` are the tokens that end an answer; the one that the template writes after an answer is added to them.
+    `thinking` is passed to the template as its `enable_thinking` (None: the template's default). The empty thought that
+    some templates write before an answer without thoughts is never learned; with `thinking` False it is part of the prompt.
+    Raises UserError if the tokenizer has no chat template, or the template cannot be rendered.
     """
 
     name = CHAT
@@ -62,17 +62,17 @@ class ChatPrompter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], thinking: bool | None = None):
         if not tokenizer.chat_template:
             raise UserError(
-                f"{tokenizer.name_or_path}: its tokenizer has no chat template; name a template of templates/ instead of {CHAT}"
+                f"{tokenizer.name_or_path}: its tokenizer has no chat template; name a template in templates/ instead of {CHAT}"
             )
         self.tokenizer, self.thinking = tokenizer, thinking
         if further := others(tokenizer):
             use = ", and tool_use for records with tools" * ("tool_use" in further)
-            say(f"{tokenizer.name_or_path}: of its chat templates (default, {', '.join(further)}), default is used{use}")
+            say(f"{tokenizer.name_or_path}: has several chat templates (default, {', '.join(further)}); default is used{use}")
         self.takes_system = self._takes_system()
         if not self.takes_system:
-            say(f"{tokenizer.name_or_path}: its chat template takes no system text; one is put before the first question")
+            say(f"{tokenizer.name_or_path}: its chat template takes no system text; it is put before the first question")
         if "strftime_now" in str(tokenizer.chat_template):
-            say(f"{tokenizer.name_or_path}: its chat template writes the day's date into prompts")
+            say(f"{tokenizer.name_or_path}: its chat template writes the current date into prompts")
         self.thought_key = next(filter(self._takes_thoughts_as, SEPARATE), "")
         self.end, self.stop_strings = self._written_end()
         self.channels = self._channels()
@@ -91,7 +91,7 @@ class ChatPrompter:
         return texts | {f"{OTHER}{name}": with_switch(text, self.thinking) for name, text in others(self.tokenizer).items()}
 
     def messages(self, record: Record) -> list[Message]:
-        """A record as messages, the open question last or, where the record has an output, its answer.
+        """A record as messages, ending with the open question or, if the record has an output, its answer.
 
         An input is joined to its instruction by a line break.
         """
@@ -104,21 +104,21 @@ class ChatPrompter:
         return [found[0] | {"content": f"{system}\n\n{found[0]['content']}"}, *found[1:]]
 
     def encode_prompt(self, record: Record) -> Ids:
-        """The ids that a model is asked the record's last question with."""
+        """The ids of the prompt for the record's last question."""
         messages = open_part(self.messages(record | {"output": ""}))
         return self._ids(self._render(messages, True, self.thinking, record.get("tools")))
 
     def sample_call(self) -> Ids:
-        """An answer that calls a tool, as the template writes it; empty where it writes none."""
+        """An answer that calls a tool, as the template writes it; empty if it writes none."""
         message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
         return self._turn([QUESTION], message, None)[1] if self.call_forms else []
 
     def encode(self, record: Record, train_on_inputs: bool) -> list[Sequence]:
         """The sequences of a record.
 
-        Each answer is learned after the prompt that it is asked with, up to its end token. Where the template rewrites
-        what came before (thoughts are removed from the history, say), so that the next prompt does not continue what
-        was learned, a new sequence begins. An answer that the record's `learn` excludes has no labels.
+        Each answer is learned after its own prompt, up to its end token. If the template rewrites earlier turns (removing
+        thoughts from the history, say), so that the next prompt does not continue the sequence so far, a new sequence
+        begins. An answer that the record's `learn` excludes has no labels.
         Raises UserError if an answer holds the text of an end token, after which nothing would be learned.
         """
         messages = self.messages(record)
@@ -140,18 +140,18 @@ class ChatPrompter:
         return [one for one in sequences if one.answer_tokens] or sequences[-1:]
 
     def _turn(self, asked: list[Message], message: Message, tools: list[dict] | None) -> tuple[Ids, Ids, bool]:
-        """The ids of a prompt, and of the answer to it with its end; True if the template does not write this answer.
+        """The ids of a prompt and of its answer with its end, and whether the answer is raw.
 
-        The answer is what the template writes after the prompt. Where it writes something else (R1 opens a thought in
-        the prompt and removes it from the answer), it is the answer as it stands in the record.
+        The answer is what the template writes after the prompt. If that differs from the record's (R1 opens a thought in
+        the prompt and removes it from the answer), the answer is raw: taken from the record.
         """
         content, calls = message["content"], message.get("tool_calls") or []
         words = [word for text in words_of(calls) for word in [text.strip()] if word]
         ends = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
         for text, token in ((text, token) for text in [content, *words] for token in ends if token in text):
-            raise UserError(f"{shown(text)}: this answer holds {token}, which ends an answer; remove it from the record")
+            raise UserError(f"{shown(text)}: this answer contains {token}, which ends an answer; remove it from the record")
         thought, answer = split_thinking(content)
-        for switch in (None, True) if thought else (self.thinking,):  # a template's default may be not to think
+        for switch in (None, True) if thought else (self.thinking,):  # a template may not think by default
             prompt = self._render(asked, True, switch, tools)
             whole = self._render([*asked, message], False, switch, tools)
             rest = whole[len(prompt) :]
@@ -164,18 +164,17 @@ class ChatPrompter:
             other = self._render([*asked, said], False, self.thinking, tools) if calls else ""
             prompt, rest = self._raw_turn(message, prompt, whole, other, opened)
         elif not thought and (empty := EMPTY_THOUGHT.match(rest)):
-            own = empty.end() - (len(content) - len(content.lstrip("\n")))  # line breaks that the answer itself begins with
+            own = empty.end() - (len(content) - len(content.lstrip("\n")))  # keeps the answer's own leading line breaks
             start = own if rest[own:].startswith(content) else empty.end()
             prompt, rest = prompt + rest[:start] * opened, rest[start:]
         if not all(word in rest or json.dumps(word, ensure_ascii=False)[1:-1] in rest for word in words):
-            raise UserError(f"{shown(' '.join(words))}: the chat template does not write this tool call whole; leave it out")
+            raise UserError(f"{shown(' '.join(words))}: the chat template does not write all of this tool call; leave it out")
         return *self._boundary(prompt, rest, "tool" if calls else "user"), is_raw
 
     def _raw_turn(self, message: Message, prompt: str, whole: str, other: str, opened: bool) -> tuple[str, str]:
-        """The texts of a prompt and of the answer to it as it stands in the record, where the template does not write it after
-        this prompt.
+        """The texts of a prompt and of the record's own answer, for when the template does not write it after this prompt.
 
-        Calls are what the `whole` text has in place of the answer in an `other` one. `opened`: the prompt opens a thought.
+        Calls are what `whole` has where `other` has a plain answer. `opened`: the prompt opens a thought.
         """
         content = message["content"]
         thought, answer = split_thinking(content)
@@ -194,7 +193,7 @@ class ChatPrompter:
         return prompt + "\n</think>\n\n", answer
 
     def _shared(self, one: str, other: str) -> int:
-        """How many characters two texts begin with in common, up to a boundary between tokens of both."""
+        """The length in characters of two texts' common beginning that ends at a token boundary in both."""
         pairs = enumerate(zip(one, other, strict=False))
         length = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
         ids = self._ids(one), self._ids(other)
@@ -203,17 +202,17 @@ class ChatPrompter:
         return length
 
     def _boundary(self, prompt: str, rest: str, next_role: str) -> tuple[Ids, Ids]:
-        """The ids of a prompt and of its answer, up to the first token that ends one; where there is none, with it."""
+        """The ids of a prompt and of its answer, up to the first end token; one is added if there is none."""
         before, both = self._ids(prompt), self._ids(prompt + rest)
-        joined = both[: len(before)] == before  # else a token would straddle the boundary
+        joined = both[: len(before)] == before  # otherwise a token straddles the boundary
         after = both[len(before) :] if joined else self._ids(rest)
         end = next((place for place, token in enumerate(after) if token in self.ends), None)
         return before, after[: end + 1] if end is not None else [*after, self._closing(next_role)]
 
-    @functools.cache  # noqa: B019  (a prompter lives as long as its program)
+    @functools.cache  # noqa: B019  (a prompter lives as long as the program)
     def _closing(self, next_role: str) -> int:
-        """The end of an answer that the template leaves without one: what opens the turn after it where that is an end token
-        (GLM's), else the tokenizer's own."""
+        """The end of an answer after which the template writes none: what opens the next turn if that is an end token (GLM),
+        else the tokenizer's own."""
         if self.end is not None:
             return self.end
         answer: Message = {"role": "assistant", "content": PROBE}
@@ -226,27 +225,27 @@ class ChatPrompter:
         default = self.tokenizer.eos_token_id
         return next((token for token in opens if token in self.ends), default if default in self.ends else min(self.ends))
 
-    # What the template has a place for, found out by rendering probes
+    # What the template supports, found out by rendering probes
 
     def _takes_system(self) -> bool:
         """Whether the template renders a system text."""
         return "SYSTEM-PROBE" in self._tried([{"role": "system", "content": "SYSTEM-PROBE"}, QUESTION])
 
     def _takes_thoughts_as(self, key: str) -> bool:
-        """Whether the template writes thoughts that stand beside an answer under this key."""
+        """Whether the template writes thoughts that a message has under this key."""
         answer = {"role": "assistant", "content": PROBE, key: "THOUGHT-PROBE"}
         return any("THOUGHT-PROBE" in self._tried([QUESTION, answer], **switch) for switch in ({}, {"enable_thinking": True}))
 
     def _written_end(self) -> tuple[int | None, tuple[str, ...]]:
-        """The control token that the template writes after an answer (None: it writes none), and the text that it ends an
-        answer with in place of one."""
+        """The control token that the template writes after an answer (None if it writes none), and the text that it ends an
+        answer with instead."""
         tail = self._render([QUESTION, {"role": "assistant", "content": PROBE}], False).rpartition(PROBE)[2]
         known = self.tokenizer.added_tokens_decoder
         end = next((token for token in self._ids(tail) if token in known), None)
         return end, (tail.strip(),) if end is None and tail.strip() else ()
 
     def _channels(self) -> Channels:
-        """What stands around the parts of an answer, if words between control tokens tell which part it is."""
+        """The ids around the parts of an answer, if words between control tokens mark the parts."""
         asked = self._render([QUESTION], True)
         thought = {self.thought_key: "THOUGHT-PROBE"} if self.thought_key else {}
         said, both = (self._tried([QUESTION, {"role": "assistant", "content": PROBE, **more}]) for more in ({}, thought))
@@ -264,8 +263,8 @@ class ChatPrompter:
         return "TOOL-PROBE" in self._tried([QUESTION], tools=[{"type": "function", "function": function}])
 
     def _call_forms(self) -> tuple[bool, tuple[type, ...]]:
-        """Whether ids of calls must be short, and in which form the template takes their arguments: as JSON (str), as objects
-        (dict), as both where it writes them alike, or as none, since it writes no calls or no results."""
+        """Whether ids of calls must be short, and the forms in which the template takes their arguments: JSON (str), objects
+        (dict), both if it writes them alike, or none if it does not write calls and results."""
         for short in (False, True):
             written = {form: text for form in (dict, str) if (text := self._written_call(form, short))}
             if written:
@@ -273,7 +272,7 @@ class ChatPrompter:
         return False, ()
 
     def _written_call(self, form: type, short: bool) -> str:
-        """A call with arguments of this form and its result, as the template writes them; "" where it does not."""
+        """A call with arguments of this form and its result, as the template writes them; "" if it does not."""
         function, name = CALL["function"], SHORT_ID if short else CALL["id"]
         arguments = function["arguments"] if form is str else json.loads(function["arguments"])
         calls = [CALL | {"id": name, "function": function | {"arguments": arguments}}]
@@ -283,7 +282,7 @@ class ChatPrompter:
         return text if as_written and "name_probe" in text and "RESULT-PROBE" in text else ""
 
     def _markers_of_calls(self) -> frozenset[int]:
-        """The control tokens that stand in calls and in no other answers, such as Mistral's [TOOL_CALLS]."""
+        """The control tokens that occur only in answers with calls, such as Mistral's [TOOL_CALLS]."""
         called = {"role": "assistant", "content": "", "tool_calls": [self._as_taken(CALL)]}
         if not self.call_forms:
             return frozenset()
@@ -292,7 +291,7 @@ class ChatPrompter:
         return frozenset(special.intersection(call).difference(text, self.ends))
 
     def _as_taken(self, call: dict, number: int = 1) -> dict:
-        """A call as the template takes it."""
+        """A call in the form that the template takes."""
         arguments = call["function"]["arguments"]
         if type(arguments) not in self.call_forms:
             arguments = parsed_json(arguments) if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
@@ -300,7 +299,7 @@ class ChatPrompter:
         return call | given | {"function": call["function"] | {"arguments": arguments}}
 
     def _for_template(self, messages: list[Message]) -> list[Message]:
-        """Messages as the template takes them: thoughts apart where it has a key for them, calls in its own form."""
+        """Messages in the form that the template takes: thoughts under its key if it has one, calls in its form."""
         found, ids = [], dict[str, str]()
         for message in messages:
             message = dict(message)
@@ -317,7 +316,7 @@ class ChatPrompter:
         return found
 
     def _tried(self, messages: list[Message], **more: Any) -> str:
-        """The text of messages that ask nothing more, "" where the template refuses them."""
+        """The text of messages without a prompt for an answer; "" if the template refuses them."""
         try:
             return self._rendered(messages, False, **more)
         except Exception:  # a template may raise anything
@@ -344,7 +343,7 @@ class ChatPrompter:
 
 
 def spoken(record: Record) -> list[Message]:
-    """The messages of a record in which no tools are called, the last answer where it is there."""
+    """The messages of a record without tool calls, including the last answer if there is one."""
     question = "\n".join(filter(None, [record["instruction"], record.get("input")]))
     pairs = [*(record.get("history") or []), (question, record.get("output") or "")]
     texts = [text for pair in pairs for text in pair]
@@ -353,13 +352,13 @@ def spoken(record: Record) -> list[Message]:
 
 
 def others(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The chat templates of a tokenizer that has several beside its default one, by name."""
+    """A tokenizer's chat templates other than the default one, by name."""
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     return {name: text for name, text in sorted(named.items()) if name != "default"}
 
 
 def with_switch(template: str, thinking: bool | None) -> str:
-    """A chat template whose `enable_thinking`, where it is not given, is `thinking`; None leaves the template as it is."""
+    """A chat template whose `enable_thinking` defaults to `thinking`; None leaves it unchanged."""
     if thinking is None:
         return template
     value = str(thinking).lower()
@@ -376,7 +375,7 @@ def make_prompter(
 ) -> Prompter | ChatPrompter:
     """The template of that name for a tokenizer.
 
-    Raises UserError if it has control tokens in its texts, which would be encoded as plain characters.
+    Raises UserError if its texts contain control tokens, which would be encoded as plain characters.
     """
     if template == CHAT:
         return ChatPrompter(tokenizer, ends, thinking)
@@ -389,7 +388,7 @@ def make_prompter(
         found = next(iter([*CONTROL.findall(literal), *sorted(token for token in special if token in literal)]), None)
         if found:
             raise UserError(
-                f"{prompter.path}: {found} is a control token, and a template's text is encoded as characters; "
+                f"{prompter.path}: {found} is a control token, but a template's text is encoded as characters; "
                 f"use the tokenizer's own chat template (--prompt_template_name {CHAT})"
             )
     return prompter

@@ -1,4 +1,4 @@
-"""Choice records: a question, its choices, which of them is right; in the forms in which such sets are published."""
+"""Choice records: a question, its choices, and the right one, in the formats in which such sets are published."""
 
 import re
 from collections import Counter
@@ -13,16 +13,16 @@ from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.prompts import prompt_files
 
 LETTERS = "ABCDEFGHIJ"
-QUESTIONS = ("instruction", "question")  # tables' names of columns are read in lower case
+QUESTIONS = ("instruction", "question")  # column names of tables are read in lower case
 CHOICES = ("choices", "options")
 ANSWERS = ("answer", "label")
 MARK = re.compile(r"\s*(?:[(（]([A-J])[)）]|([A-J])\s*[.．、:：)）])\s*")
 
 
 class Choice(NamedTuple):
-    """A question with its `choices`; `right` are the places of those that are right (usually one).
+    """A question with its `choices`; `right` are the indices of the right ones (usually one).
 
-    `category` is its subject, `topic` what the subject is called in a prompt, `groups` what the subject belongs to.
+    `category` is its subject, `topic` the subject's name in a prompt, `groups` what the subject belongs to.
     """
 
     question: str
@@ -39,19 +39,19 @@ class Choice(NamedTuple):
 
 
 def read_choices(paths: Sequence[str], option: str = "--choices") -> list[Choice]:
-    """The questions of files and folders, in order; one without a subject has its file's name as `category`.
+    """The questions of files and folders, in order; those without a subject get their file's name as `category`.
 
-    What is dropped is printed by file and cause, with its count and first place.
-    Raises UserError if a file cannot be read, or holds no question that can be used.
+    What is dropped is printed by file and cause, with the count and where it first occurs.
+    Raises UserError if a file cannot be read, or has no usable question.
     """
     found = [one for file in prompt_files(paths) for one in read_file(file)]
     if not found:
-        raise UserError(f"{option} {','.join(paths)}: holds no question; see data/README.md for the form of choice records")
+        raise UserError(f"{option} {','.join(paths)}: holds no questions; see data/README.md for the form of choice records")
     return found
 
 
 def read_file(path: Path) -> Iterator[Choice]:
-    """The questions of one file. Raises UserError as `read_choices`."""
+    """The questions of one file. Raises UserError like `read_choices`."""
     dropped: Counter[str] = Counter()
     places: dict[str, str] = {}
     found = 0
@@ -67,7 +67,7 @@ def read_file(path: Path) -> Iterator[Choice]:
     for cause, count in dropped.most_common():
         say(f"{path}: {count} of {found + dropped.total()} questions dropped: {cause} (the first: {places[cause]})")
     if not found:
-        raise UserError(f"{path}: holds no question that can be used; see data/README.md for the form of choice records")
+        raise UserError(f"{path}: holds no usable question; see data/README.md for the form of choice records")
 
 
 def is_choice(item: Any) -> bool:
@@ -76,15 +76,15 @@ def is_choice(item: Any) -> bool:
 
 
 def columns(item: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an item that are called like choices, in either case."""
+    """The fields of an item that are named by a letter, in either case."""
     return {name.upper(): value for name, value in item.items() if name.upper() in set(LETTERS) and value not in (None, "")}
 
 
 def as_choice(item: Any) -> Choice:
     """One item as a question. Raises InvalidRecord, which says what is wrong with it.
 
-    Known are, beside our own records, a column a choice (CMMLU, C-Eval), `options` with a `label` after a `passage`
-    (AGIEval), and `choices` with the place of the right one as `answer` (MMLU).
+    Besides our own records it knows one column per choice (CMMLU, C-Eval), `options` with a `label` and a `passage`
+    (AGIEval), and `choices` with the index of the right one as `answer` (MMLU).
     """
     if isinstance(item, UnreadableItem):
         raise InvalidRecord(item.cause)
@@ -106,7 +106,7 @@ def as_choice(item: Any) -> Choice:
 
 
 def listed(item: dict[str, Any]) -> tuple[str, ...]:
-    """The choices of an item, without the letters that a set may write before them."""
+    """The choices of an item, without letters before them."""
     given = next((item[name] for name in CHOICES if isinstance(item.get(name), list)), None)
     if given is None:
         texts = columns(item)
@@ -124,12 +124,12 @@ def listed(item: dict[str, Any]) -> tuple[str, ...]:
     if not all(choices):
         raise InvalidRecord("a choice is empty or not a text")
     if len(set(choices)) < len(choices):
-        raise InvalidRecord("a choice stands there twice")
+        raise InvalidRecord("a choice occurs twice")
     return tuple(choices)
 
 
 def right_places(given: Any, count: int) -> tuple[int, ...]:
-    """The places of the right ones among `count` choices: named by letters (`B`, `BD`, `["B", "D"]`) or by a number from 0."""
+    """The indices of the right ones among `count` choices, given as letters (`B`, `BD`, `["B", "D"]`) or a number from 0."""
     if (isinstance(given, int) and not isinstance(given, bool)) or (isinstance(given, float) and given.is_integer()):
         places = [int(given)]
     elif isinstance(given, str) or (isinstance(given, list) and all(isinstance(one, str) for one in given)):

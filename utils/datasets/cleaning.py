@@ -34,9 +34,9 @@ def texts_of(record: Record) -> list[str]:
 
 
 def mask_personal(record: Record) -> tuple[Record, Counter[str]]:
-    """The record with e-mail addresses, Chinese ID numbers and phone numbers replaced by what they are, and their counts.
+    """The record with e-mail addresses, Chinese ID numbers and phone numbers replaced by their kind, and their counts.
 
-    An ID number counts only if its check digit is right (GB 11643-1999), so that order numbers stay.
+    An ID number counts only if its check digit is right (GB 11643-1999), so other long numbers stay.
     """
     counts: Counter[str] = Counter()
 
@@ -74,7 +74,7 @@ def language_of(text: str) -> str:
 
 
 def normalized(text: str) -> str:
-    """Letters and digits alone, full-width as half-width, lower case: what stays equal when a text is copied."""
+    """Only letters and digits, half-width and lower case: what stays equal when a text is copied."""
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).lower())
 
 
@@ -97,7 +97,7 @@ def run_hashes(plain: str, width: int) -> np.ndarray:
 class Contamination:
     """The n-grams of test questions; `hit(record)` is the first question that shares one with a record, or None.
 
-    A question shorter than `size` characters hits only where it is a record's whole instruction.
+    A question shorter than `size` characters hits only if it is a record's whole instruction.
     """
 
     def __init__(self, questions: Iterable[str], size: int):
@@ -148,7 +148,7 @@ def similarity(one: str, other: str) -> float:
 
 
 def candidates(file: Path) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) of records whose signatures, stored one after the other in `file`, share a band.
+    """Pairs (earlier, later) of records whose signatures, stored consecutively in `file`, share a band.
 
     Each record is paired with the first of each band that it shares; of each record one band's hash is in memory.
     """

@@ -1,4 +1,4 @@
-"""CSV and TSV: what separates the cells, whether quotation marks enclose them, and which columns are known."""
+"""CSV and TSV: the delimiter, whether quotation marks enclose cells, and which columns are known."""
 
 import contextlib
 import csv
@@ -18,8 +18,8 @@ COLUMNS = {*QUESTIONS, *DIALOGUES}  # one of these makes the first line of a tab
 def csv_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
     """The rows of a CSV or TSV file as objects, after the header; cells that hold JSON lists are parsed.
 
-    What separates the cells is what the header has most of its known names by. Where quotes around cells are only
-    characters (see `is_unquoted`), this is printed, as is the number of rows with a line break in a cell.
+    The delimiter is the one that splits the header into the most known names. If quotation marks are ordinary characters
+    (see `is_unquoted`), this is printed, as is the number of rows with a line break in a cell.
     """
     csv.field_size_limit(1 << 30)
     delimiter = delimiter_of(path, file)
@@ -40,13 +40,13 @@ def csv_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
     except csv.Error as error:
         raise UserError(f"{path}: is not CSV ({error}) in line {rows.line_num}; fix the file") from None
     if unquoted:
-        say_once(f"{path}: its quotation marks are not around cells; read as characters, with each line as a row")
+        say_once(f"{path}: its quotation marks do not enclose cells; they are read as characters, and each line as a row")
     if broken:
         say_once(f"{path}: {broken:,} rows have a line break in a cell")
 
 
 def delimiter_of(path: Path, file: IO[bytes]) -> str:
-    """What separates the cells of a table: the character that gives the header the most names that are known."""
+    """The delimiter of a table: the character that splits its header into the most known names."""
     first = file.readline(1 << 20).decode("utf-8-sig", "replace")
     file.seek(0)
     usual = "\t" if format_ending(path) == ".tsv" else ","
@@ -59,10 +59,10 @@ def delimiter_of(path: Path, file: IO[bytes]) -> str:
 
 
 def is_unquoted(file: IO[bytes], delimiter: str) -> bool:
-    """True if the lines of a table are its rows, and a quotation mark at a cell's beginning is only a character.
+    """True if each line of a table is a row, and a quotation mark at the beginning of a cell is an ordinary character.
 
-    So it is where each line has as many cells as the first, and some quoted cell is not closed, or a TSV file's cells have
-    quotation marks that a writer would not have needed; in a TSV file also where more rows fit so than with quoting.
+    That is so if each line has as many cells as the first, and some quoted cell is not closed or a TSV file has quotation
+    marks that no writer would need; for a TSV file also if more rows have the right number of cells than with quoting.
     """
     cells = file.readline().count(mark := delimiter.encode())
     misfits = quotes = odd = doubled = plain = 0
@@ -89,7 +89,7 @@ def is_unquoted(file: IO[bytes], delimiter: str) -> bool:
 
 
 def quoted_misfits(file: IO[bytes], delimiter: str, cells: int) -> float:
-    """How many rows of a table, read with quoting, do not have so many cells; infinite where it cannot be read so."""
+    """How many rows of a table, read with quoting, have another number of cells; infinite if it cannot be read that way."""
     file.seek(0)
     text = text_of(file)
     try:
@@ -101,15 +101,15 @@ def quoted_misfits(file: IO[bytes], delimiter: str, cells: int) -> float:
 
 
 def checked_header(path: Path, row: list[str]) -> list[str]:
-    """The names of a table's columns, without blanks around them and in lower case.
+    """The names of a table's columns, stripped and in lower case.
 
-    Raises UserError if none is known, or one stands there twice.
+    Raises UserError if none is known, or one occurs twice.
     """
     header = [name.strip().lower() for name in row]
     found = ", ".join(repr(name[:30]) for name in row[:8]) + (", …" if len(row) > 8 else "")
     if not COLUMNS & set(header):
         raise UserError(
-            f"{path}: no column of its first line is called instruction; it has {found}: rename these to instruction, "
+            f"{path}: no column in its first line is called instruction; it has {found}: rename these to instruction, "
             "input and output, or, if that line is a record, write the line instruction,input,output above it"
         )
     twice = [name for name in header if name and header.count(name) > 1]
@@ -119,7 +119,7 @@ def checked_header(path: Path, row: list[str]) -> list[str]:
 
 
 def csv_item(header: list[str], row: list[str]) -> Any:
-    """One row as an object, `UnreadableItem` where it does not fit the header."""
+    """One row as an object, or `UnreadableItem` if it does not fit the header."""
     if len(row) != len(header):
         return UnreadableItem("more cells than the header" if len(row) > len(header) else "fewer cells than the header", row)
     item: dict[str, Any] = dict(zip(header, row, strict=True))

@@ -1,4 +1,4 @@
-"""Encoded records on disk, memory-mapped: encoded once, kept by what they were made of, split by a seed."""
+"""Encoded records on disk, memory-mapped: encoded once, cached by what they were made from, split by a seed."""
 
 import atexit
 import collections
@@ -45,9 +45,9 @@ from utils.datasets.templates import Prompter
 from utils.files import digest, replacing
 
 CHUNK = 1000  # records encoded in one call to the tokenizer
-FEW = 4  # fewer chunks than this are not worth starting processes for
+FEW = 4  # fewer chunks are not worth starting processes for
 PR_SET_PDEATHSIG = 1  # prctl(2)
-FORMAT = 6  # of the files below; a new number leaves the old files unread
+FORMAT = 6  # of the cached files; a new number makes older files unused
 NUMBER, LIST = datasets.Value("int32"), datasets.Sequence(datasets.Value("int32"))
 COLUMNS = datasets.Features(
     {"input_ids": LIST, "labels": LIST}
@@ -55,7 +55,7 @@ COLUMNS = datasets.Features(
     | {"refused": datasets.Value("string")}
 )
 
-worker_encoder: "Encoder | DocumentEncoder"  # in a process that start_worker began
+worker_encoder: "Encoder | DocumentEncoder"  # set by start_worker in each worker process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Encoder:
 
     @property
     def made_of(self) -> list[Any]:
-        """What the rows of the same content depend on."""
+        """What the rows depend on besides the file's content."""
         return [self.prompter.texts, self.tokenizer_hash, self.cutoff_len, self.train_on_inputs]
 
     def read(self, file: Path) -> Iterator[Record]:
@@ -79,7 +79,7 @@ class Encoder:
         return read_records(file, carries=self.prompter.carries)
 
     def __call__(self, records: list[Record]) -> pa.Table:
-        """Encode records in one call to the tokenizer; a row each."""
+        """Encode records in one call to the tokenizer; one row each."""
         return as_table(where_rendered(self.encode, records))
 
     def encode(self, records: list[Record]) -> list[EncodedRecord]:
@@ -87,13 +87,13 @@ class Encoder:
         return encode(records, self.prompter, self.tokenizer, self.cutoff_len, self.train_on_inputs)
 
     def encode_last(self, records: list[Record]) -> list[EncodedRecord]:
-        """Encode records of which the last answer alone is learned; raises as above."""
+        """Encode records of which only the last answer is learned; raises as above."""
         return encode_last_answers(records, self.prompter, self.tokenizer, self.cutoff_len)
 
 
 @dataclasses.dataclass(frozen=True)
 class DocumentEncoder:
-    """How documents of raw text become ids and labels; a row for each piece of the context's length."""
+    """How documents of raw text become ids and labels; one row for each piece of at most `cutoff_len` tokens."""
 
     features = COLUMNS
     tokenizer: PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ class DocumentEncoder:
 
     @property
     def made_of(self) -> list[Any]:
-        """What the rows of the same content depend on."""
+        """What the rows depend on besides the file's content."""
         return ["documents", self.tokenizer_hash, self.cutoff_len]
 
     def read(self, file: Path) -> Iterator[str]:
@@ -122,7 +122,7 @@ class PairEncoder(Encoder):
 
     @property
     def made_of(self) -> list[Any]:
-        """What the rows of the same content depend on."""
+        """What the rows depend on besides the file's content."""
         return ["pairs", *super().made_of]
 
     def read(self, file: Path) -> Iterator[Any]:
@@ -130,7 +130,7 @@ class PairEncoder(Encoder):
         return read_pairs(file)
 
     def __call__(self, pairs: list[Any]) -> pa.Table:
-        """Encode pairs; each counts as one, and is as long as the longer of its sequences."""
+        """Encode pairs; each counts as one supervised token, and is as long as the longer of its sequences."""
         sides = [where_rendered(self.encode_last, [pair[side] for pair in pairs]) for side in (0, 1)]
         both = list(zip(*sides, strict=True))
         columns = {
@@ -149,13 +149,13 @@ class PairEncoder(Encoder):
 
 @dataclasses.dataclass(frozen=True)
 class JudgedEncoder(Encoder):
-    """How labelled answers become ids and labels; each counts as one, with its label as `good`."""
+    """How labelled answers become ids and labels; each counts as one supervised token, with its label as `good`."""
 
     features = datasets.Features(COLUMNS | {"good": datasets.Value("bool")})
 
     @property
     def made_of(self) -> list[Any]:
-        """What the rows of the same content depend on."""
+        """What the rows depend on besides the file's content."""
         return ["judged", *super().made_of]
 
     def read(self, file: Path) -> Iterator[Any]:
@@ -173,14 +173,14 @@ class JudgedEncoder(Encoder):
 
 @dataclasses.dataclass(frozen=True)
 class QuestionEncoder(Encoder):
-    """How questions become ids that are to be answered, in at most `room` tokens; a row carries its `record` as JSON."""
+    """How questions become prompt ids, to be answered in at most `room` tokens; a row carries its `record` as JSON."""
 
     features = datasets.Features(COLUMNS | {"record": datasets.Value("string")})
     room: int = 0
 
     @property
     def made_of(self) -> list[Any]:
-        """What the rows of the same content depend on."""
+        """What the rows depend on besides the file's content."""
         return ["questions", self.room, *super().made_of]
 
     def read(self, file: Path) -> Iterator[Record]:
@@ -212,7 +212,7 @@ def make_encoder(
     train_on_inputs: bool,
     room: int = 0,
 ) -> Encoder | DocumentEncoder:
-    """How the records of a stage become ids and labels; `room`: tokens of an answer, where answers are sampled."""
+    """How the records of a stage become ids and labels; `room`: tokens for an answer, if answers are sampled."""
     if stage == TEXT:
         return DocumentEncoder(tokenizer, tokenizer_hash, cutoff_len)
     how = (prompter, tokenizer, tokenizer_hash, cutoff_len, train_on_inputs)
@@ -236,7 +236,7 @@ def as_table(encoded: list[EncodedRecord]) -> pa.Table:
 
 
 def lists(rows: list[list[int]]) -> pa.ListArray:
-    """Lists of numbers as a column, without pyarrow's look at the kind of each number."""
+    """Lists of numbers as a column, skipping pyarrow's type inference for each number."""
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     return pa.ListArray.from_arrays(ends, np.fromiter(itertools.chain.from_iterable(rows), np.int32, ends[-1]))
 
@@ -244,8 +244,8 @@ def lists(rows: list[list[int]]) -> pa.ListArray:
 class EncodedDataset:
     """The encoded records `numbers` of a table; `dataset[i]` is {"input_ids", "labels", …}.
 
-    `lengths` (`full_lengths`: before the cut) and `supervised` (labels that are predicted), a number a record, are
-    known without reading the records. A pair is as long as both its sequences, and carries its row of `reference`.
+    `lengths` (`full_lengths`: before the cut) and `supervised` (predicted labels), one number per record, are known
+    without reading the records. A pair is as long as both its sequences together, and carries its row of `reference`.
     """
 
     def __init__(self, table: datasets.Dataset, numbers: Sequence[int] | np.ndarray, cutoff_len: int):
@@ -266,10 +266,10 @@ class EncodedDataset:
 
 
 class JudgedDataset(EncodedDataset):
-    """Labelled answers; beside each, as `rejected_ids`, its question with the answer to another one.
+    """Labelled answers; beside each, as `rejected_ids`, its question with the answer to another question.
 
-    What the model makes of these mismatched answers is KTO's measure of how far it has moved. The other question is that
-    of the nearest record before, around the end.
+    By these mismatched answers KTO measures how far the model has moved. The other question is that of the nearest earlier
+    record with a different one, wrapping around at the beginning.
     """
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def encode_all(
 ) -> tuple[datasets.Dataset, np.ndarray]:
     """The table of all records in the files of `data_path`, and the numbers of those that its weights ask for.
 
-    `seed` rules what a weight draws; `hashes` are those of the files; `keep`: see encode_file.
+    `seed` determines what a weight draws; `hashes` are those of the files; `keep`: see encode_file.
     Raises UserError if a file cannot be read, or the weights leave no record.
     """
     tables: list[datasets.Dataset] = []
@@ -320,15 +320,15 @@ def encode_all(
 
 
 def encode_file(encoder: Encoder | DocumentEncoder, file: Path, content: str, keep: bool) -> datasets.Dataset:
-    """The table of a file's records, from the cache where the same `content` (a hash) was encoded in the same way before.
+    """The table of a file's records, from the cache if the same `content` (a hash) was encoded in the same way before.
 
-    Another template, tokenizer or cutoff makes another table. It is not kept for later unless `keep`.
+    Another template, tokenizer or cutoff makes another table. A new table is cached only if `keep`.
     """
     made_of = [FORMAT, file.suffixes, content, *encoder.made_of]
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "dreamergpt" / f"{digest(made_of)}.arrow"
     path = cached if cached.is_file() or (keep and can_keep(cached.parent)) else temporary_folder() / cached.name
     if path.is_file():
-        say(f"{file}: its encoded records are found in {path}")
+        say(f"{file}: its encoded records are already in {path}")
     else:
         bar = progress(desc=f"encoding {file.name}", unit=" records")
         with replacing(path) as aside, ArrowWriter(path=str(aside), features=encoder.features) as writer, bar:
@@ -340,7 +340,7 @@ def encode_file(encoder: Encoder | DocumentEncoder, file: Path, content: str, ke
 
 
 def can_keep(folder: Path) -> bool:
-    """Whether encoded records can be kept in this folder; printed where it is, say, in a home that is read-only."""
+    """Whether encoded records can be kept in this folder; if not (in a read-only home, say), this is printed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -359,13 +359,13 @@ def chunks(records: Iterator[Any]) -> Iterator[list[Any]]:
 
 
 def encode_chunks(encoder: Encoder | DocumentEncoder, chunks: Iterator[list[Any]]) -> Iterator[pa.Table]:
-    """The table of each chunk, in order: many chunks by one process a core, and only a few of them ahead of their use."""
+    """The table of each chunk, in order; many chunks are encoded by one process per core, only a few of them ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     first = list(itertools.islice(chunks, FEW))
     if len(first) < FEW or cores == 1:
         yield from map(encoder, itertools.chain(first, chunks))
         return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already run in parallel
     fork = multiprocessing.get_context("fork")
     waiting: collections.deque[Future[pa.Table]] = collections.deque()
     with ProcessPoolExecutor(cores, fork, initializer=start_worker, initargs=(encoder,)) as pool:
@@ -378,10 +378,10 @@ def encode_chunks(encoder: Encoder | DocumentEncoder, chunks: Iterator[list[Any]
 
 
 def start_worker(encoder: Encoder | DocumentEncoder) -> None:
-    """Make this process an encoder that ends with the program that started it, however that ends."""
+    """Make this process an encoder that ends with its parent, however that ends."""
     global worker_encoder
     worker_encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -393,14 +393,14 @@ def encode_chunk(records: list[Any]) -> pa.Table:
 
 
 def temporary_folder() -> Path:
-    """A new folder that goes when the program ends."""
+    """A new folder that is deleted when the program ends."""
     folder = Path(tempfile.mkdtemp(prefix="dreamergpt-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def usable(table: datasets.Dataset, numbers: np.ndarray, cutoff_len: int) -> np.ndarray:
-    """Those of the records `numbers` with some of an answer left to learn; prints what was cut and dropped, and why.
+    """The records among `numbers` with some of an answer left to learn; prints what was cut and dropped, and why.
 
     Raises UserError if none is left.
     """
@@ -409,7 +409,7 @@ def usable(table: datasets.Dataset, numbers: np.ndarray, cutoff_len: int) -> np.
         why = table[int(numbers[refused][0])]["refused"]
         if refused.all():
             raise UserError(f"the chat template refuses all {len(numbers)} records; the first: {why}")
-        say(f"{refused.sum()} of {len(numbers)} records dropped, which the chat template refuses; the first: {why}")
+        say(f"{refused.sum()} of {len(numbers)} records dropped, since the chat template refuses them; the first: {why}")
         numbers = numbers[~refused]
     lengths, answers = column(table, "full_length")[numbers], column(table, "answer_tokens")[numbers]
     keeps95, keeps99 = lengths_that_keep(lengths)
@@ -417,24 +417,24 @@ def usable(table: datasets.Dataset, numbers: np.ndarray, cutoff_len: int) -> np.
     if cut:
         say(
             f"--cutoff_len {cutoff_len} cuts {cut} of {len(lengths)} records ({len(lengths) - len(kept)} of them dropped: "
-            f"nothing of the answer is left); {keeps95} would keep 95 % whole, {keeps99} would keep 99 %"
+            f"nothing of their answers is left);  {keeps95} would keep 95 % uncut, {keeps99} would keep 99 %"
         )
     if raw := int(column(table, "raw_answers")[kept].sum()):
-        say(f"{raw} answers are learned as they stand in the records, since the chat template writes them otherwise")
+        say(f"{raw} answers are learned as the records have them, since the chat template writes them differently")
     if not len(kept):
         raise UserError(f"--cutoff_len {cutoff_len}: leaves no answer in any of {len(lengths)} records; give {keeps95} or more")
     return kept
 
 
 def lengths_that_keep(lengths: np.ndarray) -> tuple[int, int]:
-    """The cutoff lengths that would keep 95 % and 99 % of the records whole."""
+    """The cutoff lengths that would keep 95 % and 99 % of the records uncut."""
     return tuple(int(np.quantile(lengths, share, method="higher")) for share in (0.95, 0.99))  # type: ignore[return-value]
 
 
 def split(numbers: np.ndarray, val_set_size: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw the validation set, a count or a fraction of the records, and return (train, validation).
 
-    A record that `numbers` holds more than once is drawn once, and is then not trained on at all.
+    A record that `numbers` holds more than once is drawn only once; a validation record is never trained on.
     Raises UserError if nothing would be left to train on.
     """
     records = np.unique(numbers)

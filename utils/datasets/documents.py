@@ -1,4 +1,4 @@
-"""Raw text to pre-train on: documents of .txt and .md files, and of {"text": …} records."""
+"""Raw text to pre-train on: .txt and .md files, and {"text": …} records."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.text_encoding import as_utf8
 
 ENDINGS = (".txt", ".md", ".txt.gz", ".md.gz")
-LONGEST = 2**22  # bytes of a text file that are one document
+LONGEST = 2**22  # bytes; a longer text file becomes several documents
 
 
 def is_text_file(file: Path) -> bool:
@@ -20,13 +20,13 @@ def is_text_file(file: Path) -> bool:
 
 
 def is_document(item: Any) -> bool:
-    """True for an item such as {"text": …}, which may have other fields, but none that a record of questions has."""
+    """True for an item such as {"text": …} that has none of the fields of questions and answers."""
     others = {*QUESTIONS, *ANSWERS, *DIALOGUES}
     return isinstance(item, dict) and isinstance(item.get("text"), str) and not others & item.keys()
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The texts of one file; at its end what was dropped is printed, with its count and first place.
+    """The texts of one file; at its end the number of dropped ones is printed, and where the first was.
 
     Raises UserError if the file cannot be read, is neither UTF-8 nor GBK nor UTF-16, or holds no text.
     """
@@ -39,13 +39,13 @@ def read_documents(path: Path) -> Iterator[str]:
         found += 1
         yield text
     if dropped:
-        say(f"{path}: {dropped} of {found + dropped} documents dropped, without a text (the first: {first})")
+        say(f"{path}: {dropped} of {found + dropped} documents dropped, which have no text (the first: {first})")
     if not found:
-        raise UserError(f'{path}: holds no text; write documents as {{"text": …}}, one a line, or as a .txt or .md file')
+        raise UserError(f'{path}: holds no text; write documents as {{"text": …}}, one per line, or as a .txt or .md file')
 
 
 def text_parts(path: Path) -> Iterator[tuple[int, str]]:
-    """A text file as one document, or a large one as several that end with a line, which is printed; with numbers."""
+    """A text file as one document or, if it is large, as several that end at line ends, with a notice; each with a number."""
     with opened(path) as file:
         number = 1
         text = as_utf8(path, file)

@@ -12,16 +12,16 @@ from utils.datasets.chat_templates import IGNORED, ChatPrompter, Sequence, shown
 from utils.datasets.records import Record
 from utils.datasets.templates import Prompter
 
-OVERLAP = 8  # a piece repeats this part of the context of the one before, which it reads and does not learn again
+OVERLAP = 8  # a piece begins with the last 1/8 of the one before, which it reads but does not learn again
 
 
 @dataclasses.dataclass
 class EncodedRecord:
     """One record: `input_ids` and `labels` of one length (at most the cutoff), and `full_length` before the cut.
 
-    `answer_tokens` are those that belong to learned answers and their ends of sequence, after the cut. `raw_answers` of
-    its answers are learned as the record has them, since the chat template does not write them. `refused` says why the
-    template does not render the record, which then has no tokens.
+    `answer_tokens` counts those of learned answers and their ends of sequence, after the cut. `raw_answers` counts the
+    answers learned as the record has them, since the chat template writes them differently. `refused` says why the
+    template cannot render the record, which then has no tokens.
     """
 
     input_ids: list[int]
@@ -38,14 +38,14 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_prompt(record: Record, prompter: Prompter | ChatPrompter, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a model is asked with: the record's history with its ends of sequence, and the open question.
+    """The ids of a prompt: the record's history with its ends of sequence, and the open question.
 
-    Raises UserError if tools are called in the record and the template has no place for that.
+    Raises UserError if the record has tool calls and the template does not support them.
     """
     if record.get("messages") and "calls" not in prompter.carries:
         raise UserError(
-            f"{shown(record['instruction'])}: tools are called in this dialogue, for which the template {prompter.name} has no "
-            "place; remove it, or ask a model whose chat template has one"
+            f"{shown(record['instruction'])}: tools are called in this dialogue, which the template {prompter.name} does not "
+            "support; remove it, or ask a model whose chat template does"
         )
     if isinstance(prompter, ChatPrompter):
         return prompter.encode_prompt(record)
@@ -58,7 +58,7 @@ def encode_prompt(record: Record, prompter: Prompter | ChatPrompter, tokenizer: 
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text that stands for itself, with what opens every text."""
+    """The ids of a plain text, with what the tokenizer puts before every text."""
     return opening_ids(tokenizer) + plain([text], tokenizer)["input_ids"][0]
 
 
@@ -73,8 +73,8 @@ def encode(
 
     Each turn's question and answer are encoded together, so the ids are those of the whole text; a token that
     straddles their boundary is supervised, as is the end of sequence after each answer. An answer that the record's
-    `learn` excludes is not supervised, even with `train_on_inputs`. What is longer than `cutoff_len` is cut at its end,
-    and then has no end of sequence to learn.
+    `learn` excludes is not supervised, even with `train_on_inputs`. A record longer than `cutoff_len` is truncated, and
+    then has no end of sequence to learn.
     """
     if isinstance(prompter, ChatPrompter):
         return [cut(sequence, cutoff_len) for record in records for sequence in prompter.encode(record, train_on_inputs)]
@@ -103,21 +103,21 @@ def encode(
 def encode_last_answers(
     records: list[Record], prompter: Prompter | ChatPrompter, tokenizer: PreTrainedTokenizerBase, cutoff_len: int
 ) -> list[EncodedRecord]:
-    """Records of which only the last answer is learned: what two answers to one question are compared by."""
+    """Encode records of which only the last answer is learned, so that two answers to one question can be compared."""
     if isinstance(prompter, ChatPrompter):
         alone = [record | {"learn": [False] * len(record.get("history") or []) + [True]} for record in records]
         return [encode([record], prompter, tokenizer, cutoff_len, train_on_inputs=False)[-1] for record in alone]
     encoded = encode(records, prompter, tokenizer, cutoff_len, train_on_inputs=False)
     for record, one in zip(records, encoded, strict=True):
         if record.get("history"):
-            before = len(encode_prompt(record, prompter, tokenizer)) - 1  # a token at the boundary is the answer's
+            before = len(encode_prompt(record, prompter, tokenizer)) - 1  # a token that straddles the boundary is the answer's
             one.labels = [IGNORED] * min(before, len(one.labels)) + one.labels[before:]
             one.answer_tokens = len(one.labels) - one.labels.count(IGNORED)
     return encoded
 
 
 def cut(sequence: Sequence, cutoff_len: int) -> EncodedRecord:
-    """A sequence of at most `cutoff_len` tokens."""
+    """A sequence truncated to `cutoff_len` tokens."""
     ids, labels, answer_tokens, raw = sequence
     if len(ids) > cutoff_len:
         answer_tokens = min(answer_tokens, len(labels[:cutoff_len]) - labels[:cutoff_len].count(IGNORED))
@@ -125,7 +125,7 @@ def cut(sequence: Sequence, cutoff_len: int) -> EncodedRecord:
 
 
 def where_rendered(encode_them: Callable[[list[Any]], list[EncodedRecord]], records: list[Any]) -> list[EncodedRecord]:
-    """Encode records together or, where a chat template refuses one, one by one, so that each that is refused says why."""
+    """Encode records together or, if a chat template refuses one, one by one, so that each refused record says why."""
     try:
         return encode_them(records)
     except UserError as error:
@@ -135,11 +135,11 @@ def where_rendered(encode_them: Callable[[list[Any]], list[EncodedRecord]], reco
 
 
 def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> list[EncodedRecord]:
-    """Documents as ids and labels, each with its end of sequence; all tokens are learned, and each of them once.
+    """Documents as ids and labels, each with its end of sequence; every token is learned exactly once.
 
-    One that is longer than `cutoff_len` is cut into pieces of that length. A piece begins with the last
-    `cutoff_len // OVERLAP` tokens of the one before, without labels, so that no sentence is learned without what
-    stands before it. Documents never see each other: each piece is a sequence of its own.
+    A document longer than `cutoff_len` is cut into pieces of that length. A piece begins with the last
+    `cutoff_len // OVERLAP` tokens of the one before, without labels, so that no sentence is learned without its
+    context. Documents never see each other: each piece is its own sequence.
     """
     opening, pieces = opening_ids(tokenizer), []
     for ids in plain(list(texts), tokenizer)["input_ids"]:
@@ -156,9 +156,9 @@ def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, c
 def prompt_tokens(encoded: Any, position: int, boundary: int) -> int:
     """How many tokens of a text end at or before the character `boundary`.
 
-    One without width (a byte, say) ends after its start.
+    A token without width (a byte, say) counts as ending after its start.
     """
-    if encoded.is_fast:  # and can be asked for one token, in much less time than for the offsets of all
+    if encoded.is_fast:  # looking up one token takes much less time than the offsets of all
         first = encoded.char_to_token(position, boundary)
         if first is not None:
             return first
@@ -169,7 +169,7 @@ def prompt_tokens(encoded: Any, position: int, boundary: int) -> int:
 
 
 def plain(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool = False) -> Any:
-    """Encode texts as text: what looks like a control token in a record stays characters."""
+    """Encode texts literally: what looks like a control token in a record stays characters."""
     return tokenizer(
         texts,
         add_special_tokens=False,

@@ -1,4 +1,4 @@
-"""What the prepare.py scripts of evaluation sets share: their options, subjects with names and groups, and the writing."""
+"""What the prepare.py scripts of evaluation sets share: options, subjects with names and groups, and writing."""
 
 import atexit
 import dataclasses
@@ -27,15 +27,15 @@ LARGEST = 2 * 10**9  # bytes of an unpacked archive
 class EvaluationOptions:
     """The options of every prepare.py of an evaluation set."""
 
-    raw: str = option(help="the folder or zip archive of the downloaded files, or the file where the set is a single one")
+    raw: str = option(help="the folder or zip archive of the downloaded files, or the file if the set is a single one")
     output_dir: str | None = option(
         None, "where the prepared files go; default: this set's folder under $DATA_DIR (./datasets)"
     )
 
 
 def raw_files(raw: str, pattern: str) -> list[Path]:
-    """The files of a pattern in or below the folder `raw`, or in the zip archives in it where it has none; in the zip archive
-    `raw`; `raw` itself if it is another file. Raises UserError if none is there."""
+    """The files that match a pattern in or below the folder `raw`, or else in the zip archives there; in the zip archive
+    `raw`; or `raw` itself if it is another file. Raises UserError if there is none."""
     path = Path(raw)
     check_exists(path)
     if not path.is_dir() and not zipfile.is_zipfile(path):
@@ -45,19 +45,19 @@ def raw_files(raw: str, pattern: str) -> list[Path]:
     if not found and path.is_dir():
         found = files_below(map(unpacked, sorted(path.glob("*.zip"))), pattern)
     if not found:
-        raise UserError(f"{raw}: holds no {pattern}; name the folder that you downloaded the set to")
+        raise UserError(f"{raw}: holds no {pattern}; name the folder into which you downloaded the set")
     return found
 
 
 def files_below(folders: Iterable[Path], pattern: str) -> list[Path]:
-    """The files of a pattern, in order; not those that macOS adds to archives."""
+    """The files that match a pattern, sorted, without those that macOS adds to archives."""
     found = sorted(file for folder in folders for file in folder.rglob(pattern))
     return [file for file in found if not file.name.startswith("._")]
 
 
 @functools.cache
 def unpacked(path: Path) -> Path:
-    """A temporary folder with what an archive holds; it is called like the archive, and gone when the program ends.
+    """A temporary folder with the contents of an archive, named like it and deleted when the program ends.
 
     Raises UserError if the archive is damaged, locked, or implausibly large.
     """
@@ -67,7 +67,7 @@ def unpacked(path: Path) -> Path:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
             if size > LARGEST:
-                raise UserError(f"{path}: would unpack to {size / 1e9:.0f} GB, which is no evaluation set; check the file")
+                raise UserError(f"{path}: would unpack to {size / 1e9:.0f} GB, too much for an evaluation set; check the file")
             archive.extractall(folder / path.name)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); fetch it again, or unpack it yourself") from None
@@ -80,7 +80,7 @@ def read_subjects(script: str) -> dict[str, dict[str, Any]]:
 
 
 def by_subject(files: Iterable[Path], subjects: Mapping[str, Mapping[str, Any]], ending: str = "") -> Iterator[Choice]:
-    """The questions of files that are named like their subjects, followed by `ending`; unknown subjects are printed, and have
+    """The questions of files that are named by their subject and `ending`; those of unknown subjects, which are printed, have
     no group."""
     for file in files:
         name = file.name.partition(".")[0].removesuffix(ending)
@@ -94,12 +94,12 @@ def by_subject(files: Iterable[Path], subjects: Mapping[str, Mapping[str, Any]],
 def write(
     options: EvaluationOptions, folder: str, licence: str, splits: Mapping[str, Iterable[Choice | dict[str, Any]]]
 ) -> None:
-    """Write each split as a file of its name, in the set's folder under $DATA_DIR; print their numbers and the licence."""
+    """Write each split into a file of its name, in the set's folder under $DATA_DIR; print their sizes and the licence."""
     target = Path(options.output_dir or Path(os.environ.get("DATA_DIR") or "datasets", folder))
     check_folder(target)
     records = {name: [as_record(one) if isinstance(one, Choice) else one for one in split] for name, split in splits.items()}
     for name in [name for name, split in records.items() if not split]:
-        raise UserError(f"{options.raw}: no question of it can be used for {name}.json; check the files, or fetch them again")
+        raise UserError(f"{options.raw}: no question in it can be used for {name}.json; check the files, or fetch them again")
     with locked(target):
         target.mkdir(parents=True, exist_ok=True)
         for name, split in records.items():

@@ -1,4 +1,4 @@
-"""Files of items in any usual format, streamed in constant memory: JSON, JSON Lines, CSV, Parquet, or these gzipped."""
+"""Files of items in the usual formats, streamed in constant memory: JSON, JSON Lines, CSV, Parquet, or these gzipped."""
 
 import contextlib
 import gzip
@@ -21,17 +21,17 @@ from utils.files import check_plain
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 NAMED = {
-    b"version https://git-lfs": "is a pointer of git-lfs, not the data; run git lfs pull where it comes from",
+    b"version https://git-lfs": "is a git-lfs pointer, not the data; run git lfs pull in the repository it comes from",
     b"PK\x03\x04": "is a zip archive or an Excel file; unpack it, or save the table as CSV (UTF-8)",
     b"\xd0\xcf\x11\xe0": "is an Excel or Word file; save the table as CSV (UTF-8)",
-    b"<": "is a web page or XML, not data; the download needs a log-in or another address",
+    b"<": "is a web page or XML, not data; the download needs a login or another address",
     b"%PDF": "is a PDF; write its text as records",
     b"7z\xbc\xaf": "is a 7z archive; unpack it",
     b"Rar!": "is a RAR archive; unpack it",
-    b"BZh": "is compressed by bzip2; unpack it (bunzip2)",
-    b"\xfd7zXZ": "is compressed by xz; unpack it (unxz)",
-    b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it (unzstd)",
-    b"SQLite format 3": "is a database of SQLite; write its table as CSV",
+    b"BZh": "is compressed with bzip2; unpack it (bunzip2)",
+    b"\xfd7zXZ": "is compressed with xz; unpack it (unxz)",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd; unpack it (unzstd)",
+    b"SQLite format 3": "is an SQLite database; write its table as CSV",
 }
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 
@@ -43,11 +43,11 @@ def read_items(path: str | Path) -> Iterator[Item]:
 
 
 def read_batches(path: str | Path) -> Iterator[list[Item]]:
-    """Yield the items of a file, some hundred at a time, each with its line, or its row in a Parquet file, from 1.
+    """Yield the items of a file in batches, each item with its line, or its row in a Parquet file, counted from 1.
 
-    The format is recognised by the file's first bytes (JSON Lines in a file called .json, a gzipped file that is
-    not called .gz), only CSV and TSV by their names. A line that cannot be read is yielded as `UnreadableItem`.
-    Raises UserError if the file is missing, no plain file, empty, cut off, or of no such format.
+    The format is recognized by the file's first bytes (even JSON Lines named .json, or a gzipped file not named .gz);
+    only CSV and TSV are recognized by their names. A line that cannot be read is yielded as `UnreadableItem`.
+    Raises UserError if the file is missing, not a regular file, empty, cut off, or in another format.
     """
     path = Path(path)
     with opened(path) as file:
@@ -60,9 +60,9 @@ def read_batches(path: str | Path) -> Iterator[list[Item]]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading bytes, decompressed where it is gzipped.
+    """Open a file for reading bytes, decompressed if it is gzipped.
 
-    Raises UserError if that cannot be done, also for what fails while the block reads.
+    Raises UserError if opening it, or reading it within the block, fails.
     """
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a file in it")
@@ -83,7 +83,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def refuse_other_formats(path: Path, file: IO[bytes]) -> None:
-    """Raises UserError for a file that is recognized and cannot be read, with what to do; leaves it at its beginning."""
+    """Raises UserError with advice for a file in a known unsupported format; leaves the file at its beginning."""
     head = file.read(4096)
     file.seek(0)
     for mark, advice in NAMED.items():
@@ -112,7 +112,7 @@ def reader(path: Path, file: IO[bytes]) -> Any:
 
 
 def holds_lists(file: IO[bytes]) -> bool:
-    """True if the first line of a file is a whole list, and another line follows; leaves the file at its beginning."""
+    """True if the first line of a file is a complete list, and another list follows; leaves the file at its beginning."""
     line, more = file.readline(CHUNK), file.readline(CHUNK)
     file.seek(0)
     with contextlib.suppress(orjson.JSONDecodeError):
@@ -122,7 +122,7 @@ def holds_lists(file: IO[bytes]) -> bool:
 
 @batched
 def arrow_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
-    """The rows of an Arrow file or stream (as `save_to_disk` of datasets writes it) as objects."""
+    """The rows of an Arrow file or stream (as written by `save_to_disk` of datasets) as objects."""
     import pyarrow
 
     try:
@@ -142,12 +142,12 @@ def arrow_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
 
 @batched
 def parquet_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
-    """The rows of a Parquet file as objects, some hundred at a time."""
+    """The rows of a Parquet file as objects."""
     import pyarrow
     import pyarrow.parquet
 
     with contextlib.ExitStack() as stack:
-        if isinstance(file, gzip.GzipFile):  # Parquet is read from its end, which gzip cannot do
+        if isinstance(file, gzip.GzipFile):  # Parquet is read from the end, which gzip does not allow
             unzipped = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file, unzipped)
             file = unzipped

@@ -1,4 +1,4 @@
-"""Folders that hold a data set: as the Hugging Face hub lays one out, and as `save_to_disk` of datasets writes it."""
+"""Folders that hold a data set: as the Hugging Face hub lays it out, or as `save_to_disk` of datasets writes it."""
 
 import json
 import os
@@ -15,20 +15,20 @@ WORDS = re.compile(r"[a-z]+")
 SPLITS = {"train": "train", "training": "train"} | dict.fromkeys(("test", "eval", "evaluation"), "test")
 SPLITS |= dict.fromkeys(("valid", "validation", "val", "dev"), "validation")
 COUNTING = {"part", "shard", "chunk", "of", "data", "file", "split", "default"}  # words that only number a file
-PREFERRED = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # of one split in several formats
+PREFERRED = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # if a split has several formats
 
 
 def saved_to_disk(folder: Path) -> list[Path] | None:
-    """The Arrow files of a folder written by `save_to_disk`, of a dict of splits those of train; None for another folder.
+    """The Arrow files of a folder written by `save_to_disk`, if it has splits those of train; None for any other folder.
 
-    Raises UserError if there are several splits and none is called train, or the folder holds no rows.
+    Raises UserError if there are several splits and none is called train, or files are missing.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         if "train" not in splits and len(splits) != 1:
-            raise UserError(f"{folder}: holds {listed(splits)} and no train; name one of these folders in it")
+            raise UserError(f"{folder}: holds the splits {listed(splits)} but no train; name the folder of one of them")
         chosen = "train" if "train" in splits else splits[0]
-        say(f"{folder}: reads its split {chosen}{left_out([name for name in splits if name != chosen])}")
+        say(f"{folder}: reading its split {chosen}{left_out([name for name in splits if name != chosen])}")
         return saved_to_disk(folder / chosen)
     if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
         return None
@@ -39,15 +39,15 @@ def saved_to_disk(folder: Path) -> list[Path] | None:
     files = [folder / Path(name).name for name in named] or sorted(folder.glob("*.arrow"))
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        raise UserError(f"{folder}: is a folder of save_to_disk without {listed(missing) or 'Arrow files'}; download it again")
+        raise UserError(f"{folder}: written by save_to_disk, but lacks {listed(missing) or 'Arrow files'}; download it again")
     return files
 
 
 def training_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of a data set's training split (all where no file tells its split), each once, and all files of records.
+    """The files of a data set's training split (all if no file names a split), each once, and all files of records.
 
-    Hidden folders, checkpoints and files about the set are passed over; of a split that is there in several formats
-    one is read, which is printed. Raises UserError if there are several sets of files to choose from.
+    Hidden folders, checkpoints and files about the set are skipped; if a split is there in several formats, one is
+    chosen, with a notice. Raises UserError if there are several sets of files to choose from.
     """
     files = [path for path in sorted(folder.rglob("*")) if is_of_records(path.relative_to(folder)) and path.is_file()]
     by_split: dict[str, list[Path]] = {}
@@ -64,13 +64,13 @@ def training_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def is_of_records(path: Path) -> bool:
-    """True for a path in a data set that may be of records: not hidden, not a checkpoint's, not about the set."""
+    """True for a path in a data set that may hold records: not hidden, not in a checkpoint, not about the set."""
     hidden = any(part.startswith((".", "checkpoint", "__")) for part in path.parts)
     return not hidden and path.name.lower().endswith(ENDINGS) and not INFO.fullmatch(path.name.lower())
 
 
 def split_of(path: Path) -> str:
-    """The split that a file is of, by a word of its name, else of its folder's; "" where none tells."""
+    """The split that a file belongs to, by a word in its name or else its folders'; "" if none tells."""
     for part in reversed(path.parts):
         for word in WORDS.findall(part.lower()):
             if word in SPLITS:
@@ -79,7 +79,7 @@ def split_of(path: Path) -> str:
 
 
 def group_of(path: Path) -> str:
-    """What tells the files of one set from another's: folder and name without split, number and ending."""
+    """What distinguishes the files of one set from another's: folder and name without split, number and ending."""
     parts = [path.name.lower().split(".")[0], *(part.lower() for part in path.parts[:-1])]
     words = [[word for word in WORDS.findall(part) if word not in SPLITS and word not in COUNTING] for part in parts]
     name, *folders = ("-".join(found) for found in words)
@@ -87,7 +87,7 @@ def group_of(path: Path) -> str:
 
 
 def without_copies(folder: Path, files: list[Path]) -> list[Path]:
-    """The files, of those that are one in several formats only the first in `PREFERRED`; the others are printed."""
+    """The files; of those that are there in several formats only the first in `PREFERRED`. The others are printed."""
     formats = {format_ending(file) for file in files}
     if len(formats) < 2:
         return files
@@ -109,7 +109,7 @@ def without_copies(folder: Path, files: list[Path]) -> list[Path]:
 def files_in(name: str) -> list[Path]:
     """The files of records that a local folder stands for.
 
-    Raises UserError if it is none of the layouts above, and nothing tells which of its files are meant.
+    Raises UserError if it has none of the layouts above, and nothing tells which of its files are meant.
     """
     folder = Path(name)
     if (main := folder / "refs" / "main").is_file():  # a repository in the hub's cache
@@ -119,13 +119,13 @@ def files_in(name: str) -> list[Path]:
     chosen, files = training_files(folder)
     if not any(split_of(file.relative_to(folder)) for file in files):
         here = sorted(file for file in os.listdir(folder) if file.endswith(ENDINGS))
-        raise UserError(f"{name}: is a folder; name files in it ({', '.join(here[:5]) or 'it holds none of records'})")
-    say(f"{name}: reads {len(chosen)} of its {len(files)} files: {listed(str(file.relative_to(folder)) for file in chosen)}")
+        raise UserError(f"{name}: is a folder; name files in it ({', '.join(here[:5]) or 'it holds no records'})")
+    say(f"{name}: reading {len(chosen)} of its {len(files)} files: {listed(str(file.relative_to(folder)) for file in chosen)}")
     return chosen
 
 
 def left_out(names: list[str]) -> str:
-    """What is printed about splits that are not read."""
+    """A note about splits that are not read."""
     return f", not {listed(names)}" if names else ""
 
 

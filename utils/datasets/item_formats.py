@@ -1,7 +1,7 @@
-"""The formats that an item of a file may have (questions and answers under several names, dialogues), as one raw record.
+"""Converts the formats that an item of a file may have (several field names, dialogues) into one: a raw record.
 
-A raw record has the fields of a record (see `utils.datasets.records`), not yet checked, and, where there is something to
-report, `unused` (names of fields that nothing reads) and `read_as` (what was read under another name).
+A raw record has the fields of a record (see `utils.datasets.records`), not yet checked, and, if there is something to
+report, `unused` (names of fields that are not read) and `read_as` (what was read under another name).
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 FIELDS = ("instruction", "input", "output")
 ALPACA = frozenset(FIELDS)
 KEPT = ("category", "reference")
-KEPT_AS = {"class": "category", "std_answer": "reference"}  # as BELLE calls them
+KEPT_AS = {"class": "category", "std_answer": "reference"}  # BELLE's names
 QUESTIONS = ("instruction", "prompt", "query", "question")
 MATERIALS = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
@@ -33,7 +33,7 @@ USED_IN_TURNS = {"role", "from", "content", "value", "system", *LEARNED, *MASKED
 
 
 class InvalidRecord(Exception):
-    """Why an item of a file makes no record."""
+    """Why an item of a file cannot become a record."""
 
 
 def as_record(item: dict) -> dict:
@@ -44,7 +44,7 @@ def as_record(item: dict) -> dict:
         if item.get(name):
             raise InvalidRecord(f"it has {name}, which is not read")
     if item.get("label") is False:
-        raise InvalidRecord("label is false: an answer that is not to be learned")
+        raise InvalidRecord("label is false: the answer is not to be learned")
     system = agreed_system([item.get(key) for key in SYSTEMS])
     key = next((key for key in DIALOGUES if item.get(key) is not None), None) if item.get("instruction") is None else None
     if key:
@@ -65,7 +65,7 @@ def as_record(item: dict) -> dict:
 
 
 def renamed(item: dict) -> dict:
-    """A raw record of questions and answers in fields of any of the names above. Raises InvalidRecord if several compete."""
+    """A raw record of an item with fields of any of the names above. Raises InvalidRecord if several compete."""
     chosen = {field: chosen_name(item, names) for field, names in zip(FIELDS, (QUESTIONS, MATERIALS, ANSWERS), strict=True)}
     raw: dict[str, Any] = {field: item.get(name) for field, name in chosen.items()}
     raw |= {name: item[key] for key, name in KEPT_AS.items() if item.get(key)}
@@ -76,9 +76,9 @@ def renamed(item: dict) -> dict:
 
 
 def chosen_name(item: dict, names: Sequence[str]) -> str:
-    """The one of these names that the item's field has: the first where it is there and says something, else any other.
+    """Which of these names the item uses: the first if it is there and not empty, else whichever is.
 
-    Raises InvalidRecord if two others hold different texts.
+    Raises InvalidRecord if several compete.
     """
     there = [name for name in names if item.get(name) not in (None, "", [])]
     if not there:
@@ -119,7 +119,7 @@ def prompt_and_completion(raw: dict) -> list:
 
 
 def parsed(value: Any) -> Any:
-    """A list that stands as JSON in a text (as tables have it); any other value as it is."""
+    """A list that is given as JSON text (as in tables); any other value unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -135,12 +135,12 @@ def agreed_system(texts: Iterable[Any]) -> Any:
 
 
 def record_flags(item: dict, answers: int) -> list[bool]:
-    """Which answers the fields of a whole record let be learned: one value, or a list of one for each answer."""
+    """Which answers a record's own fields allow to be learned: one value for all, or a list with one per answer."""
     flags = [True] * answers
     for key in (*LEARNED, *MASKED):
         value = item.get(key)
         if value is None or isinstance(value, (str, dict)):
-            continue  # another thing of that name
+            continue  # a different field of the same name
         values = value if isinstance(value, list) else [value] * answers
         if len(values) != answers:
             raise InvalidRecord(f"{key} has {len(values)} entries for {answers} answers")
@@ -164,7 +164,7 @@ def is_learned(turn: dict) -> bool:
 def dialogue(turns: list[tuple[str, Any]], system: Any = None) -> dict:
     """A record of `(role, text)` turns, roles "user", "assistant" and, in the first turn only, "system".
 
-    Without a last answer the output is missing, as in a prompt. Raises InvalidRecord if the turns do not alternate.
+    Without a last answer the output is None, as in a prompt. Raises InvalidRecord if the turns do not alternate.
     """
     if turns and turns[0][0] == "system":
         system, turns = agreed_system([turns[0][1], system]), turns[1:]
@@ -181,7 +181,7 @@ def dialogue(turns: list[tuple[str, Any]], system: Any = None) -> dict:
 
 
 def roles_and_texts(turns: Any) -> list[tuple[str, Any]]:
-    """The turns of a dialogue with the keys of OpenAI (role, content) or ShareGPT (from, value). Raises InvalidRecord."""
+    """The turns of a dialogue in OpenAI's (role, content) or ShareGPT's (from, value) format. Raises InvalidRecord."""
     return [(role, text_of_turn(turn, role)) for turn, role in ((turn, role_of(turn)) for turn in turns_in(turns))]
 
 
@@ -215,14 +215,14 @@ def role_of(turn: dict) -> str:
 
 
 def text_of_turn(turn: dict, role: str) -> Any:
-    """The text of a turn, in an answer after what was thought before it."""
+    """The text of a turn; an answer begins with its thoughts."""
     text = content_of(turn.get("content") if turn.get("content") is not None else turn.get("value"))
     thought = next((turn[key] for key in THOUGHTS if turn.get(key)), None) if role == "assistant" else None
     return with_thought(thought, text) if thought is not None else text
 
 
 def with_thought(thought: Any, text: Any) -> Any:
-    """An answer with what was thought before it, as reasoning models write it. Raises InvalidRecord if that is not a text."""
+    """An answer after its thoughts, as reasoning models write them. Raises InvalidRecord if the thoughts are not a text."""
     if not isinstance(thought, str):
         raise InvalidRecord("reasoning_content is not a text")
     return f"<think>\n{thought.strip()}\n</think>\n\n{text}" if isinstance(text, str) and "</think>" not in text else text
@@ -240,12 +240,12 @@ def content_of(content: Any) -> Any:
 
 
 def parsed_parts(content: Any) -> Any:
-    """One part without its list as a list of it."""
+    """A single part as a list of one; any other content unchanged."""
     return [content] if isinstance(content, dict) else content
 
 
 def text_of_part(part: Any) -> Any:
-    """The text of a part of a message, None where it is not text."""
+    """The text of a part of a message, or None if it is not text."""
     if not isinstance(part, dict) or part.get("type", "text") != "text":
         return None
     return next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), None)

@@ -1,4 +1,4 @@
-"""What a file of items is read into: each with its place, those that cannot be read among them, some hundred at a time."""
+"""Items read from files: each with its place, including those that cannot be read, in batches."""
 
 import dataclasses
 import functools
@@ -12,13 +12,13 @@ from typing import IO, Any
 import orjson
 
 BOM = b"\xef\xbb\xbf"
-BATCH = 32  # items, of which each may be as long as a book
-Item = tuple[int | str, Any]  # where it stands (see `place_of`), and what it is
+BATCH = 32  # items; each may be as long as a book
+Item = tuple[int | str, Any]  # its place (see `place_of`) and its value
 
 
 @dataclasses.dataclass(frozen=True)
 class UnreadableItem:
-    """Stands for an item that could not be read: why, and what there is of it."""
+    """Replaces an item that could not be read: why, and what is left of it."""
 
     cause: str
     rest: Any
@@ -35,12 +35,12 @@ def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def batched(read: Callable[..., Iterator[Item]]) -> Callable[..., Iterator[list[Item]]]:
-    """Make a reader of items one of batches."""
+    """Turn a reader of items into a reader of batches."""
     return functools.wraps(read)(lambda path, file: in_batches(read(path, file)))
 
 
 def place_of(path: str | Path, number: int | str) -> str:
-    """How a user finds an item again: file and line (Parquet: row), or file and a text that says where in it."""
+    """Where a user finds an item: file and line (Parquet: row), or file and a text that says where in it."""
     if isinstance(number, str):
         return f"{path}, {number}"
     return f"{path}, {'row' if '.parquet' in Path(path).suffixes else 'line'} {number}"
@@ -69,5 +69,5 @@ def without_surrogates(item: Any) -> Any:
 
 
 def text_of(file: IO[bytes]) -> io.TextIOWrapper:
-    """A file's text without byte-order mark; a byte that is not UTF-8 becomes a surrogate, and costs only its record."""
+    """A file's text without byte-order mark; a byte that is not UTF-8 becomes a surrogate, so that only its record is lost."""
     return io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")

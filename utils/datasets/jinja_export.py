@@ -1,4 +1,4 @@
-"""A template of `templates/` as the Jinja text that other programs render, proven to give the ids of training."""
+"""A template from `templates/` as the Jinja text that other programs render, checked to give the ids of training."""
 
 import json
 import re
@@ -25,13 +25,13 @@ SAMPLES: list[Record] = [  # one turn and several, with input and system, odd wh
     {"instruction": "And then?", "history": [["Who are you? ", "我是梦想家。 "], ["\n为什么", " 因为……\n"]]},
     {"instruction": "继续👍", "input": "1\t2", "history": [["{{ x }}", "{% y %}"]], "system": "s"},
 ]
-GAPS = (("", ""), ("", " "), (" ", " "))  # before the first turn and later ones: some tokenizers of SentencePiece need a space
+GAPS = (("", ""), ("", " "), (" ", " "))  # before the first turn and later ones: some SentencePiece tokenizers need a space
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
-FURTHER = "additional_chat_templates"  # the folder in which transformers looks for those with other names
+FURTHER = "additional_chat_templates"  # where transformers looks for templates with other names
 
 
 def messages_of(record: Record) -> list[Message]:
-    """The record's dialogue up to its open question, as chat templates take it; an input is a field of its question."""
+    """The record's dialogue up to its open question, in the form of chat templates; an input is a field of its question."""
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     earlier = [
         {"role": role, "content": text}
@@ -43,7 +43,7 @@ def messages_of(record: Record) -> list[Message]:
 
 
 def jinja(prompter: Prompter, tokenizer: PreTrainedTokenizerBase, gaps: tuple[str, str] = ("", "")) -> str:
-    """The template as Jinja: what the tokenizer opens a text with, each question, each answer and its end of sequence.
+    """The template as Jinja: the tokenizer's opening, each question, each answer and its end of sequence.
 
     `gaps` are put before the first question and before later ones.
     """
@@ -84,7 +84,7 @@ def jinja(prompter: Prompter, tokenizer: PreTrainedTokenizerBase, gaps: tuple[st
 
 
 def expression(parts: Parts, stripped: bool) -> str:
-    """The text of a question as a Jinja expression; `stripped` of the whitespace that it begins with."""
+    """The text of a question as a Jinja expression; `stripped`: without leading whitespace."""
     fields = {"instruction": "message['content']", "input": "message['input']"}
     pieces: list[str] = []
     for literal, field in parts:
@@ -98,14 +98,14 @@ def expression(parts: Parts, stripped: bool) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as Jinja writes it."""
+    """A text as a Jinja string."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def proven(prompter: Prompter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
-    """The Jinja text with which transformers' own tokenizer of `folder` gives the ids of training for all samples.
+    """The Jinja text with which transformers' own tokenizer in `folder` gives the ids of training for all samples.
 
-    None where there is none: that tokenizer splits texts in another way.
+    None if there is none, since that tokenizer splits texts differently.
     """
     if tokenizer.eos_token is None:
         return None
@@ -120,9 +120,9 @@ def proven(prompter: Prompter, tokenizer: PreTrainedTokenizerBase, folder: Path)
 
 
 def write_chat_template(name: str, texts: dict[str, str], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the template that was trained with into the folder of a tokenizer, and remove any other.
+    """Write the template used in training into the folder of a tokenizer, and remove any other.
 
-    `name` and `texts` are what a lineage records of it. Where no Jinja text gives its ids, that is printed.
+    `name` and `texts` are what a lineage records of it. If no Jinja text gives its ids, that is printed.
     """
     text = texts.get("chat_template") if name == CHAT else proven(Prompter(name, texts), tokenizer, folder)
     (folder / FILE).unlink(missing_ok=True)
@@ -131,14 +131,14 @@ def write_chat_template(name: str, texts: dict[str, str], tokenizer: PreTrainedT
         write_json(folder / CONFIG, {key: value for key, value in config.items() if key != "chat_template"})
     if text is None:
         say(
-            f"{folder}: without {FILE}, since transformers' own tokenizer gives other ids than those of training "
-            f"with the template {name}; ask it with generate.py"
+            f"{folder}: gets no {FILE}, since transformers' own tokenizer gives other ids than training "
+            f"with the template {name}; use generate.py to ask the model"
         )
         return
     written = {folder / FILE: text}
     for key, other in texts.items():
         if key.startswith(OTHER):
-            name = re.sub(r"[^-.\w]", "_", key.removeprefix(OTHER))  # it may come from a file of others
+            name = re.sub(r"[^-.\w]", "_", key.removeprefix(OTHER))  # it may come from somebody else's file
             written[folder / FURTHER / f"{name}.jinja"] = other
     for path, template in written.items():
         with replacing(path) as aside:

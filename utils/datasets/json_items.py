@@ -1,4 +1,4 @@
-"""JSON and JSON Lines, read as they come: an array is never held whole, and a broken line costs only its record."""
+"""JSON and JSON Lines as streams: an array is never entirely in memory, and a broken line costs only its record."""
 
 import io
 import json
@@ -18,7 +18,7 @@ GAP = re.compile(r"[ \t\r\n]*")
 
 
 def json_lines(path: Path, file: IO[bytes]) -> Iterator[list[Item]]:
-    """One JSON value a line; blank lines are passed over."""
+    """One JSON value per line; blank lines are skipped."""
     number = 1
     while lines := file.readlines(BATCH_OF_LINES):
         try:
@@ -28,7 +28,7 @@ def json_lines(path: Path, file: IO[bytes]) -> Iterator[list[Item]]:
         except orjson.JSONDecodeError:
             if number == 1 and lines[0].removeprefix(BOM).strip() == b"{":
                 raise UserError(
-                    f"{path}: is one JSON object over several lines; write an array of records, or one record a line"
+                    f"{path}: is one JSON object over several lines; write an array of records, or one record per line"
                 ) from None
             items = list(map(patient_loads, lines))
         yield [(place, item) for place, item in enumerate(items, number) if item is not BLANK]
@@ -36,25 +36,25 @@ def json_lines(path: Path, file: IO[bytes]) -> Iterator[list[Item]]:
 
 
 def keys_twice(lines: list[bytes], items: list[Any]) -> bool:
-    """True if lines of JSON may have more keys than what was made of them, as where a key stands twice in an object."""
+    """True if lines of JSON may have more keys than the parsed items, as when an object has a key twice."""
     joined = b"".join(lines)
     seen = sum(joined.count(end) - joined.count(b"\\" + end) for end in (b'":', b'" :'))
     return seen > sum(len(item) for item in items if isinstance(item, dict)) and seen > sum(map(keys_in, items))
 
 
 def keys_in(item: Any) -> int:
-    """How many keys a value of JSON has, in all its objects."""
+    """How many keys a JSON value has, in all its objects."""
     if isinstance(item, dict):
         return len(item) + sum(keys_in(value) for value in item.values() if type(value) in (dict, list))
     return sum(map(keys_in, item)) if isinstance(item, list) else 0
 
 
 class KeyTwice(ValueError):
-    """A key that stands in an object twice, with different values."""
+    """An object has a key twice, with different values."""
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON text. Raises KeyTwice."""
+    """The object with these keys and values. Raises KeyTwice."""
     item = dict(pairs)
     if len(item) < len(pairs):
         for name, value in pairs:
@@ -64,7 +64,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def patient_loads(line: bytes) -> Any:
-    """Parse a line that orjson may refuse, for a byte-order mark or NaN in it; else it is `UnreadableItem`, or `BLANK`."""
+    """Parse a line that orjson may refuse because of a byte-order mark or NaN; or return `UnreadableItem` or `BLANK`."""
     if not line.strip():
         return BLANK
     text = line.decode("utf-8-sig", "backslashreplace").strip()
@@ -77,32 +77,32 @@ def patient_loads(line: bytes) -> Any:
     except RecursionError:
         return UnreadableItem("nested too deeply", text)
     except ValueError:
-        return UnreadableItem("not JSON" if line.endswith(b"\n") else "not JSON, and the file ends in it: cut off?", text)
+        return UnreadableItem("not JSON" if line.endswith(b"\n") else "not JSON, and the last line of the file: cut off?", text)
     return without_surrogates(item)
 
 
 @batched
 def json_array(path: Path, file: IO[bytes]) -> Iterator[Item]:
-    """The elements of one JSON array, parsed as they are read; the array is never held whole."""
+    """The elements of one JSON array, parsed as they are read; the array is never entirely in memory."""
     window = Window(path, text_of(file))
     window.skip("[")
     before = number = 0
     while not window.at("]"):
         line, item, number = window.line, window.element(), number + 1
-        # the line alone tells nothing in an array on one line
+        # in an array on one line, the line alone says nothing
         yield f"line {line}, item {number}" if line == before else line, without_surrogates(item)
         before = line
         if not window.at("]"):
             window.skip(",")
     window.skip("]")
     if window.peek():
-        raise window.error("goes on after the end of its array")
+        raise window.error("continues after the end of its array")
 
 
 class Window:
     """A part of a JSON text that moves forward: `text[at:]` is not yet parsed, `line` is the line of `text[at]`.
 
-    By hand: ijson (3.6) takes a third of the processor time, but tells no line, and of a key that stands twice it drops one.
+    Written by hand: ijson (3.6) takes a third of the CPU time, but gives no line numbers and drops one of two equal keys.
     """
 
     def __init__(self, path: Path, file: io.TextIOWrapper):
@@ -111,7 +111,7 @@ class Window:
         self._decode = json.JSONDecoder(object_pairs_hook=each_once).raw_decode
 
     def _more(self) -> bool:
-        """Read on, at least as much as is waiting (so that a long element costs linear time); False at the end."""
+        """Read more, at least as much as is unparsed (so that a long element takes linear time); False at the end."""
         more = self._file.read(max(CHUNK, len(self._text) - self._at))
         if more:
             self._text, self._at = self._text[self._at :] + more, 0
@@ -129,28 +129,28 @@ class Window:
                 return self._text[self._at : self._at + 1]
 
     def at(self, mark: str) -> bool:
-        """True where the next character is `mark`. Raises UserError at the end of the file."""
+        """True if the next character is `mark`. Raises UserError at the end of the file."""
         found = self.peek()
         if not found:
             raise self.error("is cut off")
         return found == mark
 
     def skip(self, mark: str) -> None:
-        """Step over `mark`. Raises UserError if something else stands there."""
+        """Step over `mark`. Raises UserError if something else is there."""
         if not self.at(mark):
             raise self.error(f"is not JSON (a {mark} is missing)")
         self._move(self._at + 1)
 
     def element(self) -> Any:
-        """Parse the next value and step over it; further text is read until it is whole."""
+        """Parse the next value and step over it; more text is read until it is complete."""
         while True:
             try:
                 value, end = self._decode(self._text, self._at)
-                # `1` at the end may be the beginning of `12` or `1e+5`
+                # a `1` at the end may be the beginning of `12` or `1e+5`
                 if len(self._text) - end > 2 or not self._more():
                     break
             except json.JSONDecodeError as error:
-                # An error close to the end, or a string without one, may only mean that the rest is not read yet.
+                # An error near the end, or an unterminated string, may only mean that the rest is not read yet.
                 open_string = error.msg.startswith("Unterminated string")
                 if (open_string or error.pos > len(self._text) - 16) and self._more():
                     continue

@@ -1,4 +1,4 @@
-"""Preference records, in the forms in which they are published: pairs of answers, and answers labelled good or bad."""
+"""Preference records in the formats in which they are published: pairs of answers, and answers labelled good or bad."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,19 +12,19 @@ from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.records import Record, validate
 
 ANSWERS = ("chosen", "rejected")
-LABELS = ("label", "kto_tag")  # trl's name, and LLaMA-Factory's
+LABELS = ("label", "kto_tag")  # the names in trl and in LLaMA-Factory
 Form = TypeVar("Form")
 
 
 class Pair(NamedTuple):
-    """Two records of one question: with the answer that was chosen, and with the one that was rejected."""
+    """Two records of one question: one with the chosen answer, one with the rejected answer."""
 
     chosen: Record
     rejected: Record
 
 
 class Judged(NamedTuple):
-    """A record whose answer somebody found `good`, or not."""
+    """A record whose answer is labelled `good` or not."""
 
     record: Record
     good: bool
@@ -41,20 +41,20 @@ def is_judged(item: Any) -> bool:
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
-    """The pairs of one file; at its end what was dropped is printed by cause, with its count and first place.
+    """The pairs of one file; at its end what was dropped is printed by cause, with the count and where it first occurs.
 
-    Raises UserError if the file cannot be read, or holds no pair that can be used.
+    Raises UserError if the file cannot be read, or holds no usable pair.
     """
     return read_as(path, lambda item: [as_pair(item)], "pair")
 
 
 def read_judged(path: Path) -> Iterator[Judged]:
-    """The labelled answers of one file, of a pair both; otherwise as `read_pairs`."""
+    """The labelled answers of one file (a pair counts as two); otherwise like `read_pairs`."""
     return read_as(path, as_judged, "labelled answer")
 
 
 def read_as(path: Path, convert: Callable[[Any], Iterable[Form]], noun: str) -> Iterator[Form]:
-    """What `convert` makes of the items of one file, which is called `noun`; those for which it raises are dropped."""
+    """What `convert` makes of the items of one file (`noun`: what that is called); items for which it raises are dropped."""
     dropped: Counter[str] = Counter()
     places: dict[str, str] = {}
     found = 0
@@ -71,13 +71,13 @@ def read_as(path: Path, convert: Callable[[Any], Iterable[Form]], noun: str) -> 
         say(f"{path}: {count} of {found + dropped.total()} {noun}s dropped: {cause} (the first: {places[cause]})")
     if not found:
         causes = ", ".join(f"{cause}: {count:,}" for cause, count in dropped.most_common()) or "it holds none"
-        raise UserError(f"{path}: no {noun} in it can be used ({causes}); for their forms see data/README.md")
+        raise UserError(f"{path}: no {noun} in it can be used ({causes}); see data/README.md for their form")
 
 
 def as_judged(item: Any) -> list[Judged]:
     """One item as labelled answers: a record in any known form with its label, or the two answers of a pair.
 
-    Raises InvalidRecord if it is none.
+    Raises InvalidRecord if it is neither.
     """
     if is_pair(item):
         pair = as_pair(item)
@@ -91,17 +91,17 @@ def as_judged(item: Any) -> list[Judged]:
 
 
 def as_pair(item: Any) -> Pair:
-    """One item as a pair. Raises InvalidRecord if it is none, or both answers are the same.
+    """One item as a pair. Raises InvalidRecord if it is not one, or both answers are the same.
 
-    Known are, with `chosen` and `rejected` as a text, a message or a list of messages: our own records (`instruction`,
-    `input`, `history`, `system`), LLaMA-Factory's (`conversations`), trl's (`prompt` as a text or messages, or none,
-    where both lists begin with it) and UltraFeedback's (`prompt` beside lists that begin with it).
+    `chosen` and `rejected` may be a text, a message or a list of messages, in our own records (`instruction`, `input`,
+    `history`, `system`), LLaMA-Factory's (`conversations`), trl's (`prompt` as a text or messages, or no `prompt` if
+    both lists begin with it) and UltraFeedback's (`prompt` beside lists that begin with it).
     """
     if isinstance(item, UnreadableItem):
         raise InvalidRecord(item.cause)
     if not is_pair(item):
         raise InvalidRecord("chosen or rejected is missing")
-    known = {name: item[name] for name in item if name not in ("tools", "messages")}  # which only other records may have
+    known = {name: item[name] for name in item if name not in ("tools", "messages")}  # only for other kinds of records
     pair = Pair(*(validate(known | answered(item, item[name], name)) for name in ANSWERS))
     if pair.chosen["output"].strip() == pair.rejected["output"].strip():
         raise InvalidRecord("both answers are the same")
@@ -111,7 +111,7 @@ def as_pair(item: Any) -> Pair:
 
 
 def answered(item: dict[str, Any], answer: Any, name: str) -> dict[str, Any]:
-    """The fields of the record that the question of `item` makes with one of its answers."""
+    """The fields of a record with the question of `item` and one of its answers."""
     turns = answer if isinstance(answer, list) else [answer] if isinstance(answer, dict) else None
     if turns is None and not isinstance(answer, str):
         raise InvalidRecord(f"{name} is not a text")
@@ -129,7 +129,7 @@ def answered(item: dict[str, Any], answer: Any, name: str) -> dict[str, Any]:
 
 
 def question_of(item: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The turns before the answers, where they stand in a field of their own."""
+    """The turns before the answers, if they have a field of their own."""
     for name in ("conversations", "messages", "prompt"):
         value = item.get(name)
         if isinstance(value, str) and value:

@@ -1,4 +1,4 @@
-"""What the data/<set>/prepare.py scripts share: finding and recognising raw files, cleaning, writing to $DATA_DIR."""
+"""What the data/<set>/prepare.py scripts share: finding and recognizing raw files, cleaning, writing to $DATA_DIR."""
 
 import contextlib
 import dataclasses
@@ -38,14 +38,14 @@ class PrepareOptions:
         None, "where the prepared files go; default: this set's folder under $DATA_DIR (./datasets)"
     )
     strict: bool = option(False, "end with an error at the first bad record, instead of counting and dropping it")
-    dedupe: bool = option(False, "drop records that are the same as an earlier one of their file")
-    fix_texts: list[str] = option([], "fix what was broken in texts on their way here", choices=FIXES)
+    dedupe: bool = option(False, "drop records that are the same as an earlier one in their file")
+    fix_texts: list[str] = option([], "fix what earlier processing broke in texts", choices=FIXES)
 
 
 def find_raw(raw: str, name: str) -> list[Path]:
-    """The raw file, or those files of the raw folder that are called like the set's `FILES` (with any ending).
+    """The raw file, or those files of the raw folder that have the names of the set's `FILES` (with any ending).
 
-    Raises UserError if there is none, or one of them twice.
+    Raises UserError if there is none, or one of them is there twice.
     """
     path, stems = Path(raw), FILES[name]
     check_exists(path)
@@ -62,12 +62,12 @@ def find_raw(raw: str, name: str) -> list[Path]:
         raise UserError(f"{raw}: holds {' and '.join(double)}, which are the same file twice; name one of them")
     left = [stem for stem in stems if stem not in found]
     if left:
-        say(f"{raw}: not there, and left out: {', '.join(left)}")
+        say(f"{raw}: missing, and left out: {', '.join(left)}")
     return files
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without the endings of formats (`firefly-train-1.1M.jsonl.gz`: `firefly-train-1.1M`)."""
+    """A file's name without format endings (`firefly-train-1.1M.jsonl.gz`: `firefly-train-1.1M`)."""
     name = path.name
     while name.endswith((".json", ".jsonl", ".gz", ".tar", ".tgz", ".csv", ".parquet")):
         name = name.rpartition(".")[0]
@@ -75,7 +75,7 @@ def stem_of(path: Path) -> str:
 
 
 def raw_batches(path: Path) -> Iterator[list[Item]]:
-    """The items of a raw file of any format, or of the members of a tar archive, some at a time."""
+    """The items of a raw file of any format, or of the members of a tar archive, in batches."""
     return in_batches(archive_items(path)) if {".tar", ".tgz"} & set(path.suffixes) else read_batches(path)
 
 
@@ -89,19 +89,19 @@ def archive_items(path: Path) -> Iterator[Item]:
                     if content is not None and not Path(member.name).name.startswith("."):  # macOS adds ._ files
                         yield f"member {printable(member.name)}", patient_loads(content.read())
         except tarfile.TarError as error:
-            raise UserError(f"{path}: cut off, damaged, or no tar archive ({error}); fetch it again") from None
+            raise UserError(f"{path}: cut off, damaged, or not a tar archive ({error}); fetch it again") from None
 
 
-def recognise(path: Path, name: str) -> str:
+def recognize(path: Path, name: str) -> str:
     """The shape, among those of the set `name`, that a file's first hundred items have.
 
-    Prints a notice if neither the fields nor the name tell whose the file is.
+    Prints a notice if neither fields nor file name tell which set it belongs to.
     Raises UserError for a file of another set: what it has, what it lacks, and which set it looks like.
     """
     items = itertools.chain.from_iterable(raw_batches(path))
     first = [item for _, item in itertools.islice(items, 100) if isinstance(item, dict)]
     if not first:
-        raise UserError(f"{path}: this is not {name}: its first items are no JSON objects; check that it is the right file")
+        raise UserError(f"{path}: this is not {name}: its first items are not JSON objects; check that it is the right file")
     found = [best for best in map(shape_of, first) if best]
     fitting = [best for best in found if name in SHAPES[best].sets]
     if fitting:
@@ -120,23 +120,23 @@ def recognise(path: Path, name: str) -> str:
 
 
 def say_whose(path: Path, name: str, others: Sequence[str]) -> None:
-    """Print that a file is taken for one of the set `name` where its fields are `others`' too, and its name is not known."""
+    """Print that a file is taken for one of the set `name` if `others` have the same fields and its name is unknown."""
     if others and stem_of(path) not in FILES[name]:
         owner = next((other for other in others if stem_of(path) in FILES[other]), None)
-        doubt = f"it is called like a file of {owner}" if owner else "its name does not tell"
+        doubt = f"it is named like a file of {owner}" if owner else "its name does not tell"
         say(f"{path}: taken for {name}, as asked; {' and '.join(others)} have the same fields, and {doubt}")
 
 
 def refuse_json(path: Path, name: str) -> None:
-    """Raise UserError if a file of the set `name`, which is plain text, is JSON, and so of another set."""
+    """Raise UserError if a file is JSON and so not of the set `name`, which is plain text."""
     with opened(path) as file:
         begins_as_json = file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
     if begins_as_json:
-        recognise(path, name)
+        recognize(path, name)
 
 
 def listed(keys: Iterable[str], most: int = 6) -> str:
-    """Names of keys for an error, not more than a line holds."""
+    """Names of keys for an error, no more than fit on a line."""
     names = sorted(printable(key[:30]) for key in keys)
     return ", ".join(names[:most]) + (", …" if len(names) > most else "") if names else "no keys"
 
@@ -145,12 +145,12 @@ def listed(keys: Iterable[str], most: int = 6) -> str:
 def output_files(
     options: PrepareOptions, folder: str, names: Sequence[str], raw: Sequence[Path], series: str = ""
 ) -> Iterator[list[Path]]:
-    """Yield the paths of the files to write; meanwhile their folder is this run's alone.
+    """Yield the paths of the files to write, while their folder is locked for this run.
 
-    `series` is a pattern (of `re`) of names; files of such names belong together. What of an earlier run will be replaced, and
-    what of its series stays, is printed. What a killed run left half-written is removed first. After an error no new
+    Files whose names match the regular expression `series` belong together. Files of an earlier run that will be replaced,
+    or that stay in its series, are printed. What a killed run left half-written is removed first. After an error no new
     folder stays.
-    Raises UserError if the folder is a file or in use, or where an output would replace a raw file.
+    Raises UserError if the folder is a file or in use, or if an output would replace a raw file.
     """
     target = Path(options.output_dir or Path(os.environ.get("DATA_DIR") or "datasets", folder))
     outputs = [target / name for name in names]
@@ -169,7 +169,7 @@ def output_files(
             yield outputs
     except BaseException as error:
         if isinstance(error, OSError) and not error.filename:
-            error.filename = str(target)  # for the line that the user reads: a full disk gives no name
+            error.filename = str(target)  # for the error line: a full disk gives no name
         for parent in new:
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -177,26 +177,26 @@ def output_files(
 
 
 def say_what_was_there(target: Path, names: Sequence[str], series: str) -> None:
-    """Name the prepared files of an earlier run in the folder `target`: those to be replaced, and the rest of its series."""
+    """Print the prepared files of an earlier run in the folder `target`: those to be replaced, and the rest of its series."""
     there = [name for name in names if (target / name).exists()]
     if there:
-        say(f"{target}: replaced once the new ones are complete, as an earlier run wrote them: {', '.join(there)}")
+        say(f"{target}: files of an earlier run, replaced once the new ones are complete: {', '.join(there)}")
     rest = sorted(file.name for file in target.iterdir() if re.fullmatch(series, file.name) and file.name not in names)
     if rest:
-        say(f"{target}: stay from an earlier run, and do not go with what is written now: {', '.join(rest)}; delete them")
+        say(f"{target}: files of an earlier run that do not belong to the new ones: {', '.join(rest)}; delete them")
 
 
 def cleaned(
     path: Path, convert: Convert, options: PrepareOptions, items: Iterable[Item] | None = None
 ) -> Iterator[list[tuple[Any, Record]]]:
-    """Yield the items of a raw file (or these `items` of it) with their records, a batch at a time, as `records.clean` does."""
+    """Yield the items of a raw file (or only `items`) with their records, a batch at a time, as `records.clean` does."""
     batches = raw_batches(path) if items is None else in_batches(items)
     is_new = Seen().add if options.dedupe else None
     return clean(path, with_bar(batches, path.name), convert, Tally(options.strict, options.fix_texts), is_new=is_new)
 
 
 def with_bar(batches: Iterable[list[Item]], name: str) -> Iterator[list[Item]]:
-    """The batches, and meanwhile a bar that shows how many records were read, and how many a second."""
+    """The batches, while a progress bar counts the records."""
     with progress(desc=name, unit=" records") as bar:
         for batch in batches:
             yield batch
@@ -204,15 +204,15 @@ def with_bar(batches: Iterable[list[Item]], name: str) -> Iterator[list[Item]]:
 
 
 class Seen:
-    """Which records were there before, by their digests, in a database on the disk: the memory stays constant."""
+    """Remembers records by their digests, in a database on disk, so that memory stays constant."""
 
     def __init__(self) -> None:
-        self._base = sqlite3.connect("")  # a file of SQLite's own in the temporary folder, gone when this ends
+        self._base = sqlite3.connect("")  # a temporary file of SQLite's, deleted when this ends
         self._base.execute("PRAGMA cache_size = -65536")  # KiB
         self._base.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
 
     def add(self, record: Record) -> bool:
-        """Remember a record; False where it was there before."""
+        """Remember a record; False if it was there before."""
         digest = hashlib.blake2b(orjson.dumps(record), digest_size=16).digest()
         try:
             return self._base.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
@@ -223,10 +223,10 @@ class Seen:
 def convert_each(name: str, folder: str, converters: Mapping[str, Convert], options: PrepareOptions) -> None:
     """Turn each raw file of the set `name` into one file of the same name, by the converter of its shape.
 
-    All raw files are recognised before the first is written.
+    All raw files are recognized before the first is written.
     """
     files = find_raw(options.raw, name)
-    shapes = [recognise(file, name) for file in files]
+    shapes = [recognize(file, name) for file in files]
     with output_files(options, folder, [f"{stem_of(file)}.json" for file in files], files) as outputs:
         for file, shape, output in zip(files, shapes, outputs, strict=True):
             records = (record for batch in cleaned(file, converters[shape], options) for _, record in batch)

@@ -1,4 +1,4 @@
-"""Files of prompts to be answered, and the form that their answers are written in."""
+"""Files of prompts to answer, and the form in which the answers are written."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +16,10 @@ RESULT = "test.json"
 
 
 def read_prompts(paths: list[str], seed: int = 42) -> list[Record]:
-    """The prompts of files, folders and hub names, in order; of several files, each has its file's name as `category`.
+    """The prompts of files, folders and hub names, in order; if there are several files, their names become `category`.
 
-    A category that a record brings along is kept; `seed` rules what a weight (`file:0.5`) draws. Raises UserError if
-    there is nothing to read or to answer.
+    A record's own category is kept; `seed` determines what a weight (`file:0.5`) draws. Raises UserError if there is
+    nothing to read or to answer.
     """
     if not paths:
         raise UserError("--test_input_path: missing; give a file of prompts, several separated by commas, or a folder")
@@ -40,24 +40,24 @@ def read_prompts(paths: list[str], seed: int = 42) -> list[Record]:
 
 
 def prompt_sources(path: str) -> list[Source]:
-    """What one path stands for: the files of a folder by name, or what a data path does."""
+    """What one path stands for: the files of a folder, sorted by name; any other path is read as a data path."""
     if not Path(path).is_dir():
         return sources(path)
     files = sorted(file for file in Path(path).iterdir() if file.name.endswith(ENDINGS) and not file.name.startswith("."))
     if not files:
-        raise UserError(f"{path}: holds no file of prompts ({', '.join(ENDINGS)}); name a file, or such a folder")
+        raise UserError(f"{path}: holds no file of prompts ({', '.join(ENDINGS)}); name a file, or a folder with such files")
     return [Source(path, files, 1.0)]
 
 
 def prompt_files(paths: Iterable[str]) -> list[Path]:
-    """All files that paths stand for."""
+    """All files that the paths stand for."""
     return [file for path in paths for source in prompt_sources(path) for file in source.files]
 
 
 def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
     """Where the answers of each adapter go: `test.json` beside its weights, or the one `output_path`.
 
-    Raises UserError if answers have no place of their own.
+    Raises UserError if answers would have no file of their own.
     """
     if output_path:
         if len(lora_weights) > 1:
@@ -70,7 +70,7 @@ def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
         raise UserError("--output_path: missing; without --lora_weights there is no folder to put test.json into")
     else:
         for name in filter(is_hub_name, lora_weights):
-            raise UserError(f"--lora_weights {name}: is on the hub, no folder of yours; give --output_path for the answers")
+            raise UserError(f"--lora_weights {name}: is on the hub, not a local folder; give --output_path for the answers")
     paths = [Path(output_path)] if output_path else [Path(folder) / RESULT for folder in lora_weights]
     for path in paths:
         check_folder(path.absolute().parent, "--output_path")
@@ -83,16 +83,16 @@ def sample_path(path: Path, seed: str) -> Path:
 
 
 def result_files(folder: Path) -> list[Path]:
-    """The answers in a folder: its `test.json`, else those that were drawn with several seeds, in the order of these."""
+    """The answers in a folder: its `test.json`, else those drawn with several seeds, in the order of the seeds."""
     whole = folder / RESULT
     drawn = [path for path in folder.glob(f"{whole.stem}-*{whole.suffix}") if path.stem.rpartition("-")[2].isdecimal()]
     if whole.is_file() and drawn:
-        say(f"{whole}: is compared; the {len(drawn)} files beside it that were drawn with --seeds are not, unless named singly")
+        say(f"{whole}: is compared; the {len(drawn)} files beside it, drawn with --seeds, are not unless they are named")
     return [whole] if whole.is_file() else sorted(drawn, key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
 def check_output(path: Path, records: list[Record], overwrite: bool) -> None:
-    """Raises UserError if `path` holds anything but answers to these very prompts, and is not to be overwritten."""
+    """Raises UserError if `path` holds anything but answers to exactly these prompts, and must not be overwritten."""
     if not path.exists() or overwrite:
         return
     try:
@@ -105,7 +105,7 @@ def check_output(path: Path, records: list[Record], overwrite: bool) -> None:
 
 
 def as_asked(record: Record) -> Record:
-    """A record as it is written before its answer is known; empty fields are left out."""
+    """A record in the form written to result files, without its answer; empty fields are left out."""
     kept = ("input", "history", "system", "tools", "category")
     asked: dict[str, Any] = {key: record.get(key) for key in ("instruction", *kept) if key == "instruction" or record.get(key)}
     if record.get("messages"):
@@ -114,7 +114,7 @@ def as_asked(record: Record) -> Record:
 
 
 def answered(record: Record, output: str) -> Record:
-    """A record as it is written with its answer; the thoughts in it, if there are any, stand apart as `reasoning`."""
+    """A record in the form written to result files, with its answer; thoughts, if any, go into `reasoning`."""
     asked: dict[str, Any] = dict(as_asked(record))
     last = {"category": asked.pop("category")} if "category" in asked else {}
     thought, answer = split_thinking(output)

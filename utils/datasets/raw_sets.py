@@ -1,4 +1,4 @@
-"""The sets that data/ knows, as they are downloaded: what their files are called, and what their items look like."""
+"""The sets that data/ knows, as downloaded: their file names, and what their items look like."""
 
 import re
 from typing import NamedTuple
@@ -22,8 +22,8 @@ FILES = {
 
 
 class Shape(NamedTuple):
-    """A raw format: the sets that come in it, the keys that all its items have, and the speaker that their instructions
-    begin with ("": none)."""
+    """A raw format: the sets that use it, the keys that all its items have, and the speaker that their instructions begin
+    with ("": none)."""
 
     sets: tuple[str, ...]
     keys: frozenset[str]
@@ -34,7 +34,7 @@ def shape(sets: str, keys: str, speaker: str = "") -> Shape:
     return Shape(tuple(sets.split(", ")), frozenset(keys.split()), speaker)
 
 
-# Particular ones first: an item that has several shapes is of the first. (A translated item may hold the English beside it.)
+# Specific ones first: if an item has several shapes, the first counts. (A translated item may hold the English beside it.)
 SHAPES = {
     "firefly": shape("Firefly", "kind input target"),
     "firefly dialogue": shape("Firefly", "conversation_id category conversation"),
@@ -68,7 +68,7 @@ def begins_with(text: object, speaker: str) -> bool:
 
 
 def prepared_by(item: dict) -> str | None:
-    """The prepare.py that has to make records of an item first, None for an item that is a record as it is."""
+    """The prepare.py that has to convert an item into records first; None for an item that already is a record."""
     name = shape_of(item)
     if name is None or name in RECORDS or (name in ("baize", "belle target", "psyqa") and "output" in item):
         return None

@@ -1,11 +1,10 @@
-"""The record format: what a record is, reading files of records with what is dropped and fixed counted, writing them.
+"""The record format: what a record is, reading files of records (dropped and fixed ones are counted), writing them.
 
-A record is `{"instruction": str, "input": str, "output": str}`, with `"history": [[question, answer], …]` where there
-were earlier turns, `"system": str` where a text takes the place of the template's preamble, the texts `category` and
-`reference` where the file has them, and `"learn": [bool, …]`, one for each answer (the history's, then the output),
-where some answers are to be read and not learned. Where a chat template knows tools, a record may have `"tools"`, as OpenAI
-defines them, and, where they are called, the whole dialogue as `"messages"`, of which the fields above are the last question
-and its answer.
+A record is `{"instruction": str, "input": str, "output": str}`, with `"history": [[question, answer], …]` if there were
+earlier turns, `"system": str` if a text replaces the template's preamble, the texts `category` and `reference` if the file
+has them, and `"learn": [bool, …]`, one for each answer (the history's, then the output), if some answers are only to be
+read, not learned. If a chat template supports tools, a record may have `"tools"`, as OpenAI defines them, and, if they are
+called, the whole dialogue as `"messages"`, of which the fields above are the last question and its answer.
 """
 
 import collections
@@ -36,13 +35,13 @@ from utils.datasets.text_faults import (
 from utils.datasets.tool_calls import as_record_with_tools
 from utils.files import replacing
 
-LONGEST = 1_000_000  # characters of a record: several times what any model's window holds, and seconds of a tokenizer's time
+LONGEST = 1_000_000  # characters of a record: several times any model's window, and seconds of tokenizing
 HOLDERS = {"data", "train", "records", "rows"}  # the name of an object's one field that holds the records
 KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a text"}
 
 
 class Record(TypedDict, total=False):
-    """A question and its answer, as above; what is to be answered has no `output`, and what was has its thoughts apart."""
+    """A question and its answer, as above; a prompt has no `output`, and a result has its thoughts in `reasoning`."""
 
     instruction: Required[str]
     input: str
@@ -58,10 +57,10 @@ class Record(TypedDict, total=False):
 
 
 class Tally:
-    """Counts what was wrong with the records of a file, by cause, and keeps where each cause was met first.
+    """Counts what was wrong with the records of a file, by cause, and keeps where each cause first occurred.
 
-    With `strict` the first is an error instead: UserError with place and cause. `fixes` are the names of the faults in texts
-    (see `utils.datasets.text_faults`) that are to be fixed; the others are left, and counted.
+    With `strict` the first one is an error instead: UserError with place and cause. `fixes` names the faults in texts
+    (see `utils.datasets.text_faults`) to fix; the others are left, and counted.
     """
 
     def __init__(self, strict: bool = False, fixes: Collection[str] = ()):
@@ -83,27 +82,27 @@ class Tally:
             self._found[what, cause] = [1, shown(path, number, item)]
 
     def leave(self, fault: str, path: str | Path, number: int | str, item: Any) -> None:
-        """Count an item whose texts have a fault that is left as it is."""
+        """Count an item whose texts have a fault that is left unchanged."""
         self._left.setdefault(fault, [0, shown(path, number, item)])[0] += 1
 
     def note(self, raw: dict) -> None:
-        """Count what was read of a raw record under other names, and its fields that nothing reads."""
+        """Count fields of a raw record that were read under other names, and those that were not read."""
         self._unused.update(raw.get("unused", ()))
         self._read_as.update([raw["read_as"]] if "read_as" in raw else ())
 
     def report(self, path: str | Path) -> None:
-        """Print what was dropped and fixed, a line a cause, and fields not used. Raises UserError if nothing was kept."""
+        """Print what was dropped and fixed, one line per cause, and unused fields. Raises UserError if nothing was kept."""
         for renaming, count in self._read_as.items():
             say(f"{path}: {count:,} records: {renaming}")
         if self._unused:
             names = [f"{printable(name[:40])} ({count:,})" for name, count in self._unused.most_common(12)]
             more = f", and {len(self._unused) - 12} more" if len(self._unused) > 12 else ""
-            say(f"{path}: fields not used, with the records that have them: {', '.join(names)}{more}")
+            say(f"{path}: unused fields, with the number of records that have them: {', '.join(names)}{more}")
         for (what, cause), (count, first) in self._found.items():
             say(f"{path}: {count:,} {what}, {self.kept:,} kept: {cause}; first: {first}")
         for fault, (count, first) in self._left.items():
             way = f"data/clean.py --fix_texts {fault} {'fixes' if FAULTS[fault].fixed else 'drops'} them"
-            say(f"{path}: {count:,} kept as they are, with {FAULTS[fault].what}; {way}; first: {first}")
+            say(f"{path}: {count:,} kept unchanged, with {FAULTS[fault].what}; {way}; first: {first}")
         if not self.kept:
             dropped = [f"{cause}: {count:,}" for (what, cause), (count, _) in self._found.items() if what == "dropped"]
             causes = ", ".join(dropped) or "it holds none"
@@ -111,7 +110,7 @@ class Tally:
 
 
 class Repaired(NamedTuple):
-    """What a converter returns for an item that it had to put right, and what was wrong."""
+    """What a converter returns for an item that it repaired, and what was wrong."""
 
     raw: dict
     cause: str
@@ -124,14 +123,13 @@ def read_records(
     fixes: Collection[str] = (),
     carries: Collection[str] = (),
 ) -> Iterator[Record]:
-    """Stream the records of one file; at its end say which items were dropped, and why.
+    """Stream the records of one file; at its end print which items were dropped, and why.
 
-    The format is recognised (`utils.datasets.file_formats`), and in it alpaca records with or without history and system,
-    ShareGPT (`conversations`), OpenAI (`messages`), and plain texts, which are prompts. With `need_output` False
-    an empty or missing output is allowed, as prompts have none. With `strict` a bad record is an error. `fixes`: see `Tally`.
-    `carries`: what the template that they are for has a place for, of "tools" and "calls"; dialogues in which tools are called
-    are dropped without it.
-    Raises UserError if the file cannot be read, and, at its end, where it held no record that can be used.
+    The file format is recognized (`utils.datasets.file_formats`), and in it alpaca records with or without history and
+    system, ShareGPT (`conversations`), OpenAI (`messages`), and plain texts, which are prompts. With `need_output` False
+    an empty or missing output is allowed, as for prompts. With `strict` a bad record is an error. `fixes`: see `Tally`.
+    `carries`: which of "tools" and "calls" their template supports; without "calls", dialogues with tool calls are dropped.
+    Raises UserError if the file cannot be read or, at its end, had no usable record.
     """
     batches = ([one for place, item in batch for one in unwrapped(place, item)] for batch in read_batches(path))
     convert = functools.partial(prepared_record, carries=carries)
@@ -141,7 +139,7 @@ def read_records(
 
 
 def unwrapped(place: int | str, item: Any) -> list[Item]:
-    """Turn an item that is a text or a list of turns into a prompt or dialogue, and one that holds records into these."""
+    """Turn a text into a prompt, a list of turns into a dialogue, and an item that holds records into these."""
     if isinstance(item, str):
         return [(place, {"instruction": item})]
     held = next(iter(item.values())) if isinstance(item, dict) and len(item) == 1 and HOLDERS & item.keys() else item
@@ -153,22 +151,22 @@ def unwrapped(place: int | str, item: Any) -> list[Item]:
 
 
 def checked_first(path: str | Path, batches: Iterable[list[Item]]) -> Iterator[list[Item]]:
-    """The batches. Raises UserError if most items of the first are a set's as it is downloaded, which has to be prepared."""
+    """The batches. Raises UserError if most items of the first batch are those of a raw set that must be prepared first."""
     for number, batch in enumerate(batches):
         if number == 0:
             scripts = [script for _, item in batch if isinstance(item, dict) and (script := prepared_by(item))]
             if len(scripts) > len(batch) / 2:
                 script = max(scripts, key=scripts.count)
                 raise UserError(
-                    f"{path}: is a set as it is downloaded; first run python {script} --raw {path}, and give its files"
+                    f"{path}: is a raw downloaded set; first run python {script} --raw {path}, then give the files it writes"
                 )
         yield batch
 
 
 def prepared_record(item: dict, carries: Collection[str] = ()) -> dict:
-    """The raw record of an item. Raises InvalidRecord if it is an item of a set as it is downloaded."""
+    """The raw record of an item. Raises InvalidRecord if it is an item of a raw downloaded set."""
     if script := prepared_by(item):
-        raise InvalidRecord(f"an item as it is downloaded, for {script}")
+        raise InvalidRecord(f"an item of a raw downloaded set, for {script}")
     if not carries or item.keys() <= ALPACA:
         return as_record(item)
     return as_record_with_tools(item, carries)
@@ -184,8 +182,8 @@ def clean(
 ) -> Iterator[list[tuple[Any, Record]]]:
     """Yield the good items of each batch with their records, made by `convert` (which may raise InvalidRecord); count the rest.
 
-    Items should be objects. Where `is_new` is given, records that it denies are dropped as duplicates. At the end
-    what was dropped and repaired is printed. Raises UserError if no record was left.
+    Items should be objects. Records for which `is_new` (if given) returns False are dropped as duplicates. At the end
+    what was dropped and repaired is printed. Raises UserError if no record is left.
     """
     for batch in batches:
         records = None if is_new else all_good(batch, convert, need_output)
@@ -199,16 +197,16 @@ def clean(
 
 
 def all_good(batch: list[Item], convert: Callable[[Any], dict | Repaired], need_output: bool) -> list[Record] | None:
-    """The records of a batch in which nothing is dirty and no record has more than the three fields; else None.
+    """The records of a batch in which nothing is wrong and no record has more than the three fields; else None.
 
-    It says of a batch what `one_by_one` would, in a third of the time, as its loops are not Python's.
+    The result is that of `one_by_one`, in a third of the time, since its loops are not in Python.
     """
     if {type(item) for _, item in batch} != {dict}:
         return None
     try:
         raws = [convert(item) for _, item in batch]
         fields: Any = [[raw[name] for raw in raws] for name in FIELDS]  # type: ignore[call-overload]
-    except (InvalidRecord, KeyError, TypeError):  # TypeError: it was `Repaired`
+    except (InvalidRecord, KeyError, TypeError):  # TypeError: it is `Repaired`
         return None
     instructions, inputs, outputs = fields
     if {len(raw) for raw in raws} != {3} or {*map(type, instructions), *map(type, inputs), *map(type, outputs)} != {str}:
@@ -240,8 +238,8 @@ def one_by_one(
             if isinstance(raw, Repaired):
                 raw, cause = raw
             record, causes, left = without_faults(validate(raw, need_output), tally.fixes, need_output)
-        except InvalidRecord as dirt:
-            tally.add("dropped", str(dirt), path, number, item)
+        except InvalidRecord as error:
+            tally.add("dropped", str(error), path, number, item)
             continue
         if is_new and not is_new(record):
             tally.add("dropped", "the same as an earlier record", path, number, item)
@@ -264,14 +262,14 @@ def shown(path: str | Path, number: int | str, item: Any, width: int = 80) -> st
 
 
 def printable(text: str) -> str:
-    """A text of a file's as it may be printed: control characters and lone surrogates are escaped."""
+    """A text from a file, safe to print: control characters and lone surrogates are escaped."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def validate(raw: dict, need_output: bool = True) -> Record:
-    """A record with the known fields of `raw` in their order.
+    """A record with the known fields of `raw`, in order.
 
-    Raises InvalidRecord if one is missing, empty or no text, or where all together are longer than `LONGEST`.
+    Raises InvalidRecord if one is missing, empty or not a text, or if together they are longer than `LONGEST`.
     """
     instruction, given, output = raw.get("instruction"), raw.get("input"), raw.get("output")
     if given is None or given == []:
@@ -300,13 +298,13 @@ def validate(raw: dict, need_output: bool = True) -> Record:
         raise InvalidRecord(f"more than {LONGEST:,} characters")
     if raw.get("learn"):
         if need_output and not any(raw["learn"]):
-            raise InvalidRecord("none of its answers is to be learned")
+            raise InvalidRecord("no answer in it is to be learned")
         record["learn"] = raw["learn"]
     return cast(Record, record)
 
 
 def characters(texts: Any) -> int:
-    """How many a text has, or the texts in a list or an object."""
+    """How many characters a text has, or the texts in a list or an object."""
     if isinstance(texts, dict):
         return sum(map(characters, texts.values()))
     return sum(map(characters, texts)) if isinstance(texts, list) else len(texts) if isinstance(texts, str) else 1
@@ -315,7 +313,7 @@ def characters(texts: Any) -> int:
 def no_text(fields: dict[str, Any]) -> str:
     """Which field is not text, and what it is instead."""
     key, value = next((key, value) for key, value in fields.items() if type(value) is not str)
-    return f"{key} is missing" if value is None else f"{key} is {KINDS.get(type(value), 'no text')}"
+    return f"{key} is missing" if value is None else f"{key} is {KINDS.get(type(value), 'not a text')}"
 
 
 def checked_history(history: Any) -> list[list[str]]:
@@ -331,16 +329,16 @@ def checked_history(history: Any) -> list[list[str]]:
 
 
 def without_faults(record: Any, fixes: Collection[str], need_output: bool) -> tuple[Record, list[str], list[str]]:
-    """The record as it is kept, what was fixed in its texts, and the names of the faults that are left in them.
+    """The record to keep, what was fixed in its texts, and the names of the faults left in them.
 
-    Raises InvalidRecord if nothing can be made of it: control characters took the place of LaTeX's backslashes (in a record
-    that is to be learned, unless "latex" is among the `fixes`), or what is left after fixing is empty.
+    Raises InvalidRecord if it is unusable: control characters replaced LaTeX's backslashes (in a record to be learned,
+    unless "latex" is among the `fixes`), a fault that cannot be fixed is among them, or fixing leaves a text empty.
     """
     causes = []
     if has_broken_latex(record):
         if "latex" in fixes:
             record = with_backslashes(record)
-            causes.append("backslashes of LaTeX put back where a control character stood")
+            causes.append("LaTeX backslashes restored where there were control characters")
         elif need_output:
             raise InvalidRecord(BROKEN_LATEX)
     record, cause = cleaned(record)
@@ -355,7 +353,7 @@ def without_faults(record: Any, fixes: Collection[str], need_output: bool) -> tu
 
 
 def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write records as they come: one JSON array, UTF-8, indent 1, completely or not at all. Returns their number."""
+    """Write records as a stream: one JSON array, UTF-8, indent 1, completely or not at all. Returns their number."""
     with writers([path]) as (writer,):
         for record in records:
             writer.write([record])
@@ -364,7 +362,7 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int
 
 @contextlib.contextmanager
 def writers(paths: Sequence[str | Path]) -> Iterator[list["RecordWriter"]]:
-    """Yield a writer for each path; all files are there when the block ends, none where it ends with an error."""
+    """Yield a writer for each path; all files are there when the block ends, none if it ends with an error."""
     with contextlib.ExitStack() as stack:
         asides = [stack.enter_context(replacing(path)) for path in paths]
         files = [stack.enter_context(open(aside, "wb", buffering=1 << 20)) for aside in asides]
@@ -396,7 +394,7 @@ class RecordWriter:
             size -= self._file.write(source.read(min(size, 1 << 20)))
 
     def end(self) -> None:
-        """Make it one array: close it, and put its bracket in place of the first comma."""
+        """Complete the array: close it, and replace the first comma with its opening bracket."""
         self._file.write(b"\n]\n" if self.count else b"[]\n")
         if self.count:
             self._file.seek(0)
@@ -404,7 +402,7 @@ class RecordWriter:
 
 
 def encoded(record: Mapping[str, Any]) -> bytes:
-    """One record as it stands in an array of indent 1, without the space and brace at its end."""
+    """One record as written in an array of indent 1, without the space and brace at its end."""
     if record.keys() & {"history", "learn", "choices", "groups", "tools", "messages"}:
         return json.dumps(record, ensure_ascii=False, indent=1).replace("\n", "\n ").removesuffix(" }").encode()
-    return orjson.dumps(record, option=orjson.OPT_INDENT_2)[:-1]  # texts alone come out the same, in a tenth of the time
+    return orjson.dumps(record, option=orjson.OPT_INDENT_2)[:-1]  # for texts the result is the same, in a tenth of the time

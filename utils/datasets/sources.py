@@ -1,4 +1,4 @@
-"""What a `--data_path` stands for: files, data sets of the Hugging Face hub, or several of these with weights."""
+"""What a `--data_path` stands for: files, data sets on the Hugging Face hub, or several of these with weights."""
 
 import difflib
 import functools
@@ -15,7 +15,7 @@ from utils.datasets.folders import files_in, training_files
 from utils.files import check_plain
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_INFO = ("dataset_info*.json", "dataset_dict.json", "state.json", ".*", "*/.*", "checkpoint*")  # what holds no records
+HUB_INFO = ("dataset_info*.json", "dataset_dict.json", "state.json", ".*", "*/.*", "checkpoint*")  # files without records
 
 
 class Source(NamedTuple):
@@ -27,21 +27,21 @@ class Source(NamedTuple):
 
 
 def sources(data_path: str) -> list[Source]:
-    """Split a data path into its parts. Raises UserError if one is neither a file nor a hub name, or its weight is bad."""
+    """The parts of a data path. Raises UserError if one is neither a file nor a hub name, or its weight is bad."""
     parts = [data_path] if os.path.exists(data_path) else [part.strip() for part in str(data_path).split(",")]
     return [source_of(part, data_path) for part in parts]
 
 
 def data_files(data_path: str) -> list[Path]:
-    """The files that a data path stands for (a hub name: its downloaded files). Raises UserError if one is not there."""
+    """The files that a data path stands for (a hub name: its downloaded files). Raises UserError if one is missing."""
     return [file for source in sources(data_path) for file in source.files]
 
 
 def weighted(source: Source, count: int, seed: str) -> list[int]:
-    """The numbers of the records, of `count`, that a source's weight asks for; says how many they are.
+    """The numbers of those of `count` records that a source's weight asks for; prints how many they are.
 
-    A weight of 0.5 takes half of the records, drawn with `seed`, in their order; 2 takes each twice; 1.5 each once, and
-    half of them again.
+    A weight of 0.5 takes half of the records, drawn with `seed`, in order; 2 takes each twice; 1.5 takes each once, and half
+    of them again.
     """
     whole, wanted = int(source.weight), round(source.weight * count)
     picked = [*range(count)] * whole + sorted(random.Random(seed).sample(range(count), wanted - whole * count))
@@ -53,7 +53,7 @@ def weighted(source: Source, count: int, seed: str) -> list[int]:
 def check_validation(val_set_size: int | float, files: list[Path]) -> None:
     """Raise UserError if files hold, good and bad together, no more records than are to be kept for validation.
 
-    It reads no more than it must. How many records can be used is known later, and `validation_size` asked again.
+    It reads no more than it must. `validation_size` checks again once the number of usable records is known.
     """
     if isinstance(val_set_size, float):
         if val_set_size >= 1:
@@ -107,18 +107,18 @@ def files_of(name: str, data_path: str) -> list[Path]:
 
 
 def is_hub_name(name: str) -> bool:
-    """True if a name can only be one on the Hugging Face hub (`owner/name`): here there is not even a folder `owner`."""
+    """True if a name can only be one on the Hugging Face hub (`owner/name`): there is no local folder `owner`."""
     return bool(HUB_NAME.fullmatch(name)) and not os.path.exists(os.path.dirname(name))
 
 
 def check_base_model(base_model: str) -> None:
-    """Raise UserError if a base model is named by a path that is not a folder; a name may be one on the hub."""
+    """Raise UserError if a base model's path is not a folder; a name may be one on the hub."""
     if base_model.startswith(("/", ".")) and not os.path.isdir(base_model):
         raise UserError(f"--base_model {base_model}: no such folder; check the path of the model")
 
 
 def check_exists(path: Path) -> None:
-    """Raise UserError, with the nearest name in its folder, where a file or folder is not there."""
+    """Raise UserError, with the nearest name in its folder, if a file or folder is missing."""
     if os.path.exists(path):
         return
     if os.path.islink(path):
@@ -130,21 +130,21 @@ def check_exists(path: Path) -> None:
 
 @functools.cache
 def hub_files(name: str) -> list[Path]:
-    """Fetch a data set of the hub (or find it in the local cache); its training files, or all where none is so called."""
+    """Fetch a data set from the hub (or the local cache); returns its training files, or all if none is called that."""
     import huggingface_hub
 
-    say(f"{name}: no such file; taken for a data set of the Hugging Face hub")
+    say(f"{name}: no such file; taken for a data set on the Hugging Face hub")
     try:
         folder = huggingface_hub.snapshot_download(
             name, repo_type="dataset", allow_patterns=[f"*{ending}" for ending in ENDINGS], ignore_patterns=list(HUB_INFO)
         )
     except Exception as error:
-        raise UserError(f"{name}: no such file, and not to be had from the hub ({reason(error)}); check the name") from None
+        raise UserError(f"{name}: no such file, and not available from the hub ({reason(error)}); check the name") from None
     chosen, files = training_files(Path(folder))
     if not chosen:
         raise UserError(f"{name}: this data set holds no {', '.join(ENDINGS)} file; name a file of records instead")
     names = ", ".join(str(file.relative_to(folder)) for file in chosen)
-    say(f"{name}: reads {len(chosen)} of its {len(files)} files: {names}")
+    say(f"{name}: reading {len(chosen)} of its {len(files)} files: {names}")
     return chosen
 
 

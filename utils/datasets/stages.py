@@ -1,6 +1,6 @@
-"""What is trained follows from the form of the records: raw text, questions with answers, or preferences.
+"""The training stage follows from the form of the records: raw text, questions with answers, or preferences.
 
-Records of questions with answers can also be learned by rewards, which is the one thing that their form does not say.
+Questions with answers can also be learned by rewards, which their form does not tell.
 """
 
 import itertools
@@ -27,7 +27,7 @@ LOOKED_AT = 1000  # records of a file, to find those of another form
 STAGES = {TEXT: (TEXT,), INSTRUCTION: (INSTRUCTION, REWARD), PREFERENCE: (PREFERENCE,), LABELLED: (PREFERENCE, INSTRUCTION)}
 
 
-READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Any]]] = {  # of a file, and what the template carries of tools
+READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Any]]] = {  # of a file; `carries`: see read_records
     TEXT: lambda file, carries: read_documents(file),
     INSTRUCTION: lambda file, carries: read_records(file, carries=carries),
     PREFERENCE: lambda file, carries: read_pairs(file),
@@ -39,22 +39,22 @@ READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Any]]] = {  # of a
 def stage_of(data_path: str, asked: str = "", preference_loss: str = "", rewards: bool = False) -> str:
     """The stage that the files of a data path are trained by, by the first item of each that can be read.
 
-    That is one of READERS: pairs whose `preference_loss` is kto are learned as LABELLED answers. `asked` is the stage
-    that the user named, "" where it follows from the records and from whether there are `rewards`.
-    Raises UserError if the files are for different stages, or for another than what the options say.
+    It is a key of READERS: pairs whose `preference_loss` is kto are learned as LABELLED answers. `asked` is the stage that
+    the user named; if "", it follows from the records and from whether there are `rewards`.
+    Raises UserError if the files are for different stages, or for another than the options say.
     """
     form = form_of(data_path)
     stage = asked or (REWARD if rewards else STAGES[form][0])
     if stage not in STAGES[form]:
-        told = f"--stage {asked}" if asked else "--rewards"
-        raise UserError(f"{told}: {data_path} holds {NAMES[form]}; give other records, or leave the option out")
+        given = f"--stage {asked}" if asked else "--rewards"
+        raise UserError(f"{given}: {data_path} holds {NAMES[form]}; give other records, or leave the option out")
     if rewards != (stage == REWARD):
         fix = "give --rewards" if stage == REWARD else f"leave one of them out; rewards are for --stage {REWARD}"
         raise UserError(f"--stage {stage}: {'without' if stage == REWARD else 'with'} --rewards; {fix}")
     if stage != PREFERENCE:
         if preference_loss:
-            told = f"--preference_loss {preference_loss}: is for preferences"
-            raise UserError(f"{told}, and {data_path} holds {NAMES[form]}; give other records, or leave the option out")
+            given = f"--preference_loss {preference_loss}: is for preferences"
+            raise UserError(f"{given}, and {data_path} holds {NAMES[form]}; give other records, or leave the option out")
         return stage
     if form == LABELLED and preference_loss not in ("", "kto"):
         raise UserError(
@@ -65,7 +65,7 @@ def stage_of(data_path: str, asked: str = "", preference_loss: str = "", rewards
 
 
 def form_of(data_path: str) -> str:
-    """The form of the records in all files of a data path. Raises UserError if they are of different ones."""
+    """The form of the records in all files of a data path. Raises UserError if they differ."""
     forms = {file: form_of_file(file) for file in data_files(data_path)}
     first, *others = forms
     for other in others:

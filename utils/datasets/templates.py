@@ -20,7 +20,7 @@ Parts = list[tuple[str, str | None]]  # literal text, then the name of the field
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One question as the model reads it, and its answer ("" where the answer is still to come)."""
+    """One question as the model reads it, and its answer ("" if it is still to come)."""
 
     prompt: str
     answer: str
@@ -30,16 +30,16 @@ class Prompter:
     """A template by name (a file of `templates/`) or by path.
 
     A template's `prompt_input` and `prompt_no_input` are the text before the first answer, for records with and
-    without an input; `turn_input` and `turn_no_input` the same for later turns of a dialogue. Where these are
-    missing, the blocks of the first prompt are repeated without its preamble, which is every block (blocks are
-    separated by blank lines) before the one that holds `{instruction}`.
-    Raises UserError naming file and key where the template is missing, or not of this form.
+    without an input; `turn_input` and `turn_no_input` the same for later turns of a dialogue. If these are missing,
+    the first prompt is repeated without its preamble, which is every block (blocks are separated by blank lines)
+    before the one that contains `{instruction}`.
+    Raises UserError, naming file and key, if the template is missing or not of this form.
     """
 
-    carries: frozenset[str] = frozenset()  # tools have no place in these templates
+    carries: frozenset[str] = frozenset()  # these templates do not support tools
 
     def __init__(self, template: str = "", texts: dict[str, str] | None = None):
-        """`texts` are those of a template read before, as a lineage records them: no file is read then."""
+        """`texts`: those of a template as a lineage records them, so that no file is read."""
         self.path = Path(template) if texts else find_template(template or "alpaca")
         self.texts = texts or read_template(self.path)
         self.parts = {key: parse(text, f"{self.path}, key {key}") for key, text in self.texts.items() if key in PROMPTS}
@@ -51,12 +51,12 @@ class Prompter:
 
     @property
     def stop_strings(self) -> list[str]:
-        """What opens the next turn's question: a model that writes it has forgotten to stop."""
+        """What opens the next turn's question: a model that writes it has failed to stop."""
         heading = self.texts["turn_no_input"].partition("{instruction}")[0].strip()
         return [heading] if heading else []
 
     def turns(self, record: Record) -> list[Turn]:
-        """Render a record, its history first; a `system` text of the record takes the preamble's place."""
+        """Render a record, its history first; a record's `system` text replaces the preamble."""
         pairs = [*(record.get("history") or []), (record["instruction"], record.get("output") or "")]
         turns = []
         for index, (question, answer) in enumerate(pairs):
@@ -69,7 +69,7 @@ class Prompter:
         return turns
 
     def generate_prompt(self, instruction: str, input: str | None = None, label: str | None = None) -> str:
-        """The text of one single-turn record, with the answer `label` where it is given."""
+        """The text of one single-turn record, with the answer `label` if given."""
         turn = self.turns({"instruction": instruction, "input": input or "", "output": label or ""})[0]
         return turn.prompt + turn.answer
 
@@ -78,7 +78,7 @@ class Prompter:
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """The thoughts of an answer and what it says after them; thoughts that never end leave nothing said.
+    """The thoughts of an answer and the reply after them; unfinished thoughts leave an empty reply.
 
     A prompt may have opened the thoughts already, so that only their end is in the text.
     """
@@ -89,7 +89,7 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 def without_thoughts(text: str) -> str:
-    """A text without what stands in `<think>…</think>` anywhere in it; a thought that never ends goes on to its end."""
+    """A text without its `<think>…</think>` parts; an unfinished thought extends to the end of the text."""
     return THOUGHTS.sub("", text)
 
 
@@ -100,7 +100,7 @@ def check_template(name: str) -> None:
 
 
 def find_template(name: str) -> Path:
-    """The file of a template given by name or path. Raises UserError, listing the names there are."""
+    """The file of a template given by name or path. Raises UserError, listing the known names."""
     path = Path(name) if name.endswith(".json") else TEMPLATES / f"{name}.json"
     if not path.is_file() or (path.parent != TEMPLATES and not name.endswith(".json")):
         names = ", ".join([CHAT, *sorted(file.stem for file in TEMPLATES.glob("*.json"))])
@@ -109,14 +109,14 @@ def find_template(name: str) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError if another program asks for a template that is not one of `templates/`: it must not name files."""
+    """Raises UserError if a client asks for a template that is not in `templates/`: it must not name files."""
     names = sorted(file.stem for file in TEMPLATES.glob("*.json"))
     if name and name not in names:
         raise UserError(f"template {name[:40]}: no such template; choose one of {', '.join(names)}")
 
 
 def read_template(path: Path) -> dict[str, str]:
-    """Read and check a template; the two texts for later turns are added where it has none."""
+    """Read and check a template; the two texts for later turns are added if missing."""
     texts = read_json(path)
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise UserError(f"{path}: a template is a JSON object of texts; see templates/README.md")
@@ -147,7 +147,7 @@ def parse(text: str, where: str) -> Parts:
     try:
         pieces = list(string.Formatter().parse(text))
     except ValueError as error:
-        raise UserError(f"{where}: {error}; double a brace that is meant literally") from None
+        raise UserError(f"{where}: {error}; double each brace that is meant literally") from None
     for _, field, spec, conversion in pieces:
         if field is not None and (field not in ("instruction", "input") or spec or conversion):
             raise UserError(f"{where}: unknown placeholder {{{field}}}; use {{instruction}} or {{input}}, or double the braces")
@@ -155,7 +155,7 @@ def parse(text: str, where: str) -> Parts:
 
 
 def without_preamble(prompt: str) -> str:
-    """The blocks of a prompt from the one that holds `{instruction}` on."""
+    """The blocks of a prompt, starting with the one that contains `{instruction}`."""
     blocks = prompt.split("\n\n")
     first = next((index for index, block in enumerate(blocks) if "{instruction}" in block), 0)
     return "\n\n".join(blocks[first:])

@@ -1,4 +1,4 @@
-"""The encoding of a text file: one for the whole file, decided by all of its bytes, and printed if it is not UTF-8."""
+"""The encoding of a text file: one for the whole file, decided from all of its bytes, and printed if it is not UTF-8."""
 
 import codecs
 import contextlib
@@ -13,16 +13,16 @@ from utils.console import UserError, say
 CHUNK = 1 << 20  # bytes
 MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 NAMES = {"utf-32": "UTF-32", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "gb18030": "GB18030 (GBK)"}
-SEQUENCE = re.compile(rb"[\xe1-\xef][\x80-\xbf]{2}")  # of a Chinese character in UTF-8; in GBK such bytes are rare
+SEQUENCE = re.compile(rb"[\xe1-\xef][\x80-\xbf]{2}")  # a Chinese character in UTF-8; in GBK such bytes are rare
 PAIR = re.compile(rb"[\x81-\xfe][\x40-\x7e\x80-\xfe]")
-COMMON = re.compile(rb"[\xa1-\xf7][\xa1-\xfe]")  # the part of GBK that simplified Chinese is written with (GB 2312)
+COMMON = re.compile(rb"[\xa1-\xf7][\xa1-\xfe]")  # the part of GBK used for simplified Chinese (GB 2312)
 MOST = 0.75
 
 known: dict[tuple, str] = {}  # the encodings found so far, by path and version
 
 
 def as_utf8(path: Path, file: IO[bytes]) -> IO[bytes]:
-    """The file, at its beginning, as bytes of UTF-8. Raises UserError if it is text in an encoding that is not known."""
+    """The file, from its beginning, as UTF-8 bytes. Raises UserError if its encoding is unknown."""
     status = os.stat(path)
     encoding = encoding_of(path, (status.st_ino, status.st_size, status.st_mtime_ns), file)
     file.seek(0)
@@ -30,7 +30,7 @@ def as_utf8(path: Path, file: IO[bytes]) -> IO[bytes]:
 
 
 def encoding_of(path: Path, version: tuple, file: IO[bytes]) -> str:
-    """The encoding of a file, found once for each `version` of it and printed if it is not UTF-8."""
+    """The encoding of a file, detected once for each `version` of it and printed if it is not UTF-8."""
     if (path, version) not in known:
         encoding = known[path, version] = detect(path, file)
         if encoding != "utf-8":
@@ -39,10 +39,10 @@ def encoding_of(path: Path, version: tuple, file: IO[bytes]) -> str:
 
 
 def detect(path: Path, file: IO[bytes]) -> str:
-    """UTF-8 if all bytes are, or most of what is not ASCII; else UTF-16 or GB18030 if all bytes are.
+    """UTF-8 if all bytes, or most of the non-ASCII ones, are valid in it; else UTF-16 or GB18030 if all bytes are valid.
 
-    A file that is none of these is left as UTF-8 if little of it is not ASCII, so that only the records with the bad bytes
-    are dropped. Raises UserError for any other.
+    A file in none of these that is almost all ASCII is read as UTF-8, so that only the records with bad bytes are dropped.
+    Raises UserError for any other file.
     """
     head = file.read(4096)
     file.seek(0)
@@ -66,7 +66,7 @@ def detect(path: Path, file: IO[bytes]) -> str:
 
 
 def is_all(file: IO[bytes], encoding: str) -> bool:
-    """True if a whole file is text in that encoding; one of UTF-8 may be cut off within its last character."""
+    """True if a whole file is valid in that encoding; a UTF-8 file may be cut off within its last character."""
     decoder = codecs.getincrementaldecoder(encoding)()
     file.seek(0)
     try:
@@ -79,7 +79,7 @@ def is_all(file: IO[bytes], encoding: str) -> bool:
 
 
 def counts(file: IO[bytes]) -> tuple[int, ...]:
-    """Of a file: all bytes, those beyond ASCII, three-byte sequences of UTF-8, pairs of GBK, and the common ones of these."""
+    """A file's numbers of bytes, non-ASCII bytes, three-byte UTF-8 sequences, GBK pairs, and common ones among these."""
     file.seek(0)
     found = [0] * 5
     while lines := file.readlines(CHUNK):
@@ -92,7 +92,7 @@ def counts(file: IO[bytes]) -> tuple[int, ...]:
 
 
 class Transcoded(io.RawIOBase):
-    """A file of another encoding as bytes of UTF-8; what is damaged in it stays bytes that are not UTF-8."""
+    """A file of another encoding as UTF-8 bytes. Raises UserError when it reads a damaged part."""
 
     def __init__(self, path: Path, file: IO[bytes], encoding: str):
         self._path, self._file, self._encoding = path, file, encoding
@@ -109,7 +109,7 @@ class Transcoded(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go back to the beginning, the only place that can be gone to."""
+        """Go back to the beginning, the only position supported."""
         if offset or whence:
             raise io.UnsupportedOperation("only to the beginning")
         self._text.detach()
@@ -130,7 +130,7 @@ class Transcoded(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Leave the file itself to who opened it."""
+        """Close this, but leave the underlying file to whoever opened it."""
         with contextlib.suppress(ValueError):  # closed or detached already
             self._text.detach()
         super().close()

@@ -1,4 +1,4 @@
-"""What in a record's texts comes from how a file was written, not from who wrote the text: found, and fixed if asked."""
+"""Faults in a record's texts that come from how the file was produced, not from the author: found, and fixed on request."""
 
 import html
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-# What JSON makes of LaTeX with single backslashes: \beta begins with a backspace, \frac with a form feed, \times with a tab.
+# What a JSON parser makes of LaTeX's single backslashes: a backspace in \beta, a form feed in \frac, a tab in \times.
 LATEX = re.compile(
     r"\x08(?=[A-Za-z])|\f(?=[A-Za-z])|\r(?=ight|ho\b|angle|ceil|floor|m\b|aise|ef\b)"
     r"|\t(?=imes\b|heta\b|ext(?:bf|it|rm|tt)?\{|frac\b|riangle|herefore\b|ilde\b)|\n(?=abla\b|otin\b|eq\b)"
@@ -26,7 +26,7 @@ CLEANED = {
 
 
 class Fault(NamedTuple):
-    """A fault that is reported: the mark that a text with it holds, how to find it, and how to fix it (None: not at all)."""
+    """A fault that is reported: a substring of every text with it, how to find it, and how to fix it (None: it cannot be)."""
 
     what: str
     mark: str
@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 
 
 def has_escaped_lines(text: str) -> bool:
-    """True for a text on one line that has a backslash and an n where its lines end."""
+    """True for a text on one line that has a backslash and an n in place of line breaks."""
     return "\n" not in text and ESCAPED_LINE.search(text) is not None
 
 
@@ -54,7 +54,7 @@ FIXES = ("all", *FAULTS, "latex")
 
 
 def is_clean(joined: str, texts: Collection[str]) -> bool:
-    """True if nothing is to be fixed or reported in texts, of which `joined` is all in one; of a batch, so it is quick."""
+    """True if there is nothing to fix or report in a batch of texts, where `joined` is all of them; a quick check."""
     if CONTROL.search(joined) or any(mark in joined for mark in ("\ufeff", "\\n", "\nabla", "\notin", "\neq")):
         return False
     if "\t" in joined and LATEX.search(joined):
@@ -88,17 +88,17 @@ def changed(record: dict, change: Callable[[str], str]) -> dict:
 
 
 def has_broken_latex(record: dict) -> bool:
-    """True if a text has a control character in place of a backslash and a letter."""
+    """True if a text has a control character in place of a LaTeX backslash and letter."""
     return any(LATEX.search(text) for text in texts_of(record))
 
 
 def with_backslashes(record: dict) -> dict:
-    """The record with the backslashes of LaTeX put back where a control character took their place."""
+    """The record with LaTeX backslashes restored where control characters replaced them."""
     return changed(record, lambda text: LATEX.sub(lambda found: "\\" + LETTERS[found[0]], text))
 
 
 def cleaned(record: dict) -> tuple[dict, str]:
-    """The record with line feeds alone, no byte-order marks and no other control characters; what was there ("": nothing)."""
+    """The record with only LF line breaks and no byte-order marks or control characters; and what was removed ("": nothing)."""
     breaks = changed(record, lambda text: text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", ""))
     whole = changed(breaks, lambda text: CONTROL.sub("", text))
     return whole, CLEANED["controls"] if whole != breaks else CLEANED["breaks"] if breaks != record else ""

@@ -1,7 +1,7 @@
-"""Dialogues with tools, in the forms in which they are published, as messages that chat templates take.
+"""Dialogues with tools, in the formats in which they are published, as messages that chat templates take.
 
-Known are OpenAI's (`tool_calls` on an assistant's message, the role `tool`, and the older `function_call` and `function`) and
-those of ShareGPT, LLaMA-Factory and ms-swift (turns of `function_call` or `tool_call`, and of `observation` or
+It knows OpenAI's (`tool_calls` on an assistant's message, the role `tool`, and the older `function_call` and `function`)
+and those of ShareGPT, LLaMA-Factory and ms-swift (turns of `function_call` or `tool_call`, and of `observation` or
 `tool_response`), with `tools` on the record as a list, or as JSON.
 """
 
@@ -33,15 +33,15 @@ from utils.datasets.item_formats import (
 )
 
 Message = dict[str, Any]
-CARRIED = ("tools", "calls")  # what a template may have a place for: the tools' definitions, and calls with their results
+CARRIED = ("tools", "calls")  # what a template may support: the tools' definitions, and calls with their results
 CALL_ROLES = ("function_call", "tool_call")
-DEFINITIONS = ("tools", "functions")  # functions: as OpenAI called them first
+DEFINITIONS = ("tools", "functions")  # functions: OpenAI's first name for them
 FIELDS_OF_CALLS = {"tool_calls", "function_call", "tool_call_id", "name", "id", "type"}
 
 
 def as_record_with_tools(item: dict, carries: Collection[str]) -> dict:
-    """Make one item a raw record that keeps what its template `carries`, of "tools" and "calls": `tools`, and `messages` where
-    tools are called. Raises InvalidRecord."""
+    """Convert an item into a raw record that keeps what its template `carries` of "tools" and "calls": `tools`, and `messages`
+    if tools are called. Raises InvalidRecord."""
     given = next((item[name] for name in DEFINITIONS if item.get(name)), None) if "tools" in carries else None
     rest = {name: item[name] for name in item if given is None or name not in DEFINITIONS}
     key, turns = dialogue_in(rest) if "calls" in carries else ("", [])
@@ -59,13 +59,13 @@ def dialogue_in(item: dict) -> tuple[str, list[dict]]:
 
 
 def name_of_role(turn: dict) -> str:
-    """The role of a turn as the file has it."""
+    """The role of a turn as written in the file, in lower case."""
     role = turn.get("role") if turn.get("role") is not None else turn.get("from")
     return role.lower() if isinstance(role, str) else ""
 
 
 def is_about_tools(turn: dict) -> bool:
-    """True for a turn that calls a tool, or says what one returned."""
+    """True for a turn that calls a tool or gives a tool's result."""
     return name_of_role(turn) in TOOL_ROLES or any(turn.get(name) for name in CALLS)
 
 
@@ -92,8 +92,8 @@ def called(item: dict, key: str, turns: list[dict]) -> dict:
 def as_messages(turns: list[dict]) -> tuple[list[Message], list[bool]]:
     """Turns as messages with the roles system, user, assistant and tool; and which of the assistant's are to be learned.
 
-    Calls that follow each other, or a text, without a result between them are one message. A result without an id answers
-    the first call that has no result yet.
+    Calls that directly follow each other or an assistant's text belong to one message. A result without an id answers the
+    first call that has no result yet.
     """
     messages: list[Message] = []
     flags: list[bool] = []
@@ -118,7 +118,7 @@ def as_messages(turns: list[dict]) -> tuple[list[Message], list[bool]]:
 
 
 def spoken(turn: dict) -> str:
-    """What an assistant says and thinks beside its calls."""
+    """An assistant's text and thoughts beside its calls."""
     text = checked_text(content_of(turn.get("content") if turn.get("content") is not None else turn.get("value") or ""))
     thought = next((turn[name] for name in THOUGHTS if turn.get(name)), None)
     return with_thought(thought, text) if thought is not None else text
@@ -134,7 +134,7 @@ def checked_text(text: Any) -> str:
 def calls_of(turn: dict, before: int) -> list[dict]:
     """The calls of a turn as OpenAI writes them, each with an id; `before`: how many the dialogue has had.
 
-    Arguments stay as they are, JSON or an object. Raises InvalidRecord if a call has no name, or its arguments are no object.
+    Arguments are left as JSON or an object. Raises InvalidRecord if a call has no name, or its arguments are not an object.
     """
     found = turn.get("tool_calls") or turn.get("function_call")
     if not found:
@@ -155,7 +155,7 @@ def calls_of(turn: dict, before: int) -> list[dict]:
 
 
 def result(turn: dict, before: list[Message]) -> Message:
-    """What a tool returned, with the id and the name of the call that it answers."""
+    """A tool's result, with the id and name of the call that it answers."""
     content = parsed_result(turn.get("content") if turn.get("content") is not None else turn.get("value"))
     calls = [call for message in before for call in message.get("tool_calls", ())]
     answered = {message["tool_call_id"] for message in before if message["role"] == "tool"}
@@ -181,7 +181,7 @@ def parsed_result(content: Any) -> str:
 
 
 def parsed_json(value: Any) -> Any:
-    """What a text says as JSON; any other value as it is. Raises InvalidRecord if it is no JSON."""
+    """A text parsed as JSON; any other value unchanged. Raises InvalidRecord if a text is not JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -216,7 +216,7 @@ def definitions(given: Any) -> list[dict]:
 
 
 def open_part(messages: list[Message]) -> list[Message]:
-    """The messages up to the last question or result: without the answer, where it is there."""
+    """The messages up to the last question or result, without the final answer if there is one."""
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
