@@ -83,8 +83,8 @@ def test_answers_stand_beside_the_weights_in_the_order_of_the_input(place, capsy
     assert found[0] == found[3]
     assert "\\u4f60" not in (place / "a" / "test.json").read_text("utf-8")
     said = capsys.readouterr().out
-    assert "1 of 5 prompts are equal" in said
-    assert "reached their limit of tokens" in said
+    assert "1 of 5 prompts equal" in said
+    assert "reached the token limit" in said
     assert not list((place / "a").glob("*.journal"))
 
 
@@ -255,7 +255,7 @@ def test_answers_longer_than_planned_for_are_cut_into_batches_that_fit(place, mo
     step = DecodingBatch.step
     monkeypatch.setattr(DecodingBatch, "step", lambda self, tokens: (held.append(self.mask.numel()), step(self, tokens)))
     run(*line, "--output_path", place / "cut.json", tokens=24)
-    assert "longer than planned for: they are computed in" in capsys.readouterr().out
+    assert "longer than planned for; they are computed in" in capsys.readouterr().out
     assert max(held) <= 2 * beams * (longest + 24)
     assert answers(place / "cut.json") == answers(place / "plain.json")
 

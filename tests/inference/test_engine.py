@@ -305,7 +305,7 @@ def test_weights_are_merged_where_memory_has_room_for_the_sums(folder, monkeypat
         with engine.merged("a"):
             assert layer.get_base_layer().weight is original
             assert torch.allclose(engine.model(ids).logits, expected, atol=1e-4)
-        assert "a: memory has no room for merged weights" in capsys.readouterr().out
+        assert "a: no memory for merged weights" in capsys.readouterr().out
         short.setattr(engine_module, "MERGED_SHARE", 0)
         assert engine.merged_bytes("a") == 0 and engine.room_as("a") == engine.room
         with engine.merged("a"):
@@ -372,7 +372,7 @@ def test_what_contradicts_an_adapters_lineage_is_an_error(folder, tmp_path):
     with pytest.raises(UserError, match=r"--prompt_template alpaca: .*mine"):
         resolve("", [str(adapter)], "alpaca")
     template.write_text((TEMPLATES / "vigogne.json").read_text("utf-8"), "utf-8")
-    with pytest.raises(UserError, match="changed after the training"):
+    with pytest.raises(UserError, match="has changed since training"):
         resolve("", [str(adapter)], "")
     tiny.adapter(other, tmp_path / "stranger", 1)
     with pytest.raises(UserError, match="several bases"):

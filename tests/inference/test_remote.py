@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_and_a_refused_setting_is_left_out(serve, script, 
         ([], "--api_model: missing; .* serves f1, f2"),
         (["--api_model", "f1", "--api_route", "completions"], "needs a tokenizer"),
         (["--api_model", "f1", "--api_route", "chat", "--prompt_template", "alpaca"], "the server's own is used"),
-        (["--api_model", "f1", "--no_repeat_ngram_size", 2], "not a part of the protocol"),
+        (["--api_model", "f1", "--no_repeat_ngram_size", 2], "not part of the protocol"),
         (["--api_model", "f1", "--load_8bit"], "the server has the weights"),
     ],
 )

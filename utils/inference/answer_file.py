@@ -1,4 +1,4 @@
-"""A file of answers in the making: a journal beside it until it is there, then a note of how it was made."""
+"""A result file while it is being made: a journal beside it until it is complete, then a note of how it was made."""
 
 import contextlib
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ from utils.journal import Journal
 
 
 def made_path(path: Path) -> Path:
-    """Where it stands how the answers in `path` were made."""
+    """The file that records how the answers in `path` were made."""
     return path.with_name(f".{path.name}.made")
 
 
 class AnswerFile:
-    """The result `path`; `header`: what has to be the same for an answer to be the same; `facts`: what else a reader of
-    tables wants to know of it, `template` and `dtype`."""
+    """The result file `path`; `header`: everything that determines an answer; `facts`: what else tables show about it,
+    `template` and `dtype`."""
 
     def __init__(self, path: Path, header: dict[str, Any], facts: dict[str, str]):
         self.path, self.header, self.facts = path, header, facts
@@ -27,7 +27,7 @@ class AnswerFile:
         self.journal_path = path.with_name(f".{path.name}.journal")
 
     def is_done(self) -> bool:
-        """True where the result is what this very run would make, untouched since; prints that."""
+        """True, with a notice, if the result is what this run would make, and unchanged since."""
         if not (self.path.is_file() and self.made.is_file()):
             return False
         made = read_json(self.made)
@@ -38,23 +38,23 @@ class AnswerFile:
         return True
 
     def open_journal(self, overwrite: bool) -> Journal:
-        """The journal beside the result; one of other settings is replaced where `overwrite` asks for it."""
+        """The journal beside the result; one with other settings is replaced if `overwrite`."""
         try:
             return Journal(self.journal_path, self.header)
         except UserError:
             if not overwrite:
                 raise
-            say(f"{self.journal_path}: of an unfinished run with other settings; started over")
+            say(f"{self.journal_path}: belongs to an unfinished run with other settings; starting over")
             self.journal_path.unlink()
             return Journal(self.journal_path, self.header)
 
     def finish(self, records: Iterable[Record]) -> None:
-        """Write the result, and beside it how it was made."""
+        """Write the result, and beside it the record of how it was made."""
         write_records(self.path, records)
         write_json(self.made, self.header | self.facts | {"sha256": sha256(self.path)})
 
     def _drop_finished_journal(self) -> None:
-        """Remove the journal of this very run, where a kill kept it from doing so; another run's stays."""
+        """Remove this run's journal if a kill left it behind; another run's stays."""
         if self.journal_path.exists():
             with contextlib.suppress(UserError):
                 Journal(self.journal_path, self.header).close(done=True)

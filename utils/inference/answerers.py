@@ -1,4 +1,4 @@
-"""Who answers: adapters, or the base alone; on which base, and with which template, as their own records say."""
+"""The models that answer: adapters, or the base alone; on which base and with which template, from their own records."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from utils.models import quantized
 from utils.models.tokenizer_files import CONFIG, TEMPLATE
 from utils.models.weights import base_folder, refuse_adapter, weight_files
 
-BASE = "base"  # what the model without an adapter is called
+BASE = "base"  # the name of the model without an adapter
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatModel:
-    """Who answers: an adapter, or the base alone (`folder` None); with the template it was trained on."""
+    """A model that answers: an adapter, or the base alone (`folder` None); with the template it was trained on."""
 
     name: str
     folder: Path | None
@@ -29,18 +29,18 @@ class ChatModel:
 
 
 def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) -> tuple[str, list[ChatModel]]:
-    """The base model and who answers on it, from the options and from the adapters' own records.
+    """The base model and the models that answer on it, from the options and from the adapters' own records.
 
-    Without adapters the base answers. Where `base_model` or `prompt_template` is "", the adapters' lineage says it.
-    Raises UserError if an adapter is missing or broken, where neither options nor adapters name a base, where
-    what they say differs from what was given, or from each other, and where the base is none that can be loaded.
+    Without adapters the base answers. If `base_model` or `prompt_template` is "", the adapters' lineage decides.
+    Raises UserError if an adapter is missing or broken, if neither options nor adapters name a base, if the adapters
+    contradict the options or each other, or if the base cannot be loaded.
     """
     from utils.models.architecture import read_architecture
 
     names = labels(lora_weights)
     lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]
     for folder in lora_weights:
-        adapters.open_tensors(folder)  # so that a broken one is refused before the base is loaded
+        adapters.open_tensors(folder)  # refuses a broken one before the base is loaded
     found = {folder: (settings.read_settings(folder), lineage.read(folder)) for folder in lora_weights}
     if not base_model:
         recorded = [(known or {}).get("base") for _, known in found.values()]
@@ -50,7 +50,7 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
         settings.refuse_biases(known_settings, folder, base_model)
     base = base_folder(base_model)
     refuse_adapter(base)
-    config = read_architecture(base)  # before the tokenizer, whose library reads the same config.json
+    config = read_architecture(base)  # before the tokenizer, whose library also reads config.json
     weight_files(base)
     quantized.check(base, config)
     if any(known and known.get("base") for _, known in found.values()):
@@ -66,27 +66,27 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
 
 
 def own_template(base: Path) -> str:
-    """The template to ask a base with that has no adapter: its own chat template if it has one, which is printed."""
+    """The template for a base without adapters: its own chat template if it has one, which is printed, else alpaca."""
     config = read_json(base / CONFIG) if (base / CONFIG).is_file() else {}
     if (base / TEMPLATE).is_file() or (isinstance(config, dict) and config.get("chat_template")):
-        say(f"{base}: has a chat template, with which it is asked (--prompt_template: another)")
+        say(f"{base}: has a chat template, which is used (--prompt_template names another)")
         return CHAT
     return "alpaca"
 
 
 def with_base(answerers: list[ChatModel]) -> list[ChatModel]:
-    """The base, asked with the template of the first adapter, and the adapters."""
+    """The base, with the template of the first adapter, and the adapters."""
     return answerers if answerers[0].folder is None else [ChatModel(BASE, None, answerers[0].template, None), *answerers]
 
 
 def named_base(written: dict[str, Any], known: dict[str, Any] | None) -> str:
-    """The base that an adapter's lineage names, else its `adapter_config.json`; "" where neither does."""
+    """The base that an adapter's lineage names, else its `adapter_config.json`; "" if neither does."""
     recorded = (known or {}).get("base") or {}
     return recorded.get("name") or written.get("base_model_name_or_path") or ""
 
 
 def common_base(bases: dict[str, str], recorded: Sequence[dict[str, Any] | None] = ()) -> str:
-    """The one base that all adapters name; of copies, which the fingerprints `recorded` tell, the first that is there."""
+    """The one base that all adapters name; among copies, listed by the fingerprints `recorded`, the first that exists."""
     if not bases:
         raise UserError("--base_model: missing; give the folder of a model, or --lora_weights with a lineage.json")
     for folder, base in bases.items():
@@ -96,20 +96,20 @@ def common_base(bases: dict[str, str], recorded: Sequence[dict[str, Any] | None]
         prints = [base["fingerprint"] for base in recorded if base]
         if len(prints) == len(bases) and not any(lineage.differences(prints[0], other) for other in prints[1:]):
             return next((base for base in bases.values() if Path(base).is_dir()), next(iter(bases.values())))
-        told = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
-        raise UserError(f"--lora_weights: trained on several bases ({told}); give --base_model, or adapters of one base")
+        listed = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
+        raise UserError(f"--lora_weights: trained on several bases ({listed}); give --base_model, or adapters of one base")
     return next(iter(bases.values()))
 
 
 def choose_template(given: str, known: dict[str, Any] | None, folder: str) -> str:
-    """The template to ask an adapter with.
+    """The template for an adapter.
 
-    Raises UserError if the one given is not the one it was trained on, or that one has been changed since.
+    Raises UserError if the one given is not the one it was trained with, or that one has changed since.
     """
     trained = known["options"].get("prompt_template_name") if known else None
     if not known or not trained:
         if not given:
-            say(f"{folder}: records no template; alpaca is used, as by alpaca-lora")
+            say(f"{folder}: records no template; alpaca is used, as in alpaca-lora")
         return given or "alpaca"
     recorded = lineage.template_of(known)
     if CHAT in (given or trained, trained):
@@ -124,21 +124,21 @@ def choose_template(given: str, known: dict[str, Any] | None, folder: str) -> st
         if given:
             fix = f"leave --prompt_template out, or give {trained}"
             raise UserError(f"--prompt_template {given}: {folder} was trained with {trained}; {fix}")
-        raise UserError(f"{folder}: its template {trained} was changed after the training; put the old one back")
+        raise UserError(f"{folder}: its template {trained} has changed since training; restore the old one")
     return given or trained
 
 
 def tokenizer_home(answerer: ChatModel, base_model: str) -> str | Path:
-    """The folder of an answerer's tokenizer: the adapter's own where it has one, else the base's."""
+    """The folder of an answerer's tokenizer: the adapter's if it has one, else the base's."""
     if answerer.folder and any((answerer.folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return answerer.folder
     return base_model
 
 
 def labels(folders: Sequence[str]) -> list[str]:
-    """A short, distinct name for each adapter: its folder's name, with as many parents as it takes."""
+    """A short, distinct name for each adapter: its folder's name, with as many parent folders as necessary."""
     if len(set(folders)) < len(folders):
-        raise UserError("--lora_weights: the same folder twice; name each adapter once")
+        raise UserError("--lora_weights: names the same folder twice; name each adapter once")
     parts = [Path(folder).absolute().parts for folder in folders]
     for count in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-count:]) for part in parts]

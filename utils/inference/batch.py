@@ -1,4 +1,4 @@
-"""Batch runs: a file or folder of prompts in, `test.json` out, each answer on the disk when it is there."""
+"""Batch runs: a file or folder of prompts in, `test.json` out; each answer is saved as soon as it is finished."""
 
 import dataclasses
 import math
@@ -22,46 +22,46 @@ from utils.journal import Journal
 from utils.memory import is_out_of_memory
 
 Plan = list[list[int]]  # batches of positions among the distinct prompts
-EXPECTED = 256  # tokens of an answer that batches are planned for; what is longer is noticed on the way
-ROWS = 128  # more than these at once make a step longer without making it worth more
-PADDED = 1.5  # a batch's cache has at most this many columns for each one that holds a token
+EXPECTED = 256  # tokens per answer that batches are planned for; longer answers are replanned during the run
+ROWS = 128  # more rows than this slow a step down without more tokens per second
+PADDED = 1.5  # a batch's cache has at most this many columns for each that holds a token
 
 
 def run(
     engine: Engine, outputs: list[Path], records: list[Record], settings: SamplingParams, batch_size: int, overwrite: bool
 ) -> None:
-    """Answer `records` as each of the engine's answerers in turn, into the files `outputs`.
+    """Answer `records` with each of the engine's answerers in turn, into the files `outputs`.
 
-    `batch_size` 0 means batches by a budget of tokens. Raises UserError before the first answer where a prompt is
-    too long for the model, or an unfinished run of other settings is in the way.
+    `batch_size` 0 means batches by a budget of tokens. Raises UserError before the first answer if a prompt is too
+    long for the model, or there is an unfinished run with other settings.
     """
     tasks = []
     for one, path in zip(engine.answerers, outputs, strict=True):
         tasks.append(Task(engine, one.name, path, records, settings))
     for task in tasks:
         with locked(task.path):
-            check_output(task.path, records, overwrite)  # once more: until here another run may have written it
+            check_output(task.path, records, overwrite)  # again: another run may have written it meanwhile
             task.answer_all(batch_size, overwrite)
 
 
 class Task:
-    """One answerer's run over all prompts. Prompts of equal ids are answered once."""
+    """One answerer's run over all prompts. Prompts with equal ids are answered once."""
 
     def __init__(self, engine: Engine, name: str, path: Path, records: list[Record], settings: SamplingParams):
         self.engine, self.name, self.path, self.records, self.settings = engine, name, path, records, settings
         without = sum(bool(record.get("tools")) for record in records) * ("tools" not in engine.prompter(name).carries)
         if without:
-            say(f"{name}: {without} prompts have tools, for which its template {engine.prompter(name).name} has no place")
-        with progress(records, desc="encoding", leave=False) as bar:  # which an error ends, and stands on a line of its own
+            say(f"{name}: {without} prompts have tools, which its template {engine.prompter(name).name} does not support")
+        with progress(records, desc="encoding", leave=False) as bar:  # an error ends it and gets its own line
             encoded = [tuple(engine.encode(name, record)) for record in bar]
         self.prompts: list[Ids] = [list(ids) for ids in dict.fromkeys(encoded)]
         places = {tuple(ids): place for place, ids in enumerate(self.prompts)}
         self.places = [places[ids] for ids in encoded]
-        self.room: float = 0  # for the tokens of a batch
+        self.room: float = 0  # tokens that a batch may have in memory
         self.check_lengths()
 
     def check_lengths(self) -> None:
-        """Print what the model's window leaves for the answers. Raises UserError if it leaves nothing."""
+        """Print how much of the model's window is left for the answers. Raises UserError if nothing is."""
         limits = [self.engine.limit(prompt, self.settings) for prompt in self.prompts]
         for number, place in enumerate(self.places, 1):
             if limits[place] < 1:
@@ -77,21 +77,21 @@ class Task:
             )
 
     def answer_all(self, batch_size: int, overwrite: bool) -> None:
-        """Answer what the journal does not hold yet, then write the result, and beside it how it was made."""
+        """Answer what the journal does not have yet, then write the result and the record of how it was made."""
         facts = {"template": self.engine.prompter(self.name).name, "dtype": self.engine.placement.numbers}
         file = AnswerFile(self.path, self.header(), facts)
         if not overwrite and file.is_done():
             return
         doubles = len(self.records) - len(self.prompts)
         if doubles:
-            say(f"{doubles} of {len(self.records)} prompts are equal to an earlier one and answered with it")
-        self.room = self.engine.batch_room(self.name)  # which loads the model, before there is a journal
+            say(f"{doubles} of {len(self.records)} prompts equal an earlier one and share its answer")
+        self.room = self.engine.batch_room(self.name)  # loads the model, before there is a journal
         journal = file.open_journal(overwrite)
         if "plan" not in journal.values:
             expected = min(EXPECTED, self.settings.max_new_tokens)
             journal.put("plan", plan(self.prompts, self.settings.num_beams, expected, self.room, batch_size))
         if batch_size:
-            self.room = math.inf  # as the user has it
+            self.room = math.inf  # the user's choice
         known = sum(str(place) in journal.values for place in range(len(self.prompts)))
         if known:
             say(f"{journal.path}: {known} of {len(self.prompts)} answers are there already; continuing")
@@ -105,9 +105,9 @@ class Task:
                         bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.0f} tokens/s", refresh=False)
         except BaseException:
             known = sum(str(place) in journal.values for place in range(len(self.prompts)))
-            journal.close(done=not known)  # without an answer it is not worth keeping
+            journal.close(done=not known)  # without answers it is not worth keeping
             if known:
-                say(f"{journal.path}: keeps {known} of {len(self.prompts)} answers; run the same command again to go on")
+                say(f"{journal.path}: keeps {known} of {len(self.prompts)} answers; run the same command again to resume")
             raise
         file.finish(self.answered(journal.values))
         self.report(journal.values, tokens, time.monotonic() - began)
@@ -118,7 +118,7 @@ class Task:
         return progress(total=len(self.prompts), initial=known, desc=self.name, unit=" answers")
 
     def header(self) -> dict[str, Any]:
-        """What has to be the same for an answer to be the same."""
+        """Everything that determines an answer."""
         one = next(one for one in self.engine.answerers if one.name == self.name)
         return {
             "settings": dataclasses.asdict(self.settings),
@@ -130,7 +130,7 @@ class Task:
         }
 
     def answer_batch(self, batch: list[int], journal: Journal) -> Iterator[tuple[int, int]]:
-        """Answer one batch, cut where memory runs out, or will; yields new tokens and new answers, step by step."""
+        """Answer one batch, split if memory runs out or will; yields the numbers of new tokens and answers, step by step."""
         ending = self.engine.ending(self.name)
         longest = max(len(self.prompts[place]) for place in batch)
         try:
@@ -145,7 +145,7 @@ class Task:
                 rows = (step.rows - len(step.finished)) * self.settings.num_beams
                 if len(batch) > 1 and rows * columns > self.room:
                     steps.close()
-                    return self.plan_anew(batch, journal)
+                    return self.replan(batch, journal)
             return
         except (RuntimeError, torch.OutOfMemoryError) as error:
             if not is_out_of_memory(error):
@@ -161,12 +161,12 @@ class Task:
             torch.cuda.empty_cache()
         journal.put("plan", halved(journal.values["plan"], half, batch))
 
-    def plan_anew(self, batch: list[int], journal: Journal) -> None:
-        """Have those of a batch that have no answer yet answered in batches with room for the longest there may be."""
+    def replan(self, batch: list[int], journal: Journal) -> None:
+        """Split what is unanswered of a batch into batches with room for answers of the maximum length."""
         left = [place for place in batch if str(place) not in journal.values]
         limit = self.settings.max_new_tokens
         parts = plan([self.prompts[place] for place in left], self.settings.num_beams, limit, self.room, 0)
-        say(f"{len(left)} answers are longer than planned for: they are computed in {len(parts)} batches")
+        say(f"{len(left)} answers are longer than planned for; they are computed in {len(parts)} batches")
         batches = journal.values["plan"]
         first = batches.index(batch)
         journal.put("plan", [*batches[:first], *([left[place] for place in part] for part in parts), *batches[first + 1 :]])
@@ -177,18 +177,18 @@ class Task:
             yield answered(record, values[str(place)]["output"])
 
     def report(self, values: dict[str, Any], tokens: int, seconds: float) -> None:
-        """Print what was made, and how many answers were cut."""
+        """Print the number of answers and tokens, and how many answers were cut."""
         answers = [values[str(place)] for place in range(len(self.prompts))]
         say(f"{self.path}: {len(self.records)} answers; {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} a second)")
         cut = sum(answer["cut"] for answer in answers)
         if cut:
-            say(f"{cut} answers reached their limit of tokens before their end (--max_new_tokens)")
+            say(f"{cut} answers reached the token limit before their end (--max_new_tokens)")
 
 
 def pending(journal: Journal) -> Iterator[list[int]]:
-    """The batches of the journal's plan that are not answered whole, each as often as it takes.
+    """The batches of the journal's plan that are not completely answered, each until it is.
 
-    Such a batch is computed whole again, so that its rows meet the same rounding as in a run that nothing stopped.
+    Such a batch is recomputed as a whole, so that its rows are rounded as in an uninterrupted run.
     """
     place = 0
     while place < len(journal.values["plan"]):
@@ -200,10 +200,10 @@ def pending(journal: Journal) -> Iterator[list[int]]:
 
 
 def plan(prompts: list[Ids], beams: int, expected: int, room: float, batch_size: int) -> Plan:
-    """Batches of prompts of similar length, the longest first, so that what does not fit shows at once.
+    """Batches of prompts of similar length, longest first, so that what does not fit shows at once.
 
-    With `batch_size` 0, a batch has as many rows (`beams` for each prompt) as are worth it, and as memory, which has
-    `room` for so many tokens, holds with answers of `expected` tokens.
+    With `batch_size` 0, a batch has as many rows (`beams` for each prompt) as are worthwhile and as fit in memory, which
+    has `room` for so many tokens, with answers of `expected` tokens.
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     batches: Plan = []
@@ -225,7 +225,7 @@ def plan(prompts: list[Ids], beams: int, expected: int, room: float, batch_size:
 def greedy_texts(
     engine: Engine, name: str, prompts: list[Ids], longest: int, template: str | None = "", stops: Sequence[str] = ()
 ) -> list[str]:
-    """Greedy answers of `name`, which must be in use, of at most `longest` tokens; "" to a prompt that leaves no room for one.
+    """Greedy answers of `name`, which must be in use, of at most `longest` tokens; "" if a prompt leaves no room for one.
 
     `template` and `stops`: as for `Engine.answer`.
     """
@@ -241,7 +241,7 @@ def greedy_texts(
 
 
 def halved(batches: Plan, half: int, batch: list[int]) -> Plan:
-    """The plan with `batch`, and every later one of more than `half` prompts, cut into parts of at most `half`."""
+    """The plan with `batch`, and every later batch of more than `half` prompts, cut into parts of at most `half`."""
     first = batches.index(batch)
     cut = [part[start : start + half] for part in batches[first:] for start in range(0, len(part), half)]
     return batches[:first] + cut

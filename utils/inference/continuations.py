@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of prompts: whole batches, with what prompts have in common computed once."""
+"""How likely a model finds continuations of prompts, in batches; what the prompts have in common is computed once."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from transformers.cache_utils import Cache
 
 from utils.inference.kv_cache import GrowingLayer, Ids, Reader, common_opening, keeps_states
 
-READ_TOKENS = 2048  # new tokens of a forward pass
-CACHED_TOKENS = 32768  # over all rows of a pass, with the opening, of which each row has a copy: more is not a faster
-WASTE = 8  # at most one part in so many of a pass is padding
+READ_TOKENS = 2048  # new tokens per forward pass
+CACHED_TOKENS = 32768  # over all rows of a pass, counting the opening in each row; more is not faster
+WASTE = 8  # at most 1/8 of a pass is padding
 
 
 class Asked(NamedTuple):
-    """A prompt, and the continuations whose likelihoods are wanted; none of them is empty."""
+    """A prompt, and the continuations, none of them empty, whose likelihoods are wanted."""
 
     prompt: Ids
     continuations: list[Ids]
@@ -23,11 +23,10 @@ class Asked(NamedTuple):
 
 @torch.inference_mode()
 def log_likelihoods(model: PreTrainedModel, asked: Sequence[Asked], room: int) -> list[list[float]]:
-    """For each prompt the log-likelihood of each of its continuations: the sum over a continuation's tokens of the natural
-    logarithm of their probability.
+    """For each prompt the log-likelihood of each of its continuations: the sum of its tokens' natural log-probabilities.
 
-    The opening that all prompts of one call share (a description, worked examples) is computed once, but not by models with a
-    state, which padding would become a part of. `room`: for how many tokens memory can hold keys and values.
+    The opening that all prompts of one call share (a description, worked examples) is computed once, except by models with
+    a state, of which padding would become a part. `room`: for how many tokens memory can hold keys and values.
     """
     if keeps_states(model):
         return [alone(model, one) for one in asked]
@@ -43,15 +42,15 @@ def log_likelihoods(model: PreTrainedModel, asked: Sequence[Asked], room: int) -
         for place, row, ones in zip(places, scores, wanted, strict=True):
             found[place] = [row[ids[0]].item() for ids in ones]
         rows = [(row, number) for row, ones in enumerate(wanted) for number, ids in enumerate(ones) if len(ids) > 1]
-        for start in range(0, len(rows), len(places)):  # no more rows at once than the prompts had
+        for start in range(0, len(rows), len(places)):  # no more rows at once than there were prompts
             some = rows[start : start + len(places)]
-            for (row, number), rest in zip(some, go_on(reader, cache, mask, wanted, some), strict=True):
+            for (row, number), rest in zip(some, continue_rows(reader, cache, mask, wanted, some), strict=True):
                 found[places[row]][number] += rest
     return found
 
 
 def alone(model: PreTrainedModel, one: Asked) -> list[float]:
-    """The log-likelihood of each continuation of one prompt, each text computed whole; single tokens share one pass."""
+    """The log-likelihood of each continuation of one prompt, each text computed from its start; single tokens share a pass."""
     known: dict[tuple[int, ...], torch.Tensor] = {}
     found = []
     for ids in one.continuations:
@@ -64,12 +63,12 @@ def alone(model: PreTrainedModel, one: Asked) -> list[float]:
     return found
 
 
-def go_on(
+def continue_rows(
     reader: Reader, cache: Cache, mask: torch.Tensor, wanted: list[list[Ids]], rows: list[tuple[int, int]]
 ) -> list[float]:
-    """The log-likelihood of what comes after the first token of some continuations, each after the cached row it belongs to.
+    """The log-likelihood of some continuations after their first token, each given the cached row it belongs to.
 
-    `rows`: the row, and which of its continuations.
+    `rows`: for each, its row and its number among the row's continuations.
     """
     index = torch.tensor([row for row, _ in rows], device=mask.device)
     copy = Cache(layer_class_to_replicate=GrowingLayer)
@@ -84,7 +83,7 @@ def go_on(
 
 
 def batches(asked: Sequence[Asked], opening: int, columns: int) -> Iterator[list[int]]:
-    """The places of prompts that are read together: of similar length, with at most `columns` tokens in the cache."""
+    """Indices of prompts that are read together: of similar length, with at most `columns` tokens in the cache."""
     batch: list[int] = []
     new = 0
     for place in sorted(range(len(asked)), key=lambda place: -len(asked[place].prompt)):

@@ -1,7 +1,7 @@
-"""Decoding: prompts' ids in, answers' ids out, one token a step; greedy, sampled, or by beams.
+"""Decoding: prompts' ids in, answers' ids out, one token per step; greedy, sampling, or beam search.
 
-The results are those of transformers' `generate` on one prompt at a time. The work differs (`utils.inference.kv_cache`):
-a row that has its answer leaves the batch at once.
+The results are those of transformers' `generate` on one prompt at a time, but the work differs
+(`utils.inference.kv_cache`): a row whose answer is finished leaves the batch at once.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from utils.inference.sampling_params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of a batch: the rows that grew, the ids of those that are `finished`, and of those still `running`.
+    """One step of a batch: the number of rows that grew, the ids of `finished` ones, and of those still `running`.
 
-    With beams `running` is empty: which of them is the answer is known at its end only.
+    With beams `running` is empty: which of them becomes the answer is known only at the end.
     """
 
     rows: int
@@ -41,7 +41,7 @@ def decode(
     is_finished: Callable[[Ids], bool],
     seeds: list[int],
 ) -> Generator[Step]:
-    """Answer `prompts`, all at once, with at most `limits` tokens each; one `Step` a token.
+    """Answer `prompts`, all at once, with at most `limits` tokens each; one `Step` per token.
 
     `is_finished` tells from an answer's ids so far whether its last token ends it. Each prompt has its own seed, so
     what is sampled for it does not depend on the others. To end the computation, close the iterator.
@@ -55,7 +55,7 @@ def decode(
 
 
 def penalties(settings: SamplingParams) -> LogitsProcessorList:
-    """What lowers the scores of tokens for being repetitions."""
+    """Logits processors that lower the scores of repetitions."""
     processors = LogitsProcessorList()
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
@@ -64,8 +64,8 @@ def penalties(settings: SamplingParams) -> LogitsProcessorList:
     return processors
 
 
-def penalise(scores: torch.Tensor, texts: list[Ids], processors: LogitsProcessorList) -> torch.Tensor:
-    """Apply `processors` row by row: a row's padding must not count as its text."""
+def penalize(scores: torch.Tensor, texts: list[Ids], processors: LogitsProcessorList) -> torch.Tensor:
+    """Apply `processors` row by row, since a row's padding must not count as its text."""
     if not processors:
         return scores
     rows = [processors(torch.tensor([text], device=scores.device), scores[row : row + 1]) for row, text in enumerate(texts)]
@@ -73,9 +73,9 @@ def penalise(scores: torch.Tensor, texts: list[Ids], processors: LogitsProcessor
 
 
 def top_k_top_p(scores: torch.Tensor, settings: SamplingParams, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that may be sampled: the `top_k` best, of these the nucleus `top_p` (Holtzman et al. 2020).
+    """The tokens that may be sampled: the `top_k` best, and among these the nucleus `top_p` (Holtzman et al. 2020).
 
-    scores: (rows, vocabulary) float32. Returns the scores divided by the temperature, -inf outside of the nucleus,
+    scores: (rows, vocabulary) float32. Returns the scores divided by the temperature, -inf outside the nucleus,
     and the tokens, both (rows, top_k), best first; at least `least` of each row are finite.
     """
     count = min(max(settings.top_k or scores.shape[1], least), scores.shape[1])
@@ -87,10 +87,10 @@ def top_k_top_p(scores: torch.Tensor, settings: SamplingParams, least: int) -> t
 
 
 def gumbel_noise(tokens: torch.Tensor, vocabulary: int, generators: list[torch.Generator]) -> torch.Tensor:
-    """Gumbel noise for `tokens`, (rows, candidates), drawn from the generators in turn, each for as many rows.
+    """Gumbel noise for `tokens`, (rows, candidates), drawn from the generators in turn, each for equally many rows.
 
-    The largest of scores + noise are a sample without replacement from softmax(scores) (Kool et al. 2019). The
-    noise is drawn for the whole vocabulary, so that a token's does not depend on its rank, which rounding may change.
+    The largest of scores + noise are a sample without replacement from softmax(scores) (Kool et al. 2019). The noise
+    is drawn for the whole vocabulary, so that a token's noise does not depend on its rank, which rounding may change.
     """
     rows = len(tokens) // len(generators)
     drawn = [torch.empty(rows, vocabulary, device=tokens.device).exponential_(generator=generator) for generator in generators]
@@ -98,7 +98,7 @@ def gumbel_noise(tokens: torch.Tensor, vocabulary: int, generators: list[torch.G
 
 
 def choose(scores: torch.Tensor, settings: SamplingParams, generators: list[torch.Generator]) -> Ids:
-    """The likeliest token of each row of `scores`, (rows, vocabulary), or one drawn with the row's generator."""
+    """The likeliest token of each row of `scores`, (rows, vocabulary), or one sampled with the row's generator."""
     if not settings.samples:
         return scores.argmax(1).tolist()
     best, tokens = top_k_top_p(scores, settings, 1)
@@ -120,7 +120,7 @@ def search_single(
     generators = [torch.Generator(batch.logits.device).manual_seed(seed) for seed in seeds]
     answers: list[Ids] = [[] for _ in prompts]
     while rows:
-        scores = penalise(batch.logits, [prompts[row] + answers[row] for row in rows], processors)
+        scores = penalize(batch.logits, [prompts[row] + answers[row] for row in rows], processors)
         for row, token in zip(rows, choose(scores, settings, [generators[row] for row in rows]), strict=True):
             answers[row].append(token)
         done = {row: answers[row] for row in rows if is_finished(answers[row]) or len(answers[row]) >= limits[row]}
@@ -134,10 +134,10 @@ def search_single(
 
 
 class Beams:
-    """The beams of one prompt: `running` ones, best first, as (score, ids), and the best `finished` ones.
+    """The beams of one prompt: the `running` ones, best first, as (score, ids), and the best `finished` ones.
 
-    A score is the sum of log-probabilities; that of a finished beam is divided by its length. The rules are those
-    of transformers with `early_stopping=False` and `length_penalty=1`.
+    A score is the sum of log-probabilities, for a finished beam divided by its length. The rules are those of
+    transformers with `early_stopping=False` and `length_penalty=1`.
     """
 
     def __init__(self, width: int, limit: int):
@@ -147,7 +147,7 @@ class Beams:
         self.done = False
 
     def extend(self, candidates: list[tuple[float, int, int]], is_finished: Callable[[Ids], bool]) -> list[int]:
-        """Go on with the best `candidates` (score, beam, token; best first); return the beams they continue."""
+        """Continue with the best `candidates` (score, beam, token; best first); returns the beams they continue."""
         length = len(self.running[0][1]) + 1
         running: list[tuple[float, Ids]] = []
         sources: list[int] = []
@@ -185,8 +185,8 @@ def search_beams(
     while rows:
         width = len(beams[rows[0]].running)  # 1 at the first step, then `num_beams`
         texts = [prompts[row] + ids for row in rows for _, ids in beams[row].running]
-        scores = penalise(batch.logits.log_softmax(1), texts, processors)
-        wanted = min(2 * settings.num_beams, scores.shape[1])  # enough to go on if every beam could end
+        scores = penalize(batch.logits.log_softmax(1), texts, processors)
+        wanted = min(2 * settings.num_beams, scores.shape[1])  # enough to continue if every beam could end
         best, tokens = top_k_top_p(scores, settings, 2) if settings.samples else scores.topk(wanted, dim=1)
         sums = torch.tensor([[score for score, _ in beams[row].running] for row in rows], device=scores.device)
         best = best + sums.view(-1, 1)

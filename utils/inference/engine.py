@@ -1,4 +1,4 @@
-"""The engine behind batch and page: one base, any number of adapters on it, and one way to an answer."""
+"""The engine behind batch runs and chat page: one base, any number of adapters on it, and one way to an answer."""
 
 import contextlib
 import functools
@@ -27,16 +27,16 @@ from utils.models.placement import DeviceConfig
 from utils.models.tokenizer import end_tokens, load_tokenizer
 from utils.models.weights import base_folder
 
-CACHE_SHARE = 0.5  # of the memory that the weights leave: the rest is for activations, and for others
-CACHE_OF_WEIGHTS, SMALL_CACHE = 0.2, 1_500_000_000  # on a CPU: of the weights' bytes, and bytes that are little anywhere
-MERGED_SHARE = 0.5  # of the same: with more of it for merged weights too few prompts would be answered at once
+CACHE_SHARE = 0.5  # of the memory that the weights leave; the rest is for activations and other programs
+CACHE_OF_WEIGHTS, SMALL_CACHE = 0.2, 1_500_000_000  # on a CPU: share of the weights' bytes, and a size that is small anywhere
+MERGED_SHARE = 0.5  # likewise; larger merged weights would leave room for too few prompts at once
 
 
 class Ending:
-    """When an answer is over, and what of its ids a person reads.
+    """When an answer ends, and its readable text.
 
-    An answer ends at one of the tokens `ends` (the end of sequence, if none are given), at one of the texts `stops`, or
-    where the model starts to write the next question itself.
+    An answer ends at one of the tokens `ends` (the end of sequence if none are given) or at one of the texts `stops`, such
+    as the heading with which a model would write the next question itself.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Ending:
         markers: frozenset[int] = frozenset(),
         channels: Channels | None = None,
     ):
-        """`markers` are control tokens that stay in the text: those that tell a tool's call from other text; `channels` are
-        what stands around the parts of an answer."""
+        """`markers`: control tokens that stay in the text, since they mark tool calls; `channels`: the ids around the parts of
+        an answer."""
         self.tokenizer, self.stops, self.markers = tokenizer, stops, markers
         self.channels = channels or Channels([], [], [])
         self.ends = frozenset(ends) or {tokenizer.eos_token_id}
-        self.tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token is a byte at least
-        self.lasts = {stop[-1] for stop in stops} | {"\ufffd"}  # or a part of a character, which may be one of these
+        self.tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token has at least one byte
+        self.lasts = {stop[-1] for stop in stops} | {"\ufffd"}  # \ufffd: part of a character, which may be one of these
         self.known: dict[int, bool] = {}  # which tokens can be the last of a stop string
 
     def __call__(self, ids: Ids) -> bool:
@@ -62,7 +62,7 @@ class Ending:
         if ids[-1] not in self.known:
             self.known[ids[-1]] = bool(self.lasts.intersection(self._decode(ids[-1:])))
         if not self.known[ids[-1]]:
-            return False  # so that a tail is decoded for few tokens only
+            return False  # so that the tail is decoded for few tokens only
         tail = self._decode(ids[-self.tail :])
         return any(stop in tail for stop in self.stops)
 
@@ -71,7 +71,7 @@ class Ending:
         return self._cut(self._read(ids)).strip()
 
     def so_far(self, ids: Ids) -> str:
-        """What of an unfinished answer is sure to stay: no half characters, no beginning of a stop string."""
+        """The part of an unfinished answer that will not change: no partial characters, no beginning of a stop string."""
         text = self._cut(self._read(ids)).rstrip("\ufffd")
         held = max((size for stop in self.stops for size in range(len(stop)) if text.endswith(stop[:size])), default=0)
         return text[: len(text) - held].strip()
@@ -80,7 +80,7 @@ class Ending:
         return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]
 
     def _read(self, ids: Ids) -> str:
-        """The text of an answer, a thought in a channel of its own as `<think>…</think>` before what is said."""
+        """The text of an answer; a thought in its own channel becomes `<think>…</think>` before the reply."""
         thought, between, said = self.channels
         if said[: len(ids)] == ids[: len(said)]:
             return self._decode(ids[len(said) :])
@@ -89,13 +89,13 @@ class Ending:
         ids = ids[len(thought) :]
         places = range(len(ids) - len(between) + 1)
         end = next((place for place in places if ids[place : place + len(between)] == between), None)
-        if end is None:  # the thought goes on, or what follows it has just begun
+        if end is None:  # the thought continues, or its end marker is incomplete
             held = next((size for size in range(len(between), 0, -1) if ids[-size:] == between[:size]), 0)
             return f"<think>\n{self._decode(ids[: len(ids) - held])}" if ids else ""
         return f"<think>\n{self._decode(ids[:end])}\n</think>\n\n{self._decode(ids[end + len(between) :])}"
 
     def _decode(self, ids: Ids) -> str:
-        ids = ids[:-1] if ids and ids[-1] in self.ends else ids  # which not every tokenizer marks as special
+        ids = ids[:-1] if ids and ids[-1] in self.ends else ids  # not every tokenizer marks it as special
         if self.markers.intersection(ids):
             known = self.tokenizer.added_tokens_decoder
             ids = [token for token in ids if token in self.markers or not (token in known and known[token].special)]
@@ -106,7 +106,7 @@ class Ending:
 class Engine:
     """A base with its adapters, ready to answer as any of them; the base itself is always one of them.
 
-    The weights are loaded when they are first needed: what can be told from tokenizer and configuration comes before.
+    The weights are loaded when first needed; what tokenizer and configuration can tell comes before.
     Raises UserError if base, tokenizer or an adapter is broken, or they do not fit each other.
     """
 
@@ -118,7 +118,7 @@ class Engine:
         stops: Sequence[str] = (),
         thinking: bool | None = None,
     ):
-        """`stops` are texts that end each answer; `thinking` is the switch `enable_thinking` of chat templates."""
+        """`stops`: texts that end each answer; `thinking`: the switch `enable_thinking` of chat templates."""
         self.base_model, self.placement, self.stops, self.thinking = base_model, placement, list(stops), thinking
         self.answerers = list(answerers)
         self.tokenizers = {one.name: load_tokenizer(tokenizer_home(one, base_model)) for one in self.answerers}
@@ -148,17 +148,17 @@ class Engine:
 
     @property
     def window(self) -> int | None:
-        """The longest text of the model, in tokens; None where it has no such limit."""
+        """The longest text of the model, in tokens; None if it has no such limit."""
         return window_of(self.config)
 
     @functools.cached_property
     def spare(self) -> int:
-        """Bytes that the weights leave.
+        """Bytes of memory that the weights leave.
 
-        Counted from all the memory there is, not from what is free now, so that a plan made of it can be made again.
+        Counted from all memory, not from what is free now, so that plans based on it are reproducible.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        held = [tensor for tensor in tensors if not tensor.is_meta]  # what is not is read for each pass
+        held = [tensor for tensor in tensors if not tensor.is_meta]  # meta tensors are read for each pass
         total = sum(map(memory_of, {tensor.device for tensor in held}))
         return max(total - sum(tensor.numel() * tensor.element_size() for tensor in held), 0)
 
@@ -168,12 +168,12 @@ class Engine:
         return self.room_as(BASE)
 
     def room_as(self, name: str) -> int:
-        """`room` while the weights of the answerer `name` are merged."""
+        """`room` while the answerer `name` is in use, whose weights may be merged."""
         return int((self.spare - self.merged_bytes(name)) * CACHE_SHARE / self.token_bytes)
 
     def batch_room(self, name: str) -> int:
-        """`room_as` for a batch, which on a CPU leaves memory to other programs: its keys and values take a fifth of what
-        the weights take, and `SMALL_CACHE` in any case."""
+        """`room_as` for a batch, which on a CPU leaves memory to other programs: keys and values take at most
+        `CACHE_OF_WEIGHTS` of the weights' bytes, or `SMALL_CACHE` if that is more."""
         room = self.room_as(name)
         if self.placement.device.type != "cpu":
             return room
@@ -181,9 +181,9 @@ class Engine:
         return min(room, int(most / self.token_bytes))
 
     def merged_bytes(self, name: str) -> int:
-        """What the merged weights of the answerer `name` take; 0 where they are not merged.
+        """Bytes of the merged weights of the answerer `name`; 0 if they are not merged.
 
-        They are not where the base is quantized, or where they would take more than `MERGED_SHARE` of what is left.
+        They are not if the base is quantized, or they would take more than `MERGED_SHARE` of the spare memory.
         """
         if self.adapters is None or name == BASE or self.placement.quantize:
             return 0
@@ -192,7 +192,7 @@ class Engine:
 
     @property
     def token_bytes(self) -> int:
-        """What a token's keys and values take, in bytes."""
+        """Bytes of a token's keys and values."""
         config = self.model.config.get_text_config()
         queries = getattr(config, "num_attention_heads", None) or 1  # a state-space model has none
         heads = getattr(config, "num_key_value_heads", None) or queries
@@ -221,14 +221,14 @@ class Engine:
         del self.prompters[name], self.tokenizers[name], self.ends[name]
 
     def use(self, name: str) -> None:
-        """Compute as the answerer `name` from here on."""
+        """Compute as the answerer `name` from now on."""
         if self.adapters:
             switching.activate(self.adapters, name if name != BASE else None)
 
     @contextlib.contextmanager
     def merged(self, name: str) -> Iterator[None]:
-        """Compute as the answerer `name` while the block runs, its weights added into the base's where these are not
-        quantized and memory has room for the sums. Afterwards the base has its own tensors back, bit for bit."""
+        """Compute as the answerer `name` while the block runs, with its weights merged into the base's if these are not
+        quantized and memory has room. Afterwards the base has its own tensors back, bit for bit."""
         self.use(name)
         with contextlib.ExitStack() as stack:
             if self.adapters is not None and self.merged_bytes(name):
@@ -237,7 +237,7 @@ class Engine:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    say(f"{name}: memory has no room for merged weights; its adapter is computed beside the base's")
+                    say(f"{name}: no memory for merged weights; its adapter is computed separately")
             yield
 
     def make_prompter(self, name: str, template: str) -> Prompter | ChatPrompter:
@@ -245,15 +245,15 @@ class Engine:
         return make_prompter(template, self.tokenizers[name], self.ends[name], self.thinking)
 
     def prompter(self, name: str, template: str = "") -> Prompter | ChatPrompter:
-        """The template to ask the answerer `name` with: its own, or another `template`."""
+        """The template for the answerer `name`: its own, or another `template`."""
         return self.make_prompter(name, template) if template else self.prompters[name]
 
     def encode(self, name: str, record: Record, template: str = "") -> Ids:
-        """The ids to ask the answerer `name` a record with."""
+        """The prompt ids of a record for the answerer `name`."""
         return encode_prompt(record, self.prompter(name, template), self.tokenizers[name])
 
     def ending(self, name: str, template: str | None = "", stops: Sequence[str] = ()) -> Ending:
-        """How answers of `name` end: as the template has it (None: there is none), or with one of `stops`."""
+        """How answers of `name` end: as the template says (None: there is none), or with one of `stops`."""
         prompter = None if template is None else self.prompter(name, template)
         texts = [*(prompter.stop_strings if prompter else []), *self.stops, *stops]
         if isinstance(prompter, ChatPrompter):
@@ -271,17 +271,17 @@ class Engine:
         return decode(self.model, prompts, limits, settings, ending, [seed(settings, ids) for ids in prompts])
 
     def limit(self, prompt: Ids, settings: SamplingParams) -> int:
-        """The number of tokens that the answer to `prompt` may have; below 1 where the window has no room for any."""
+        """The number of tokens that the answer to `prompt` may have; below 1 if the window has no room for any."""
         return settings.max_new_tokens if self.window is None else min(settings.max_new_tokens, self.window - len(prompt))
 
 
 def memory_of(device: torch.device) -> int:
-    """All the memory of a device, in bytes."""
+    """The total memory of a device, in bytes."""
     if device.type in ("cuda", "npu"):
         return int(getattr(torch, device.type).get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
 
 
 def seed(settings: SamplingParams, prompt: Ids) -> int:
-    """A prompt's own seed, the same in whatever company it is answered."""
+    """A prompt's own seed, whatever prompts it is answered with."""
     return int.from_bytes(hashlib.sha256(f"{settings.seed} {prompt}".encode()).digest()[:7])

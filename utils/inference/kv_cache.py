@@ -1,7 +1,7 @@
-"""The rows of one computation, a prompt or a beam each, and what the model keeps of them from token to token.
+"""The rows of one computation, a prompt or a beam each, and the model's cache of them.
 
 Prompts are read in groups of similar length, once for all their beams; the cache grows in place; beams exchange only what
-they generated.
+they have generated.
 """
 
 import inspect
@@ -16,15 +16,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from utils.console import UserError
 
 Ids = list[int]
-WORTHWHILE = 12  # tokens that prompts have in common, for these to be computed once
+WORTHWHILE = 12  # fewest common opening tokens worth computing once for several prompts
 ROOM = 64  # columns that a full cache grows by
-PREFILL_TOKENS = 1024  # read at once: enough to keep the device busy, few enough to bound the activations
+PREFILL_TOKENS = 1024  # read at once: keeps the device busy, but bounds the activations
 
 
 class GrowingLayer(CacheLayerMixin):
     """One layer's keys and values, (rows, heads, length, dim), with room to append in place.
 
-    Sliding windows are left to the attention mask: the layer keeps every column.
+    Sliding windows are left to the attention mask; the layer keeps every column.
     """
 
     is_sliding = False
@@ -54,7 +54,7 @@ class GrowingLayer(CacheLayerMixin):
 
     def hold(self, rows: slice | torch.Tensor, start: int, stop: int, room: int) -> None:
         """Keep these rows and these columns, with `room` columns after them."""
-        rows = rows.to(self.keys.device) if isinstance(rows, torch.Tensor) else rows  # layers may lie on several devices
+        rows = rows.to(self.keys.device) if isinstance(rows, torch.Tensor) else rows  # layers may be on several devices
         for name in ("keys", "values"):
             old = getattr(self, name)[rows, :, start:stop]
             new = old.new_empty((*old.shape[:2], old.shape[2] + room, old.shape[3]))
@@ -73,7 +73,7 @@ class GrowingLayer(CacheLayerMixin):
 
 
 class Reader:
-    """Runs a model over padded rows; knows what its `forward` takes.
+    """Runs a model over padded rows; knows which arguments its `forward` takes.
 
     Padding is on the left and masked, and positions count real tokens only.
     """
@@ -82,9 +82,9 @@ class Reader:
         self.model = model
         known = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in known
-        self.cache_name = "cache" if "cache" in known else "past_key_values"  # from transformers 5.40 on, and before
+        self.cache_name = "cache" if "cache" in known else "past_key_values"  # since transformers 5.40, and before
         self.takes_keep = "logits_to_keep" in known
-        # where attention goes by columns, not by positions, there must be no padding after the opening
+        # if attention windows count columns, not positions, there must be no padding after the opening
         config = model.config.get_text_config()
         by_columns = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self.shares_openings = self.takes_positions and not by_columns
@@ -94,7 +94,7 @@ class Reader:
     ) -> tuple[Cache, torch.Tensor, torch.Tensor]:
         """Run the model over a few prompts: their cache, mask and last logits, (rows, vocabulary).
 
-        Where all of them begin with `opening`, it is in the cache `first` already, one row for all.
+        If all of them begin with `opening`, it is already in the cache `first`, one row for all.
         """
         read, device = len(opening or []), self.model.device
         width = max(len(prompt) for prompt in prompts) - read
@@ -110,8 +110,8 @@ class Reader:
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int = 1, padded: bool = True) -> torch.Tensor:
         """Append `ids`, (rows, new), to the cache; the logits of the last `keep` of them, (rows, keep, vocabulary) float32.
 
-        `mask`, (rows, columns), has the columns in the cache and the new ones; not `padded`, it is all ones, and the model is
-        not given it, since some with a state multiply what is new by all of it. Raises UserError if logits are not numbers.
+        `mask`, (rows, columns), covers the cached columns and the new ones. If not `padded`, it is all ones and not passed
+        on, since some models with a state multiply new tokens by all of it. Raises UserError if logits are not numbers.
         """
         options: dict[str, Any] = {"logits_to_keep": keep} if self.takes_keep else {}
         if self.takes_positions:
@@ -125,20 +125,20 @@ class Reader:
 
 
 def keeps_states(model: PreTrainedModel) -> bool:
-    """True if the library's cache for this model holds something else than keys and values for each column: a state of a
+    """True if the library's cache for this model holds anything but keys and values for each column: the state of a
     recurrence or a convolution, an index, or layers that share theirs."""
     layers = DynamicCache(config=model.config).layers
     return any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def start_decoding(model: PreTrainedModel, prompts: list[Ids]) -> "DecodingBatch | StateBatch":
-    """The rows of one computation, a prompt each, in the cache that the model needs."""
+    """The rows of one computation, one per prompt, with the cache that the model needs."""
     return StateBatch(model, prompts) if keeps_states(model) else DecodingBatch(model, prompts)
 
 
 class StateBatch:
-    """Rows of one computation in the library's own caches, one for each prompt and all its beams, without any padding, which
-    would become part of a state; the last `logits`, (rows, vocabulary)."""
+    """Rows of one computation in the library's own caches, one for each prompt with all its beams, without padding, which
+    would become part of a state; `logits`: the last ones, (rows, vocabulary)."""
 
     def __init__(self, model: PreTrainedModel, prompts: list[Ids]):
         self.reader = Reader(model)
@@ -164,7 +164,7 @@ class StateBatch:
         self.logits = torch.cat(found)
 
     def select(self, rows: list[int]) -> None:
-        """Keep `rows`, in this order and as often as named; those of one prompt stand side by side."""
+        """Keep `rows`, in this order and as often as named; those of one prompt are adjacent."""
         owners = [place for place, size in enumerate(self.sizes) for _ in range(size)]
         firsts = [sum(self.sizes[:place]) for place in range(len(self.sizes))]
         parts, sizes = [], []
@@ -210,7 +210,7 @@ class DecodingBatch:
         self.logits = self.reader.forward(ids, self.mask, self.cache)[:, -1]
 
     def select(self, rows: list[int]) -> None:
-        """Keep `rows`, in this order and as often as named; padding that none of them needs goes."""
+        """Keep `rows`, in this order and as often as named; padding that none of them needs is dropped."""
         index = torch.tensor(rows, device=self.mask.device)
         self.mask = self.mask[index]
         spare = int(self.mask.argmax(1).min())
@@ -233,7 +233,7 @@ class DecodingBatch:
 
 
 def families(prompts: list[Ids]) -> list[list[int]]:
-    """The rows of `prompts` by their first tokens: each way in which a template opens is a family."""
+    """The rows of `prompts` grouped by their first tokens: a family for each way in which a template opens."""
     found: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
         found.setdefault(tuple(prompt[:WORTHWHILE]), []).append(row)
@@ -241,9 +241,9 @@ def families(prompts: list[Ids]) -> list[list[int]]:
 
 
 def common_opening(prompts: list[Ids]) -> Ids:
-    """What all prompts begin with, such as a template's preamble, but for at least one token of each.
+    """The common beginning of all prompts, such as a template's preamble, leaving at least one token of each.
 
-    None of it where there is little to win: the opening is computed once instead of once a prompt.
+    Empty if it is too short to be worth computing once instead of once per prompt.
     """
     if len(prompts) < 2:
         return []
@@ -266,7 +266,7 @@ def groups(rows: list[int], prompts: list[Ids]) -> Iterator[list[int]]:
 
 
 def join(caches: dict[tuple[int, ...], Cache], width: int) -> Cache:
-    """One cache of `width` columns, in which the rows of each are those that its key names, shifted to the right."""
+    """One cache of `width` columns from several, each with its key's rows, aligned to the right."""
     joined = Cache(layer_class_to_replicate=GrowingLayer)
     for index in range(len(next(iter(caches.values())).layers)):
         layers = {rows: cache.layers[index] for rows, cache in caches.items()}
@@ -277,7 +277,7 @@ def join(caches: dict[tuple[int, ...], Cache], width: int) -> Cache:
             for rows, layer in layers.items():
                 part = getattr(layer, name)[:, :, : layer.length]
                 buffer[list(rows), :, width - part.shape[2] : width] = part
-                setattr(layer, name, None)  # so that no more than one layer is held twice
+                setattr(layer, name, None)  # so that at most one layer is held twice
             buffers.append(buffer)
         joined.update(*buffers, index)
         joined.layers[index].length = width

@@ -1,4 +1,4 @@
-"""llama.cpp's server on a GGUF file, as a program of its own: what an exported model is asked with, and compared to."""
+"""llama.cpp's server on a GGUF file, as a separate program: it answers as an exported model, for use and comparison."""
 
 import json
 import os
@@ -16,7 +16,7 @@ PATIENCE = 600.0  # seconds for one answer
 
 
 class LlamaServer:
-    """A server that stops with the block it is used in. `slots` answers grow side by side, each of `window` tokens at most.
+    """A server that stops at the end of its `with` block. `slots` answers grow in parallel, of at most `window` tokens each.
 
     Raises RuntimeError, with the end of what llama.cpp printed, if it cannot load the file.
     """
@@ -38,12 +38,12 @@ class LlamaServer:
         self.process.communicate()  # its standard input ends, and with it the server
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """What the server answers to a request."""
+        """The server's response to a request."""
         with self._open(path, body) as response:
             return json.load(response)
 
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The parts of a completion, as they come."""
+        """The parts of a completion, as they arrive."""
         with self._open("/completion", body | {"stream": True}) as response:
             for line in response:
                 if line.startswith(b"data: {"):
@@ -66,7 +66,7 @@ def serve(file: str, threads: str, slots: str, window: str) -> None:
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGKILL)  # its threads may be amid an answer that nobody waits for
+    os.kill(os.getpid(), signal.SIGKILL)  # its threads may be computing an answer that nobody waits for
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible protocol: where a model is served, how it is asked once, and what its errors mean."""
+"""A client of the OpenAI-compatible protocol: where a model is served, how to ask once, and what its errors mean."""
 
 import asyncio
 import dataclasses
@@ -20,11 +20,9 @@ EXTENSIONS = ("top_k", "repetition_penalty")  # fields that OpenAI's own API doe
 
 @dataclasses.dataclass(frozen=True)
 class ModelServer:
-    """Which model answers, where, and how it is asked; None leaves the server's default. `timeout`: seconds a request.
+    """Which model answers, where, and with which settings; None means the server's default. `timeout`: seconds per request.
 
-    `more`: further fields of each request.
-
-    Raises UserError if the address is none, or a key is needed and not there.
+    `more`: further fields of each request. Raises UserError if the address is invalid, or a required key is missing.
     """
 
     model: str
@@ -49,7 +47,7 @@ class ModelServer:
 
     @property
     def url(self) -> str:
-        """The address of the API, up to its version."""
+        """The address of the API, including its version."""
         return self.api_base or os.environ.get("OPENAI_BASE_URL") or OPENAI
 
     @property
@@ -62,7 +60,7 @@ class ModelServer:
             return host == "localhost" or "." not in host or host.endswith((".local", ".localhost"))
 
     def connect(self) -> openai.AsyncOpenAI:
-        """A client that sends each request once, so that every one is counted by who asks."""
+        """A client that sends each request only once, so that the caller can count them."""
         return openai.AsyncOpenAI(
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             base_url=self.url,
@@ -73,13 +71,13 @@ class ModelServer:
 
 
 class Unusable(Exception):
-    """A response without an error status that holds no answer."""
+    """A response without an error status, but also without an answer."""
 
 
 async def request_completion(
     client: openai.AsyncOpenAI, model: str, prompt: Messages | list[int], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Ask once: `{"answer", "finish", "prompt_tokens", "completion_tokens"}`, the last two None where not told.
+    """Ask once: `{"answer", "finish", "prompt_tokens", "completion_tokens"}`, the last two None if unknown.
 
     Messages go to /chat/completions, token ids to /completions; `settings` are further fields of the request. Raises
     openai.APIError, or Unusable.
@@ -101,12 +99,12 @@ async def request_completion(
     if not isinstance(answer, str):
         raise Unusable("a response whose answer is not text")
     counts = {name: getattr(response.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
-    answer = answer.encode("utf-8", "replace").decode()  # half a character, which JSON can name, could not be written
+    answer = answer.encode("utf-8", "replace").decode()  # replaces lone surrogates, which cannot be written
     return {"answer": answer, "finish": str(finish)} | {n: c if isinstance(c, int) else None for n, c in counts.items()}
 
 
 def served_models(server: ModelServer) -> list[str]:
-    """The names of the models that a server has. Raises UserError if it cannot be asked for them."""
+    """The names of the models that a server has. Raises UserError if it does not list them."""
 
     async def names() -> list[str]:
         async with server.connect() as client:
@@ -125,20 +123,20 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, openai.APIConnectionError):
         return f"connection failed ({str(error.__cause__ or error).strip() or type(error.__cause__).__name__})"
     body = getattr(error, "body", None)
-    told = (body.get("message") or body.get("detail")) if isinstance(body, dict) else None
-    text = " ".join(str(told or getattr(error, "message", "") or error).split())[:300]
+    message = (body.get("message") or body.get("detail")) if isinstance(body, dict) else None
+    text = " ".join(str(message or getattr(error, "message", "") or error).split())[:300]
     return f"status {error.status_code}: {text}" if isinstance(error, openai.APIStatusError) else text
 
 
 def may_pass(error: Exception) -> bool:
-    """True for failures that another try may not meet: limits of rate, busy or broken servers, broken connections."""
+    """True for failures that may be temporary: rate limits, busy or broken servers, broken connections."""
     if isinstance(error, openai.APIStatusError):
         return error.status_code in (408, 409, 429) or error.status_code >= 500
     return True
 
 
 def retry_after(error: Exception) -> float | None:
-    """The seconds that a response asks to wait (RFC 9110, 10.2.3: seconds or a date), None where it asks for nothing."""
+    """The seconds that a response asks to wait (RFC 9110, 10.2.3: seconds or a date), None if it does not."""
     headers = error.response.headers if isinstance(error, openai.APIStatusError) else {}
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:

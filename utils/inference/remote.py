@@ -1,9 +1,9 @@
 """Batch runs through another program: a file of prompts answered by any server that speaks OpenAI's protocol.
 
-Where a tokenizer is known, prompts are encoded here, with the template of the training, and sent as token ids to
-/completions: vLLM, SGLang, llama.cpp and this toolkit's own endpoint take these, and the ids are those of a local run.
-Otherwise, and for servers that take no ids (Ollama, OpenAI), messages go to /chat/completions, and the server's own
-template is used; what merge_weights.py writes carries the one that was trained with.
+If a tokenizer is known, prompts are encoded here with the training template, and sent as token ids to /completions:
+vLLM, SGLang, llama.cpp and this toolkit's own endpoint accept these, and the ids are those of a local run. Otherwise, and
+for servers that take no ids (Ollama, OpenAI), messages go to /chat/completions, and the server's own template is used;
+models written by merge_weights.py carry the training template.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Prompts = Sequence[Messages | list[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """Which server is asked, and how: its `model` ("": the adapters' own names), and one of ROUTES ("": by what is known)."""
+    """Which server to ask, and how: its `model` ("": the adapters' names), and one of ROUTES ("": depends on what is known)."""
 
     api_base: str
     model: str
@@ -52,9 +52,9 @@ def run(
     records: list[Record],
     overwrite: bool,
 ) -> None:
-    """Answer `records` as each of the adapters, or as the one model of the server, into the files `outputs`.
+    """Answer `records` with each of the adapters, or with the server's one model, into the files `outputs`.
 
-    Raises UserError before the first request where the server has no such model, or a setting cannot be asked for.
+    Raises UserError before the first request if the server has no such model, or a setting cannot be sent.
     """
     fields = request_fields(asking.settings)
     names = model_names(asking, lora_weights)
@@ -70,12 +70,12 @@ def run(
 
 
 def request_fields(settings: SamplingParams) -> dict[str, Any]:
-    """The further fields of a request, the protocol's own and those that other servers add to it; says what is left out.
+    """The further fields of a request: the protocol's own and extensions of other servers; prints what is left out.
 
     Raises UserError for a setting that no server has.
     """
     if settings.no_repeat_ngram_size:
-        raise UserError("--no_repeat_ngram_size: not a part of the protocol; leave it out, or leave out --api_base")
+        raise UserError("--no_repeat_ngram_size: not part of the protocol; leave it out, or leave out --api_base")
     if settings.num_beams > 1:
         say(f"--num_beams {settings.num_beams}: the protocol has no beams; the server takes the likeliest token, or samples")
     fields: dict[str, Any] = {}
@@ -85,14 +85,14 @@ def request_fields(settings: SamplingParams) -> dict[str, Any]:
 
 
 def model_names(asking: Asking, lora_weights: Sequence[str]) -> list[str]:
-    """What the server calls those who shall answer. Raises UserError if it has none of that name, or the name is missing."""
+    """The server's names of the models to ask. Raises UserError if it has none of that name, or the name is missing."""
     if asking.model and len(lora_weights) > 1:
         raise UserError(f"--api_model {asking.model}: one name for {len(lora_weights)} adapters; leave it out, or name one")
     found = served_models(ModelServer(asking.model, asking.api_base))
     wanted = [asking.model] if asking.model else labels(lora_weights)
     if not asking.model and len(found) == 1 and len(wanted) <= 1:
         if wanted != found:
-            say(f"{asking.api_base}: {found[0]} answers, the only model there")
+            say(f"{asking.api_base}: uses its only model, {found[0]}")
         return found
     missing = [name for name in wanted if name not in found]
     if missing or not wanted:
@@ -105,18 +105,18 @@ def model_names(asking: Asking, lora_weights: Sequence[str]) -> list[str]:
 def encoded(
     asking: Asking, folder: Path | None, base_model: str, template: str, records: list[Record]
 ) -> tuple[Prompts, Sequence[str], str]:
-    """The prompts of one answerer, as ids or as messages (which is printed), the texts that end its answers, and the name
-    of the template."""
+    """The prompts for one answerer, as ids or as messages (which is printed), the texts that end its answers, and the
+    template's name."""
     route = asking.route or ("completions" if folder or base_model else "chat")
     if route == "chat":
         if template:
-            raise UserError(f"--prompt_template {template}: the server's own is used with --api_route chat; leave it out")
+            raise UserError(f"--prompt_template {template}: with --api_route chat the server's own is used; leave it out")
         if any(record.get("tools") or record.get("messages") for record in records):
-            raise UserError("--api_route chat: sends no tools, and some prompts have them; give --api_route completions")
+            raise UserError("--api_route chat: cannot send tools, which some prompts have; give --api_route completions")
         inputs = sum(bool(record.get("input")) for record in records)
         say(
-            f"{asking.api_base}: sends messages, which the server puts into its own template"
-            + (f"; {inputs} prompts have an input, which follows the instruction on a line of its own" if inputs else "")
+            f"{asking.api_base}: sending messages, which the server puts into its own template"
+            + (f"; {inputs} prompts have an input, which follows the instruction on a new line" if inputs else "")
         )
         return [messages(record) for record in records], (), SERVERS
     if not (folder or base_model):
@@ -128,7 +128,7 @@ def encoded(
         base_model = base_model or named_base(read_settings(folder), known)
     tokenizer = load_tokenizer(tokenizer_home(ChatModel(name, folder, name, None), base_model))
     prompter = make_prompter(name, tokenizer, [tokenizer.eos_token_id], asking.thinking)
-    say(f"{asking.api_base}: sends the token ids of the template {name}")
+    say(f"{asking.api_base}: sending token ids with the template {name}")
     with progress(records, desc="encoding", leave=False) as bar:
         return [encode_prompt(record, prompter, tokenizer) for record in bar], prompter.stop_strings, name
 
@@ -142,7 +142,7 @@ def write_answers(
     records: list[Record],
     overwrite: bool,
 ) -> None:
-    """Answer what the journal does not hold yet, then write the result, and beside it how it was made."""
+    """Answer what the journal does not have yet, then write the result and the record of how it was made."""
     settings = {"temperature": server.temperature, "max_tokens": server.max_tokens} | server.more
     header = {"model": server.model, "api_base": server.url, "prompts": digest(prompts), "settings": settings}
     file = AnswerFile(path, header, {"template": template, "dtype": SERVERS})
@@ -157,12 +157,12 @@ def write_answers(
         journal.close(done=not any("answer" in value for value in journal.values.values()))  # not worth keeping
         raise
     file.finish(answered(record, reply.text.strip()) for record, reply in zip(records, replies, strict=True))
-    say(f"{path}: {len(records)} answers of {server.model}; {usage(journal, limits)}")
+    say(f"{path}: {len(records)} answers from {server.model}; {usage(journal, limits)}")
     journal.close(done=True)
 
 
 def ask_all(endpoint: Endpoint, prompts: Prompts, limit: str) -> list[Reply]:
-    """Have prompts answered side by side; an answer that is refused is empty, which is printed, as are those cut at `limit`."""
+    """Have prompts answered in parallel; refused answers are empty. Prints how many were refused, or cut by `limit`."""
     replies = endpoint.gather(
         [endpoint.ask(f"prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)], "answering"
     )

@@ -1,4 +1,4 @@
-"""Many requests to one model side by side: each one journaled, none paid twice, failures tried again."""
+"""Many parallel requests to one model: each is journaled, none is paid for twice, failures are retried."""
 
 import asyncio
 import contextlib
@@ -25,17 +25,17 @@ from utils.inference.openai_client import (
 )
 from utils.journal import Journal
 
-TRIES = 8  # of one request, before the run is given up
-FIRST_TRIES = 2  # while the server has never responded, so that a wrong address is known in a second
-LONGEST_WAIT = 3600.0  # seconds; who asks for more (a daily limit) is better asked again by a person
-REFUSALS = 3  # so many requests refused and none answered: it is the settings that are wrong, not the prompts
-NOTICEABLE = 10.0  # seconds of waiting that are printed
+TRIES = 8  # of one request, before the run is aborted
+FIRST_TRIES = 2  # if the server has never responded, so that a wrong address shows within a second
+LONGEST_WAIT = 3600.0  # seconds; for longer waits (a daily limit) the user should rerun
+REFUSALS = 3  # if this many are refused and none answered, the settings are wrong, not the prompts
+NOTICEABLE = 10.0  # seconds; longer waits are printed
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestLimits:
-    """How requests are sent: how many at once, how many in all (`budget`, None: any), at what prices for a million tokens,
-    and up to what cost (`max_cost`, None: any).
+    """Limits of requests: how many at once, how many in all (`budget`, None: no limit), prices per million tokens, and the
+    highest cost (`max_cost`, None: no limit).
 
     `backoff`: the first pause after a failure, in seconds.
     """
@@ -48,12 +48,12 @@ class RequestLimits:
     backoff: float = 1.0
 
     def cost(self, sent: float, received: float) -> float:
-        """The cost of so many tokens."""
+        """The cost of these numbers of tokens."""
         return (sent * self.price_in + received * self.price_out) / 1e6
 
 
 class Reply(NamedTuple):
-    """What came back: the text, and why it ended ("stop", "length", …; "refused" with the server's reason as text)."""
+    """A reply: the text, and why it ended ("stop", "length", …; "refused" with the server's reason as text)."""
 
     text: str
     finish: str
@@ -66,7 +66,7 @@ class Stopped(Exception):
 class Endpoint:
     """Asks the model of `service`; `journal` keeps each request with its answer or failure.
 
-    Failures that may pass are tried again, after the pause that the server asks for, or growing ones.
+    Temporary failures are retried, after the pause that the server asks for, or growing ones.
     """
 
     def __init__(self, service: ModelServer, journal: Journal, terms: RequestLimits):
@@ -79,11 +79,11 @@ class Endpoint:
         self.resume_at = 0.0
 
     def gather(self, jobs: Iterable[Coroutine[Any, Any, Any]], name: str) -> list[Any]:
-        """Run jobs that call `ask` side by side; their results in order.
+        """Run jobs that call `ask` in parallel; returns their results in order.
 
-        After the first error, or Ctrl-C, no request is sent any more, but those under way are waited for, since they
-        are paid for. Raises UserError if going on is no use: a wrong key, model or address, an exhausted account,
-        a budget that is used up.
+        After the first error, or Ctrl-C, no more requests are sent, but those in flight are waited for, since they
+        are paid for. Raises UserError if continuing is useless: a wrong key, model or address, an exhausted account,
+        a used-up budget.
         """
         try:
             return asyncio.run(self._gather(list(jobs), name))
@@ -118,7 +118,7 @@ class Endpoint:
         return results
 
     def _interrupted(self, task: asyncio.Task) -> None:
-        """Ctrl-C: once lets the requests under way end, twice drops them."""
+        """Ctrl-C: once lets the requests in flight finish, twice drops them."""
         if self.stop is not None:
             task.cancel()
             return
@@ -126,14 +126,14 @@ class Endpoint:
         self.stop = Stopped()
 
     def announce(self, prompts: Mapping[str, str]) -> None:
-        """Print what the prompts that the journal holds no answer to will about take, and cost.
+        """Print about how many tokens the prompts not yet in the journal will take, and what they cost.
 
         Raises UserError, before anything is sent, if sending them alone costs more than the limit leaves.
         """
         left = [text for key, text in prompts.items() if key not in self.journal.values]
         sent = sum(map(tokens_in, left))
         received = len(left) * (self.service.max_tokens or 0)
-        limit = f"up to {received:,} received" if received else "what is received has no limit (--max_tokens)"
+        limit = f"up to {received:,} received" if received else "received tokens have no limit (--max_tokens)"
         text = f"{len(left)} requests to send, about {sent:,} tokens, {limit}"
         if self.terms.price_in or self.terms.price_out:
             text += f"; cost about {self.terms.cost(sent, 0):.4f} to {self.terms.cost(sent, received):.4f}"
@@ -145,7 +145,7 @@ class Endpoint:
             )
 
     def _cost_of(self, entry: dict[str, Any]) -> float:
-        """What an answer in the journal cost, by the server's counts, else by its texts."""
+        """The cost of an answer in the journal, by the server's counts, else estimated from its texts."""
         if "answer" not in entry:
             return 0.0
         sent, received = entry["prompt_tokens"], entry["completion_tokens"]
@@ -154,7 +154,7 @@ class Endpoint:
         return self.terms.cost(sent, tokens_in(entry["answer"]) if received is None else received)
 
     async def ask(self, key: str, prompt: Messages | list[int]) -> Reply:
-        """The answer to `prompt`, messages or token ids; from the journal where it holds one under `key`."""
+        """The answer to `prompt`, messages or token ids; from the journal if it has one under `key`."""
         if key not in self.journal.values:
             async with self.slots:
                 refusal = await self._send(key, prompt)
@@ -165,7 +165,7 @@ class Endpoint:
         return Reply(entry["answer"], entry["finish"])
 
     async def _send(self, key: str, prompt: Messages | list[int]) -> str | None:
-        """Send until there is an answer in the journal, or a refusal, whose reason is returned."""
+        """Send until there is an answer in the journal, or a refusal; returns the refusal's reason."""
         tries = 0
         while True:
             await self._admitted()
@@ -190,7 +190,7 @@ class Endpoint:
                 return None
 
     async def _admitted(self) -> None:
-        """Wait until a request may be sent, and count it. Raises what stopped the run, or that its budget is used up."""
+        """Wait until a request may be sent, and count it. Raises what stopped the run, or UserError if a limit is reached."""
         await self._pause(0)
         if self.stop is None and self.terms.budget is not None and self.sent >= self.terms.budget:
             self.stop = UserError(
@@ -200,26 +200,26 @@ class Endpoint:
         if self.stop is None and self.terms.max_cost is not None and self.cost >= self.terms.max_cost:
             self.stop = UserError(
                 f"--max_cost {self.terms.max_cost:g}: reached, {self.cost:.4f} is spent; the answers are kept in "
-                f"{self.journal.path}, and the same command with a larger --max_cost goes on"
+                f"{self.journal.path}, and the same command with a larger --max_cost resumes"
             )
         if self.stop is not None:
             raise self.stop
         self.sent += 1
 
     def _failed(self, key: str, error: Exception) -> None:
-        """Journal a request that brought no answer: it was sent, and may have to be paid."""
+        """Journal a request without an answer: it was sent, and may have to be paid for."""
         self.reached = self.reached or not isinstance(error, openai.APIConnectionError)
         number = sum(known.startswith(f"{key} failed ") for known in self.journal.values)
         self.journal.put(f"{key} failed {number + 1}", {"error": reason_of(error)})
 
     def _check_fatal(self, error: Exception) -> None:
-        """Stop the run where asking again is no use."""
-        ways_out = {
+        """Stop the run if asking again is useless."""
+        fixes = {
             401: "check OPENAI_API_KEY",
             403: "check what your key may do",
             404: "check the model's name and --api_base",
         }
-        fix = ways_out.get(getattr(error, "status_code", 0))
+        fix = fixes.get(getattr(error, "status_code", 0))
         if getattr(error, "code", None) == "insufficient_quota":
             fix = "top up the account, then the same command resumes"
         if fix:
@@ -231,7 +231,7 @@ class Endpoint:
         raise self.stop
 
     def _adapted(self, error: Exception, used: dict[str, Any]) -> bool:
-        """True if the server refused a setting that it can be asked without, as reasoning models do; printed once."""
+        """True if the server refused a setting that can be left out, as reasoning models do; printed once."""
         named = (name for name in EXTENSIONS if name in used and name in reason_of(error))
         name = getattr(error, "param", None) or next(named, None)
         if not isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)) or name not in used:
@@ -243,7 +243,7 @@ class Endpoint:
             return True
         if name in ("temperature", *EXTENSIONS):
             if self.settings.pop(name, None) is not None:
-                say(f"{self.service.model}: does not take {name} {used[name]:g}; its own is used")
+                say(f"{self.service.model}: does not take {name} {used[name]:g}; its default is used")
             return True
         return False
 
@@ -253,7 +253,7 @@ class Endpoint:
             self._give_up(f"{self.service.model}: refuses every request ({reason_of(error)}); fix what it names")
 
     async def _wait(self, error: Exception, tries: int) -> None:
-        """Sleep before the next try, as long as the server asks for, else about twice as long as the last time."""
+        """Sleep before the next try, as long as the server asks, else about twice as long as the last time."""
         if tries >= (TRIES if self.reached or isinstance(error, openai.APITimeoutError) else FIRST_TRIES):
             self._give_up(
                 f"{self.service.url}: no answer after {tries} tries ({reason_of(error)}); "
@@ -267,12 +267,12 @@ class Endpoint:
         if pause >= NOTICEABLE:
             say(f"{self.service.model}: {reason_of(error)}; waiting {pause:.0f} s")
         if isinstance(error, openai.RateLimitError):
-            self.resume_at = max(self.resume_at, time.monotonic() + pause)  # the others would be told the same
+            self.resume_at = max(self.resume_at, time.monotonic() + pause)  # the others would hit the same limit
         else:
             await self._pause(pause)
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep so long, and until the server takes requests again; wake up where the run is stopped."""
+        """Sleep that long, and until the server takes requests again; wake up if the run is stopped."""
         until = time.monotonic() + seconds
         while self.stop is None and (left := max(until, self.resume_at) - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.2))
@@ -282,14 +282,14 @@ class Endpoint:
 def asking(service: ModelServer, terms: RequestLimits, path: Path, header: dict[str, Any]) -> Iterator[Endpoint]:
     """An endpoint whose journal is the file `path`, which is kept as a record of every request; the same run resumes from it.
 
-    At the end, however it comes, what was used is printed. Raises UserError if `path` belongs to a run with another
-    `header` or another way to ask.
+    At the end, even after an error, the usage is printed. Raises UserError if `path` belongs to a run with another `header`,
+    model, address or settings.
     """
     header = header | {"model": service.model, "api_base": service.url}
     header |= {"temperature": service.temperature, "max_tokens": service.max_tokens}
     journal = Journal(path, header)
     if journal.values:
-        say(f"{path}: {len(journal.values)} requests were sent before; their answers are taken from there")
+        say(f"{path}: {len(journal.values)} requests were sent before; their answers are reused")
     try:
         yield Endpoint(service, journal, terms)
     finally:
@@ -298,13 +298,13 @@ def asking(service: ModelServer, terms: RequestLimits, path: Path, header: dict[
 
 
 def tokens_in(text: str) -> int:
-    """About how many tokens a text has: one for each Chinese character, one for four others."""
+    """About how many tokens a text has: one per Chinese character, one per four others."""
     wide = sum(sign > "\u2e7f" for sign in text)
     return wide + (len(text) - wide + 3) // 4
 
 
 def usage(journal: Journal, terms: RequestLimits) -> str:
-    """A line about the requests, tokens and cost of a whole run, its earlier starts included."""
+    """A line about the requests, tokens and cost of a run, including its earlier starts."""
     answers = [entry for entry in journal.values.values() if "answer" in entry]
     sent, received = (sum(entry[f"{kind}_tokens"] or 0 for entry in answers) for kind in ("prompt", "completion"))
     failed = len(journal.values) - len(answers)

@@ -1,4 +1,4 @@
-"""Answers of a model that is being trained, sampled for rewards or greedy at evaluations, by the batch engine's decoding."""
+"""Answers of a model in training, sampled for rewards or greedy at evaluations, by the batch engine's decoding."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -18,11 +18,11 @@ from utils.inference.sampling_params import SamplingParams
 from utils.memory import is_out_of_memory
 from utils.models.tokenizer import end_tokens
 
-CACHE_ROOM = 16  # micro-batches whose tokens' keys and values take less memory than the activations of one
+CACHE_ROOM = 16  # micro-batches: their keys and values take less memory than the activations of one
 
 
 class Sampler:
-    """Answers as `settings` say, at most up to the model's `window`; `room` is tokens, prompts' included, at once."""
+    """Answers with `settings`, within the model's `window`; `room`: tokens at once, including the prompts'."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Sampler:
         self.settings, self.room, self.window = settings, room, window
 
     def __call__(self, model: PreTrainedModel, prompts: list[Ids], seeds: list[int]) -> list[Ids]:
-        """An answer's ids for each prompt, with what ended it; each is drawn with its own seed, whatever the others."""
+        """An answer's ids for each prompt, including what ended it; each is drawn with its own seed, whatever the others."""
         answers: dict[int, Ids] = {}
         with ready_to_answer(model):
             for batch in plan(prompts, 1, self.settings.max_new_tokens, self.room, 0):
@@ -49,7 +49,7 @@ class Sampler:
         return [answers[place] for place in range(len(prompts))]
 
     def answer(self, model: PreTrainedModel, batch: list[int], prompts: list[Ids], seeds: list[int]) -> dict[int, Ids]:
-        """The answers to one batch of places, which is halved where memory runs out."""
+        """The answers to one batch of prompts, given by their indices; it is halved if memory runs out."""
         asked = [prompts[place] for place in batch]
         most = self.settings.max_new_tokens
         limits = [most if self.window is None else min(most, self.window - len(prompt)) for prompt in asked]
@@ -77,7 +77,7 @@ class Sampler:
 
 
 def make_sampler(options: Any, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    """What answers a step's questions, by the options of finetune.py."""
+    """The sampler for a step's questions, from the options of finetune.py."""
     ends = end_tokens(options.base_model, tokenizer)
     prompter = make_prompter(options.prompt_template_name, tokenizer, ends)
     settings = SamplingParams(
@@ -92,13 +92,13 @@ def make_sampler(options: Any, tokenizer: PreTrainedTokenizerBase) -> Sampler:
 
 
 def cache_room(options: Any) -> int:
-    """For how many tokens' keys and values there is memory beside what training needs."""
+    """For how many tokens training leaves memory for keys and values."""
     return CACHE_ROOM * options.micro_batch_size * options.cutoff_len
 
 
 @contextlib.contextmanager
 def ready_to_answer(model: PreTrainedModel) -> Iterator[None]:
-    """The model with its own `forward`, which training replaces, and without dropout, while the block runs."""
+    """Give the model its own `forward` back, which training replaces, and turn off dropout, while the block runs."""
     replaced, was_training = model.__dict__.pop("forward", None), model.training
     model.eval()
     try:

@@ -1,7 +1,7 @@
 """Many requests on one engine: they join and leave a running batch at any token, each with its own answerer and settings.
 
-One thread computes. What a request computed stays for a while, so that the next turn of its dialogue, or another request
-that opens alike, reads only what is new.
+One thread computes. A request's cache is kept for a while, so that the next turn of its dialogue, or another request with
+the same opening, reads only what is new.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from utils.console import UserError, reason
-from utils.inference.decoding import Step, choose, penalise, penalties
+from utils.inference.decoding import Step, choose, penalize, penalties
 from utils.inference.engine import Engine, seed
 from utils.inference.kv_cache import WORTHWHILE, Ids
 from utils.inference.sampling_params import SamplingParams
@@ -24,13 +24,13 @@ from utils.inference.shared_forward import Part, SharedForward, Text
 from utils.memory import is_out_of_memory
 
 WAITING = 64  # requests in the queue; more are refused
-AT_ONCE = 32  # answers that grow side by side, where memory suffices
-READ_AT_ONCE = 256  # tokens of prompts in one pass: few enough that growing answers do not stand still
-KEPT = 0.5  # of the weights' size: what the caches of ended requests may take
+AT_ONCE = 32  # answers that grow in parallel, if memory suffices
+READ_AT_ONCE = 256  # prompt tokens per pass: few enough that growing answers do not stall
+KEPT = 0.5  # most memory for the caches of ended requests, as a share of the weights' size
 
 
 class QueueFull(UserError):
-    """So many requests wait already that another is refused."""
+    """Too many requests are waiting; another is refused."""
 
     def __init__(self) -> None:
         super().__init__(f"the queue is full: {WAITING} requests are waiting; ask again later")
@@ -38,35 +38,35 @@ class QueueFull(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked: a prompt's ids, as whom, and how. `asker`: who takes turns with others for a place in the batch.
+    """A prompt's ids, which answerer is asked, and how. `asker`: who takes turns with others for a place in the batch.
 
-    `exact` has a seeded answer be the same bits in any company, at some cost for those who are alone.
+    `exact` makes a seeded answer bit for bit independent of other requests, at some cost if there are none.
     """
 
     name: str
     prompt: Ids
     settings: SamplingParams
-    template: str | None = ""  # None: the prompt is a text of its own, without a template
+    template: str | None = ""  # None: the prompt is plain text, without a template
     asker: Hashable = None
     stops: tuple[str, ...] = ()
     exact: bool = False
-    begun: tuple[int, ...] = ()  # the answer's first tokens, where it was cut and is continued
+    begun: tuple[int, ...] = ()  # the answer's first tokens, if it was cut and is continued
 
 
 class Ticket:
-    """A request on its way: its `answer` so far, and how it ended (`finish` "stop" or "length", or an `error`).
+    """A submitted request: its `answer` so far, and how it ended (`finish` "stop" or "length", or an `error`).
 
-    `changed` is called, from the thread that computes, whenever there is something new.
+    `changed` is called, from the computing thread, whenever there is something new.
     """
 
     def __init__(self, request: Request, limit: int, ending: Callable[[Ids], bool], changed: Callable[[], None]):
         self.request, self.limit, self.ending, self.changed = request, limit, ending, changed
         self.answer: Ids = list(request.begun)
-        self.steps = 0  # tokens computed, all beams' counted
+        self.steps = 0  # tokens computed, counting all beams
         self.finish, self.error = "", ""
         self.cancelled = self.running = False
-        self.text: Text | None = None  # None until its prompt is begun to be read
-        self.alone: Generator[Step] | None = None  # what computes it where it cannot be computed with others
+        self.text: Text | None = None  # None until reading its prompt begins
+        self.alone: Generator[Step] | None = None  # computes it if it cannot be computed with others
         self.processors = penalties(request.settings)
         self.generator = torch.Generator().manual_seed(seed(request.settings, self.ids))
 
@@ -82,11 +82,11 @@ class Ticket:
 
     @property
     def need(self) -> int:
-        """For how many tokens its cache may have to hold keys and values."""
+        """The most tokens whose keys and values its cache may have to hold."""
         return self.request.settings.num_beams * (len(self.request.prompt) + self.limit)
 
     def take(self, token: int) -> None:
-        """Append a token, and see whether it is the last."""
+        """Append a token, and check whether it is the last."""
         self.answer.append(token)
         self.steps += 1
         if self.ending(self.answer):
@@ -113,7 +113,7 @@ class Scheduler:
         self.forward = SharedForward(engine)
         self.waiting: list[Ticket] = []
         self.running: list[Ticket] = []
-        self.kept: deque[tuple[str, Text]] = deque()  # of whom, and what; the oldest first
+        self.kept: deque[tuple[str, Text]] = deque()  # answerer and text, oldest first
         self.jobs: list[tuple[Callable[[], Any], Future, str]] = []
         self.news = threading.Condition()
         self.closed = False
@@ -135,7 +135,7 @@ class Scheduler:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Stop computing a request; its place is free from the next token on."""
+        """Stop computing a request; its place becomes free at the next token."""
         with self.news:
             ticket.cancelled = True
             self.news.notify()
@@ -146,7 +146,7 @@ class Scheduler:
             return self.waiting.index(ticket) if ticket in self.waiting else 0
 
     def call(self, job: Callable[[], Any], name: str = "") -> Any:
-        """Run `job` between two tokens, once nobody is answered as `name`; its result."""
+        """Run `job` between two tokens, once no request is answered as `name`; returns its result."""
         future: Future = Future()
         with self.news:
             self.jobs.append((job, future, name))
@@ -160,7 +160,7 @@ class Scheduler:
             self.news.notify()
         self.thread.join()
 
-    # in the thread that computes
+    # in the computing thread
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -175,10 +175,10 @@ class Scheduler:
             for ticket in [ticket for ticket in self.running if ticket.over]:
                 self._leave(ticket)
         for ticket in (*self.running, *self.waiting):
-            ticket.end("the server stops")
+            ticket.end("the server is stopping")
 
     def _do_jobs(self) -> None:
-        """Run the jobs whose answerer nobody is being answered as."""
+        """Run the jobs whose answerer is not in use."""
         for entry in list(self.jobs):
             job, future, name = entry
             if any(ticket.request.name == name for ticket in self.running):
@@ -190,11 +190,11 @@ class Scheduler:
                 future.set_exception(error)
 
     def _admit(self) -> None:
-        """Give free places to those who wait: first to the asker with the fewest, among equals to the earliest."""
+        """Give free places to waiting requests: first to the asker with the fewest places, then to the earliest."""
         for ticket in [ticket for ticket in self.waiting if ticket.cancelled]:
             self.waiting.remove(ticket)
             ticket.end()
-        going = {name for _, _, name in self.jobs}  # for these no answer is begun any more
+        going = {name for _, _, name in self.jobs}  # for these no new answers are started
         while len(self.running) < AT_ONCE:
             places = [ticket.request.asker for ticket in self.running]
             staying = [ticket for ticket in self.waiting if ticket.request.name not in going]
@@ -219,7 +219,7 @@ class Scheduler:
         ticket.end()
 
     def forget(self, name: str) -> None:
-        """Drop what was computed as an answerer; requests still waiting for it get an error."""
+        """Drop the caches of an answerer; requests still waiting for it get an error."""
         for ticket in [ticket for ticket in self.waiting if ticket.request.name == name]:
             self.waiting.remove(ticket)
             ticket.end(f"{name}: was unloaded")
@@ -227,7 +227,7 @@ class Scheduler:
         self.kept = deque(entry for entry in self.kept if entry[0] != name)
 
     def _round(self) -> None:
-        """One token for each request that grows, and a part of the prompts of those that do not yet."""
+        """Compute one token for each growing request, and read a part of the prompts of the others."""
         shared = [ticket for ticket in self.running if not ticket.over and self._is_shared(ticket)]
         turns = self.forward.takes_turns
         groups = [[ticket for ticket in shared if ticket.request.name not in turns]]
@@ -241,7 +241,7 @@ class Scheduler:
         return self.forward.works and ticket.request.settings.num_beams == 1
 
     def _guarded(self, tickets: list[Ticket], work: Callable[[list[Ticket]], None]) -> None:
-        """Compute; if that fails, the requests it was for get the error, and the others continue."""
+        """Do `work`; if it fails, its requests get the error, and the others continue."""
         try:
             work(tickets)
         except UserError as error:
@@ -256,13 +256,13 @@ class Scheduler:
                 ticket.error = f"internal error ({reason(error)})"
 
     def _make_room(self, tickets: list[Ticket]) -> None:
-        """After memory ran out: forget what is kept; where nothing is, give up the request that came last."""
+        """After memory ran out: drop the kept caches; if there are none, give up the latest request."""
         if self.kept and tickets[-1].alone is None:
             self.kept.clear()
         else:
             tickets[-1].error = "out of memory; ask again later, with fewer beams or a shorter conversation"
         for ticket in tickets:
-            ticket.text = None  # some layers may have grown and others not: read again
+            ticket.text = None  # some layers may have grown and others not, so read again
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -273,7 +273,7 @@ class Scheduler:
         left = READ_AT_ONCE
         for ticket in tickets:
             if ticket.text is None:
-                if left <= 0 or self._is_on_its_way(ticket, begun):
+                if left <= 0 or self._is_being_read(ticket, begun):
                     continue
                 ticket.text = self._open(ticket)
             ids = ticket.ids[len(ticket.text.ids) :]
@@ -289,16 +289,16 @@ class Scheduler:
                 self._guarded([ticket], functools.partial(self._choose, scores[row : row + 1]))
 
     def _choose(self, scores: torch.Tensor, tickets: list[Ticket]) -> None:
-        """Append to a request the token that its settings choose by `scores`, (1, vocabulary)."""
+        """Append to a request the token that its settings choose from `scores`, (1, vocabulary)."""
         (ticket,) = tickets
         if scores[0, 0].isnan():
             raise UserError("the model's scores are not numbers (broken weights, or float16 overflows); check the folder")
-        own = penalise(scores, [ticket.ids], ticket.processors)
+        own = penalize(scores, [ticket.ids], ticket.processors)
         ticket.take(choose(own, ticket.request.settings, [ticket.generator])[0])
         ticket.changed()
 
     def _grow_alone(self, tickets: list[Ticket]) -> None:
-        """A step of a request that has a computation of its own."""
+        """One step of a request that is computed separately."""
         (ticket,) = tickets
         request = ticket.request
         self.engine.use(request.name)
@@ -312,24 +312,24 @@ class Scheduler:
             ticket.finish = "stop" if ticket.ending(ticket.answer) else "length"
         ticket.changed()
 
-    def _is_on_its_way(self, ticket: Ticket, begun: Iterable[Ticket]) -> bool:
-        """True if more of the prompt's opening is being read for another than is known: better wait for that."""
+    def _is_being_read(self, ticket: Ticket, begun: Iterable[Ticket]) -> bool:
+        """True if another request is reading more of the prompt's opening than is known, so that waiting is better."""
         known = max((shared for shared, _, _ in self._openings(ticket)), default=0)
         same = [other for other in begun if other.request.name == ticket.request.name]
         return any(common(ticket.request.prompt, other.request.prompt) >= known + WORTHWHILE for other in same)
 
     def _openings(self, ticket: Ticket) -> list[tuple[int, bool, Text]]:
-        """What is known of a prompt's opening: how many tokens, whether it can be taken over, and where they are."""
+        """What is known of a prompt's opening: how many tokens, whether their text can be reused, and the text."""
         name, prompt = ticket.request.name, ticket.request.prompt
         found = [(common(prompt, text.ids), True, text) for one, text in self.kept if one == name]
         texts = [other.text for other in self.running if other.text is not None and other.request.name == name]
         return found + [(common(prompt, text.ids), False, text) for text in texts]
 
     def _open(self, ticket: Ticket) -> Text:
-        """The text that a request grows: with as much of its prompt's opening as is known.
+        """The text that a request will extend: with as much of its prompt's opening as is known.
 
-        A kept text that would lose little is taken over, of another a part is copied. At least one token is left to
-        compute, whose scores are wanted.
+        A kept text that would lose little is reused; of any other, the part is copied. At least one token is left to
+        compute, since its scores are needed.
         """
         shared, kept, text = max(self._openings(ticket), key=lambda known: known[:2], default=(0, False, Text()))
         shared = min(shared, len(ticket.request.prompt) - 1)
@@ -343,7 +343,7 @@ class Scheduler:
 
 
 def common(one: Ids, other: Ids) -> int:
-    """How many tokens two texts begin with alike."""
+    """The number of tokens that two texts begin with in common."""
     size = min(len(one), len(other))
     if one[:size] == other[:size]:
         return size

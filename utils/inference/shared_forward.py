@@ -1,7 +1,7 @@
-"""One forward pass for many texts, each with its own adapter: what they share is the weights, what they do not is attention.
+"""One forward pass for many texts, each with its own adapter: they share the weights, but not attention.
 
-Every token is a row. Linear layers see all rows at once; attention is computed text by text over that text's own cache, so
-there is no padding, a text joins or leaves without a copy, and no result depends on how long the other texts are.
+Every token is a row. Linear layers see all rows at once; attention is computed for each text over its own cache, so
+there is no padding, a text joins or leaves without copying, and no result depends on the length of other texts.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from utils.inference.answerers import BASE
 from utils.inference.engine import Engine
 from utils.inference.kv_cache import GrowingLayer, Ids
 
-ATTENTION = "text_by_text"  # the name that transformers knows `attend` by
-ALIKE = 16  # rows from which on a row's result is the same bits in any company (oneMKL; with fewer it uses other kernels)
-PROBE = 12  # tokens of the texts that the check is made with
-CLOSE = 1e-2  # largest difference of log-probabilities, many times what rounding makes of them in bfloat16
+ATTENTION = "text_by_text"  # the name of `attend` in transformers
+ALIKE = 16  # with this many rows or more, a row's bits do not depend on the others (with fewer, oneMKL uses other kernels)
+PROBE = 12  # tokens in the texts of the check
+CLOSE = 1e-2  # largest difference of log-probabilities, many times the rounding error in bfloat16
 
 
 class Text:
-    """A text that grows: `ids` are those whose keys and values are in its `cache`."""
+    """A growing text: `ids` are the tokens whose keys and values are in its `cache`."""
 
     def __init__(self, ids: Sequence[int] = (), cache: Cache | None = None):
         self.ids, self.cache = list(ids), cache or Cache(layer_class_to_replicate=GrowingLayer)
 
     @property
     def columns(self) -> int:
-        """How many tokens its cache takes the memory of."""
+        """For how many tokens its cache takes memory."""
         return self.cache.layers[0].keys.shape[2] if self.cache.layers else 0
 
     def opening(self, length: int) -> "Text":
@@ -64,7 +64,7 @@ class Part:
 
 @dataclasses.dataclass
 class Segment:
-    """The rows of one text in a forward pass; `cache` None for rows that only fill up."""
+    """The rows of one text in a forward pass; `cache` is None for padding rows."""
 
     cache: Cache | None
     start: int
@@ -72,7 +72,7 @@ class Segment:
     masks: dict[tuple[int | None, torch.device], torch.Tensor | None] = dataclasses.field(default_factory=dict)
 
     def mask(self, total: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """Which of `total` columns each row sees: (rows, columns); None for all. Made once for a `window` and device."""
+        """Which of `total` columns each row sees: (rows, columns); None for all. Made once for each `window` and device."""
         made = window, device
         if made not in self.masks:
             count = self.stop - self.start
@@ -97,7 +97,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it, (tokens, heads, 1, dim) each; returns (tokens, 1, heads, dim).
 
-    The rows of each segment are appended to its cache and see what is in there.
+    The rows of each segment are appended to its cache and attend to what is in it.
     """
     query, key, value = query.transpose(0, 2), key.transpose(0, 2), value.transpose(0, 2)  # (1, heads, tokens, dim)
     outputs = []
@@ -124,14 +124,14 @@ AttentionInterface.register(ATTENTION, attend)
 class SharedForward:
     """Computes texts of one engine together.
 
-    `works` tells whether the model gives the same scores this way as alone; `takes_turns`, which adapters do not in company.
-    Both are tried, not looked up: families and kinds of adapters differ in what they read beside the texts.
+    `works`: whether the model gives the same scores this way as alone; `takes_turns`: adapters that do not when mixed.
+    Both are found by trying: families and kinds of adapters differ in what they read besides the texts.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.names: list[str] | None = None  # peft's name of each row's adapter, while several are mixed
-        self.lasts: torch.Tensor | None = None  # the rows that scores are wanted of, during a forward pass
+        self.lasts: torch.Tensor | None = None  # the rows whose scores are needed, during a forward pass
         self.hooked: set[nn.Module] = set()
         self.takes_turns: set[str] = set()
         self.hook()
@@ -149,7 +149,7 @@ class SharedForward:
             say(f"{name}: cannot be mixed with other adapters in one batch; its answers take turns with theirs")
 
     def hook(self) -> None:
-        """Tell every layer that adapters change whose row each is, and the output layer which rows are wanted."""
+        """Tell every layer with adapters which adapter each row uses, and the output layer which rows are needed."""
         self.head = self.engine.model.get_output_embeddings()
 
         def named(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -157,7 +157,7 @@ class SharedForward:
             if module is self.head and self.lasts is not None:
                 args = (args[0][self.lasts], *args[1:])
                 names = names and [names[row] for row in self.lasts.tolist()]
-            if names and isinstance(module, AuxiliaryTrainingWrapper):  # fails with the names of those it has no part of
+            if names and isinstance(module, AuxiliaryTrainingWrapper):  # fails for names of adapters that do not change it
                 names = [name if name in module._adapters else "__base__" for name in names]
             return args, kwargs | ({"adapter_names": names} if names and takes_names(module) else {})
 
@@ -170,7 +170,7 @@ class SharedForward:
     def __call__(self, parts: list[Part], exact: bool) -> torch.Tensor:
         """Append `parts` to their texts; the scores after the last token of each, (parts, vocabulary) float32.
 
-        With `exact`, a text's scores are the same bits as if it were computed alone, for the price of some rows more.
+        With `exact`, a text's scores are bit for bit those it would have alone, at the price of some more rows.
         """
         ids: Ids = []
         positions: list[int] = []
@@ -196,13 +196,13 @@ class SharedForward:
     def compute(
         self, ids: Ids, positions: list[int], names: list[str], lasts: list[int], segments: list[Segment]
     ) -> torch.Tensor:
-        """Run the model once; restores afterwards how it attends and what it computes with."""
+        """Run the model once; afterwards its attention and the rows' adapters are reset."""
         model = self.engine.model
         config = model.config.get_text_config()
         before = config._attn_implementation
         self.lasts = torch.tensor(lasts, device=model.device)
         if len(set(names)) > 1:
-            self.engine.use(next(name for name in names if name != BASE))  # any: each row's own name goes first
+            self.engine.use(next(name for name in names if name != BASE))  # any one: each row's own name takes precedence
             self.names = ["__base__" if name == BASE else switching.key_of(name) for name in names]
         else:
             self.engine.use(names[0])
@@ -216,7 +216,7 @@ class SharedForward:
 
     @torch.inference_mode()
     def agrees(self, name: str) -> bool:
-        """True if an adapter's scores, computed with others here, are those of the model as transformers runs it."""
+        """True if an adapter's scores, computed with others here, match those of the model as transformers runs it."""
         vocabulary = self.engine.model.get_input_embeddings().weight.shape[0]
         texts = [[(7 * place + offset) % vocabulary for place in range(PROBE)] for offset in (11, 5, 3)]
         mine, others = (texts[0], texts[1]), texts[2]
@@ -225,7 +225,7 @@ class SharedForward:
             self([Part(known[0], mine[0][:5], name), Part(known[2], others[:7], BASE)], exact=False)
             parts = [Part(known[0], mine[0][5:], name), Part(known[2], others[7:], BASE), Part(known[1], mine[1], name)]
             ours = self(parts, exact=False).log_softmax(1)[[0, 2]]
-        except Exception:  # whatever a family or an adapter cannot do
+        except Exception:  # a family or an adapter may fail in any way
             return False
         self.engine.use(name)
         alone = self.engine.model(input_ids=torch.tensor(list(mine), device=self.engine.model.device)).logits[:, -1]
@@ -233,5 +233,5 @@ class SharedForward:
 
 
 def takes_names(module: nn.Module) -> bool:
-    """True for the layers that peft lets choose an adapter for each row."""
+    """True for the layers that can use a different adapter for each row (peft)."""
     return isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))
