@@ -1,4 +1,4 @@
-"""Answer: a chat page in the browser, or a file of prompts in one go.
+"""Answer questions: on a chat page in the browser, or a file of prompts as a batch.
 
     python generate.py --lora_weights output/run-1
 
@@ -6,9 +6,9 @@
 
     python generate.py --lora_weights output/run-1 --is_ui False --test_input_path test_data --api_base http://gpu:8000/v1
 
-The base model and the template are those that the adapter was trained with (its lineage.json), or give --base_model
-(or $BASE_MODEL) and --prompt_template. The batch mode writes test.json beside the weights; with --api_base another
-program computes the answers: vLLM, llama.cpp, Ollama, or this script elsewhere (its key: OPENAI_API_KEY).
+The base model and the template are those that the adapter was trained with (from its lineage.json) unless --base_model
+(or $BASE_MODEL) and --prompt_template name others. Batch mode writes test.json beside the weights; with --api_base
+another program computes the answers: vLLM, llama.cpp, Ollama, or this script elsewhere (its key: OPENAI_API_KEY).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Answering:
-    """Who answers, and what; how to decode (SamplingParams) and the page's options come after these."""
+    """Which models answer what; decoding (SamplingParams) and the page's options follow."""
 
     base_model: str = option("", "base model: a folder, or a name on a hub", heading="Model")
     lora_weights: list[str] = option([], "adapter: a folder, or a name on the hub; several (a,b); none: the base model alone")
@@ -48,7 +48,7 @@ class Answering:
 
     is_ui: bool | str = option(
         True,
-        "False: answer --test_input_path and end; api: OpenAI's protocol alone; terminal: chat here",
+        "False: answer --test_input_path and exit; api: only OpenAI's protocol; terminal: chat here",
         choices=("True", "False", "api", "terminal"),
         heading="Batch",
     )
@@ -58,11 +58,11 @@ class Answering:
     overwrite: bool = option(False, "replace answers to other prompts, or those of an unfinished run")
     batch_size: int | str = option("auto", "prompts answered at once (auto: by length and memory)", least=1, choices=("auto",))
 
-    api_base: str = option("", "have this server answer, such as http://localhost:8000/v1", heading="Another server")
-    api_model: str = option("", "its name of the model (the adapter's, or the only one there)")
+    api_base: str = option("", "have this server answer, e.g. http://localhost:8000/v1", heading="Another server")
+    api_model: str = option("", "the model's name there (the adapter's, or the server's only one)")
     api_route: str = option(
         "",
-        "completions: token ids with our template; chat: messages with the server's (by whether a tokenizer is known)",
+        "completions: token ids with our template; chat: messages with the server's (depends on whether a tokenizer is known)",
         choices=("", "completions", "chat"),
     )
     concurrency: int = option(4, "concurrent requests", least=1, most=1000)
@@ -78,12 +78,12 @@ class Options(SamplingParams, Answering):
     auth: str = option("", "user:password required by the page")
     api_key: str = option("", "key that API clients must send (required unless only this machine can reach the address)")
     adapters_dir: str = option("", "folder of adapters that programs may load while the server runs")
-    feedback_dir: str = option("feedback", "folder for votes and thumbs given on the page (none: '')")
+    feedback_dir: str = option("feedback", "folder for votes and thumbs given on the page ('': off)")
     lang: str = option("zh", "language of the page", choices=("zh", "en"))
 
 
 def main(options: Options) -> None:
-    """Load what answers, then answer."""
+    """Load the models, then answer."""
     named = named_on(options.hub, options.base_model or os.environ.get("BASE_MODEL", ""))
     options = dataclasses.replace(options, base_model=named)
     check_together(options)
@@ -110,7 +110,7 @@ def main(options: Options) -> None:
 
 
 def runs_by_seed(options: Options, outputs: list[Path]) -> list[tuple[SamplingParams, list[Path]]]:
-    """How to decode, and where the answers go: once, or once for each of --seeds."""
+    """Sampling settings and output files: once, or once for each of --seeds."""
     from utils.datasets.prompts import sample_path
 
     settings = decoding(options)
@@ -143,7 +143,9 @@ def talk(options: Options) -> None:
     login_of = login(options.auth)
     address = Address(options.server_name, options.server_port, login_of, options.share_gradio, options.api_key).taken()
     if options.is_ui == "api" and address.is_open and not options.api_key:
-        raise UserError(f"--server_name {options.server_name}: others can reach it; give --api_key KEY, which they must send")
+        raise UserError(
+            f"--server_name {options.server_name}: others can reach it; give --api_key KEY, which clients must then send"
+        )
     engine = load_engine(options)
     from utils.chat import server
 
@@ -154,7 +156,7 @@ def talk(options: Options) -> None:
 
 
 def check_together(options: Options) -> None:
-    """Raises UserError if options exclude each other, or name what is not there."""
+    """Raises UserError if options contradict each other or name missing things."""
     if options.load_8bit and options.load_4bit:
         raise UserError("--load_8bit and --load_4bit: both given; choose one")
     if (options.load_8bit or options.load_4bit) and options.api_base:
@@ -180,7 +182,7 @@ def check_together(options: Options) -> None:
 
 
 def check_seeds(options: Options) -> None:
-    """Raises UserError if --seeds are not different numbers, or chance has no part in the answers."""
+    """Raises UserError if --seeds are not different numbers, or nothing is sampled."""
     wrong = [seed for seed in options.seeds if not (seed.isdecimal() and seed == str(int(seed)))]
     if wrong or len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"--seeds {','.join(options.seeds)}: not different whole numbers; write them like --seeds 1,2,3")
@@ -189,7 +191,7 @@ def check_seeds(options: Options) -> None:
 
 
 def login(auth: str) -> tuple[str, str] | None:
-    """The user and the password that the page asks for, if any. Raises UserError if one of them is missing."""
+    """The user and password required by the page, if any. Raises UserError if one of them is missing."""
     user, _, password = auth.partition(":")
     if auth and not (user and password):
         raise UserError("--auth: not of the form user:password; write both, separated by a colon")
@@ -212,7 +214,7 @@ def load_engine(options: Options) -> "Engine":
 
 
 def decoding(options: Options) -> SamplingParams:
-    """The options of how to decode."""
+    """The sampling settings among the options."""
     return SamplingParams(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingParams)})
 
 

@@ -156,7 +156,7 @@ def test_a_call_is_streamed_whole_and_its_text_as_it_grows(client):
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": 3}}]}, "tools"),
         ({"tools": TOOLS * 129}, "tools"),
-        ({"extra_body": {"template": "alpaca"}}, "no place for tools"),
+        ({"extra_body": {"template": "alpaca"}}, "does not support tools"),
         ({"messages": [QUESTION, {"role": "tool", "tool_call_id": "x", "content": "晴"}]}, "messages"),
         ({"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]}, "messages"),
     ],

@@ -47,7 +47,7 @@ def test_the_api_has_names_and_a_documented_signature(url, service):
             client.predict("你好", **wrong, api_name="/answer")
     with pytest.raises(Exception, match="empty"):
         client.predict(" ", api_name="/answer")
-    with pytest.raises(UserError, match="half a character"):  # which no client sends, but a terminal may
+    with pytest.raises(UserError, match="part of a character"):  # which no client sends, but a terminal may
         next(service.reply("f1", {"instruction": "\ud800"}, SamplingParams()))
 
 

@@ -162,7 +162,7 @@ def test_a_seed_repeats_and_a_stop_ends(client):
         ({"messages": [{"role": "user", "content": "长" * 9000}]}, 400, "too long"),
         ({"stop": ["x"] * 17}, 400, "more than 16"),
         ({"n": 2}, 400, "n"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "no place for tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "does not support tools"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
         ({"made_up": 1}, 400, "made_up"),
         ({"temperature": 9}, 400, "temperature"),

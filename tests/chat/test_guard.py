@@ -45,7 +45,7 @@ def test_page_of_another_site_may_not_ask(port, path, origin):
     """As a form or a script sends it without asking first: a simple request, of text/plain."""
     status, body = ask(port, "POST", path, ASKED, Origin=origin, Content_Type="text/plain")
     assert status == 403
-    assert b"may not ask here" in body
+    assert b"are not allowed here" in body
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "0.0.0.0"])

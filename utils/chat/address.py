@@ -1,4 +1,4 @@
-"""Where page and endpoint listen, and who may ask there; checked before anything is loaded."""
+"""Where page and endpoint listen, and who may use them; checked before anything is loaded."""
 
 import dataclasses
 import ipaddress
@@ -7,13 +7,13 @@ import socket
 from utils.console import UserError
 
 FIRST_PORT = 7860
-PORTS = 100  # that are tried from there on
+PORTS = 100  # how many are tried from there
 
 
 @dataclasses.dataclass(frozen=True)
 class Address:
     """Where to listen (port None: the first free one from 7860), who may see the page (user and password; None: everyone),
-    whether it is linked outside, and the key that other programs need."""
+    whether it gets a public link, and the key that other programs need."""
 
     name: str
     port: int | None
@@ -23,11 +23,11 @@ class Address:
 
     @property
     def is_open(self) -> bool:
-        """True if others than this machine can reach it."""
+        """True if other machines can reach it."""
         return self.share or not is_local(self.name)
 
     def taken(self) -> "Address":
-        """With a port that is free by now. Raises UserError if there is none, or the address cannot be had."""
+        """The address with a currently free port. Raises UserError if there is none, or the address cannot be used."""
         ports = [self.port] if self.port else range(FIRST_PORT, FIRST_PORT + PORTS)
         problem = ""
         for port in ports:

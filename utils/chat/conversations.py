@@ -1,4 +1,4 @@
-"""A conversation of the chat page: its turns, how it is shown, and how it becomes a record, a file, and what browsers keep."""
+"""A conversation on the chat page: its turns, how it is shown, and how it is converted to a record, a file, or browser data."""
 
 import dataclasses
 import json
@@ -24,28 +24,28 @@ class Turn(NamedTuple):
     question: str
     answer: str = ""
     finish: str = ""
-    by: dict[str, Any] = {}  # noqa: RUF012 (a named tuple's default, which nobody changes)
+    by: dict[str, Any] = {}  # noqa: RUF012 (a named tuple's default, never changed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Turns (the last one's answer may be unfinished, or ""), and a `system` text where there is one."""
+    """Turns (the last answer may be unfinished, or ""), and a `system` text if there is one."""
 
     turns: tuple[Turn, ...] = ()
     system: str = ""
 
     def asked(self, question: str) -> "Conversation":
-        """With one more question, open; a turn that was never answered goes, an answer that grew is a stopped one."""
+        """With one more, open question; an unanswered turn is dropped, and a growing answer counts as stopped."""
         before = [turn for turn in self.stopped().turns if turn.answer]
         return dataclasses.replace(self, turns=(*before, Turn(question)))
 
     def stopped(self) -> "Conversation":
-        """With an answer that grew as a stopped one."""
+        """With any growing answer marked as stopped."""
         turns = (turn._replace(finish=STOPPED) if turn.answer and not turn.finish else turn for turn in self.turns)
         return dataclasses.replace(self, turns=tuple(turns))
 
     def asked_again(self, place: int, changed: str = "") -> "Conversation":
-        """Up to the question of a turn (-1: the last), as it was or changed, open."""
+        """Up to a turn's question (-1: the last), unchanged or `changed`, left open."""
         return self.until(place).asked(changed or self.turns[place].question)
 
     def answered(self, answer: str, finish: str = WHOLE, by: dict[str, Any] | None = None) -> "Conversation":
@@ -58,7 +58,7 @@ class Conversation:
         return dataclasses.replace(self, turns=self.turns[:place])
 
     def messages(self, notes: list[str], thought: str, growing: str = "") -> list[Message]:
-        """As a chat shows it: thoughts folded, `notes` (one a turn) below the answers, `growing` where there is no text yet."""
+        """As a chat shows it: thoughts folded, `notes` (one per turn) below answers, `growing` while there is no text yet."""
         shown: list[Message] = []
         for turn, note in zip(self.turns, notes, strict=True):
             shown.append({"role": "user", "content": question_as_markdown(turn.question)})
@@ -74,14 +74,14 @@ class Conversation:
         return shown
 
     def turn_of(self, message: int) -> int:
-        """Which turn the message with this number, as `messages` counts them, belongs to."""
+        """The turn to which the message with this number in `messages` belongs."""
         owners: list[int] = []
         for message_shown in self.messages([""] * len(self.turns), "-"):
             owners.append((owners[-1] if owners else -1) + (message_shown["role"] == "user"))
         return owners[min(message, len(owners) - 1)]
 
     def record(self) -> Record:
-        """In the record format: the last turn, with those before it as its history."""
+        """As a record: the last turn, with those before it as its history."""
         *history, last = self.turns
         record: Record = {"instruction": last.question, "input": "", "output": last.answer}
         if history:
@@ -91,44 +91,44 @@ class Conversation:
         return record
 
     def to_file(self, unfinished: bool = False) -> str:
-        """A JSON array of one record, which finetune.py takes as it is; "" where nothing has been answered.
+        """A JSON array of one record, ready for finetune.py; "" if nothing has been answered.
 
-        Answers that were stopped or cut are in it to be read, and to be learned only where they are wanted `unfinished`.
-        `answers` says who gave each.
+        Answers that were stopped or cut are included, but to be learned only if `unfinished` ones are wanted. `answers`
+        says who gave each.
         """
-        whole = tuple(turn for turn in self.turns if turn.answer)
-        if not whole:
+        answered = tuple(turn for turn in self.turns if turn.answer)
+        if not answered:
             return ""
-        record = dataclasses.replace(self, turns=whole).record()
-        learn = [unfinished or turn.finish == WHOLE for turn in whole]
+        record = dataclasses.replace(self, turns=answered).record()
+        learn = [unfinished or turn.finish == WHOLE for turn in answered]
         if not all(learn):
             record["learn"] = learn
-        answers = [turn.by | {"finish": turn.finish or STOPPED} for turn in whole]
+        answers = [turn.by | {"finish": turn.finish or STOPPED} for turn in answered]
         return json.dumps([record | {"answers": answers}], ensure_ascii=False, indent=1) + "\n"
 
 
 @dataclasses.dataclass
 class Talk:
-    """What the page keeps of a visitor: the conversation with its name, and how often it was changed otherwise than by a
-    growing answer, which goes on growing only while that number stays.
+    """A visitor's state on the page: the conversation with its name, and how often it was changed other than by a growing
+    answer, which keeps growing only while that number is unchanged.
 
-    `begun`: the answer that is wanted continues what there is of it; `vary`: it must not be the likeliest one again.
+    `begun`: the wanted answer continues the existing one; `vary`: it must not be the likeliest one again.
     """
 
     conversation: Conversation = Conversation()
     changes: int = 0
-    wanted: int = -1  # the number of changes with which an answer was last wanted
+    wanted: int = -1  # the number of changes when an answer was last requested
     begun: bool = False
     vary: bool = False
     name: str = ""
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     def change(self, conversation: Conversation, begun: bool = False, vary: bool = False) -> None:
-        """Have another conversation, and no more of the answer that grew in the one before."""
+        """Replace the conversation; an answer growing in the previous one stops."""
         self.conversation, self.changes, self.begun, self.vary = conversation, self.changes + 1, begun, vary
 
     def begin(self, conversation: Conversation = Conversation(), id: str = "", name: str = "") -> None:
-        """Have a conversation that is not the one before."""
+        """Switch to another conversation."""
         self.change(conversation)
         self.id, self.name = id or uuid.uuid4().hex, name
 
@@ -138,28 +138,28 @@ class Talk:
         return self.name or (first[:NAME] + "…" if len(first) > NAME else first)
 
     def to_browser(self) -> str:
-        """What a browser keeps, as JSON; one without turns is to be forgotten."""
+        """The conversation as JSON for the browser to keep; it forgets one without turns."""
         turns = [list(turn) for turn in self.conversation.turns]
         kept = {"id": self.id, "title": self.title(), "name": self.name, "system": self.conversation.system, "turns": turns}
         return json.dumps(kept, ensure_ascii=False)
 
     def from_browser(self, text: str) -> None:
-        """Have what a browser kept. Raises ValueError if it is none."""
+        """Restore a conversation that a browser kept. Raises ValueError if it is not one."""
         kept = json.loads(text) if len(text) <= LARGEST else None
         fields = ("id", "name", "system")
         if not isinstance(kept, dict) or not all(isinstance(kept.get(field), str) for field in fields):
-            raise ValueError("no conversation")
+            raise ValueError("not a conversation")
         turns = [Turn(*turn) for turn in kept.get("turns") or [] if isinstance(turn, list) and len(turn) == len(Turn._fields)]
         for turn in turns:
             if not all(isinstance(part, str) for part in turn[:3]) or turn.finish not in ENDS or not isinstance(turn.by, dict):
-                raise ValueError("no turn")
+                raise ValueError("not a turn")
         self.begin(Conversation(tuple(turns), kept["system"]).stopped(), kept["id"][:64], kept["name"][:200])
 
 
 def from_file(text: str) -> Conversation:
     """The first record of a file, in any format of records, as a conversation; an input is joined to its question.
 
-    Raises ValueError, with the reason, where there is no record.
+    Raises ValueError, with the reason, if there is no record.
     """
     try:
         value = first_value(text.removeprefix("\ufeff"))
@@ -169,8 +169,8 @@ def from_file(text: str) -> Conversation:
         record = validate(as_record(first), need_output=False)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"JSON: {error}") from None
-    except InvalidRecord as dirt:
-        raise ValueError(str(dirt)) from None
+    except InvalidRecord as error:
+        raise ValueError(str(error)) from None
     question = "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
     pairs = [*record.get("history", []), (question, record["output"])]
     givers = first.get("answers")
@@ -186,19 +186,19 @@ def from_file(text: str) -> Conversation:
 def asked_after(history: Any, question: str) -> Record:
     """A record of a question after earlier turns: pairs of texts, or messages with role and content.
 
-    Raises UserError if these are neither.
+    Raises UserError if they are neither.
     """
     try:
         if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
             return cast(Record, as_record({"messages": [*history, {"role": "user", "content": question}]}))
         checked = validate({"instruction": "x", "output": "", "history": history}, need_output=False)
         return {"instruction": question, "history": checked.get("history", [])}
-    except InvalidRecord as dirt:
-        raise UserError(f"history: {dirt}; give pairs of question and answer, or messages with role and content") from None
+    except InvalidRecord as error:
+        raise UserError(f"history: {error}; give pairs of question and answer, or messages with role and content") from None
 
 
 def first_value(text: str) -> Any:
-    """A file of JSON whole, or the first line of JSON Lines. Raises JSONDecodeError."""
+    """The value of a JSON file, or of the first line of JSON Lines. Raises JSONDecodeError."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -1,6 +1,6 @@
-"""OpenAI's protocol: models, chat completions and completions, whole or streamed, and adapters loaded while running.
+"""OpenAI's protocol: models, chat completions and completions, streamed or not, and loading adapters while running.
 
-No path of a request is ever opened: models and templates are named, and so are the adapters of the one folder to load from.
+No path in a request is ever opened: models and templates are named, and so are the adapters in the one folder to load from.
 """
 
 import asyncio
@@ -39,8 +39,8 @@ from utils.datasets.templates import check_name
 from utils.inference.answerers import BASE
 from utils.inference.sampling_params import KINDS, SamplingParams
 
-ANSWER_SECONDS = 3600.0  # until an answer must be
-WAKE = 1.0  # seconds after which those who wait are told so, and those who hung up are noticed
+ANSWER_SECONDS = 3600.0  # until an answer must be complete
+WAKE = 1.0  # seconds between signs of life to waiting clients, and checks for disconnected ones
 
 
 class Endpoint:
@@ -51,7 +51,7 @@ class Endpoint:
         self.started = int(time.time())
 
     def routes(self, alone: bool = False) -> list[Route]:
-        """For an app of Starlette or FastAPI; `alone`: there is no page beside, so that any other path is an error here."""
+        """Routes for a Starlette or FastAPI app; `alone`: there is no page, so that any other path is an error here."""
         posts = {
             "/v1/chat/completions": self.chat,
             "/v1/completions": self.complete,
@@ -66,13 +66,13 @@ class Endpoint:
         return [*routes, Route(rest, self.guarded(self.nothing), methods=anything)]
 
     def guarded(self, function: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """`function` for those who have the key, its errors in the protocol's form."""
+        """`function` for clients with the key, with errors in the protocol's form."""
 
         async def call(request: Request) -> Response:
             try:
                 given = request.headers.get("authorization", "").removeprefix("Bearer ")
                 if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
-                    raise Refused(401, "a wrong API key, or none; send it as Authorization: Bearer KEY", "invalid_api_key")
+                    raise Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
                 return await function(request)
             except (Refused, UserError) as error:
                 refused = refusal(error)
@@ -81,16 +81,16 @@ class Endpoint:
                 return Response(status_code=499)
             except Exception:
                 traceback.print_exc()
-                return JSONResponse(Refused(500, "internal error; the server's own output has it", "internal").body(), 500)
+                return JSONResponse(Refused(500, "internal error; see the server's output", "internal").body(), 500)
 
         return call
 
     async def health(self, request: Request) -> Response:
-        """That the server answers; tells nothing else, and needs no key."""
+        """Shows that the server is up, nothing else; needs no key."""
         return JSONResponse({"status": "ok"})
 
     async def nothing(self, request: Request) -> Response:
-        """What is not there."""
+        """Any other route. Raises Refused."""
         raise Refused(404, f"{request.method} {request.url.path}: no such route", "not_found")
 
     async def models(self, request: Request) -> Response:
@@ -104,7 +104,7 @@ class Endpoint:
         return JSONResponse({"object": "list", "data": found})
 
     async def chat(self, request: Request) -> Response:
-        """An answer to messages, asked with the template that the adapter was trained with; it may call tools."""
+        """An answer to messages, rendered with the adapter's training template; it may call tools."""
         body = await read(request, {"messages", "tools"})
         name, template = self.known(body), text_of(body, "template")
         check_name(template)
@@ -119,7 +119,7 @@ class Endpoint:
         return await self.answered(request, body, name, Chat(name, reader), record=record, template=template)
 
     async def complete(self, request: Request) -> Response:
-        """What follows a prompt, which is a text or token ids."""
+        """The continuation of a prompt, which is a text or token ids."""
         body = await read(request, {"prompt"})
         name, prompt = self.known(body), body.get("prompt")
         prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)) else prompt
@@ -133,7 +133,7 @@ class Endpoint:
         return await self.answered(request, body, name, Completion(name), prompt=ids)
 
     async def answered(self, request: Request, body: dict[str, Any], name: str, form: "Form", **asked: Any) -> Response:
-        """Have it computed; the whole answer, or the stream of its parts."""
+        """Submit the request; returns the complete answer, or the stream of its parts."""
         stream, usage = flag_of(body, "stream"), flag_of(body.get("stream_options") or {}, "include_usage")
         asker = text_of(body, "user") or (request.client.host if request.client else None)
         exact = body.get("seed") is not None
@@ -160,7 +160,7 @@ class Endpoint:
             asking.cancel()
 
     def settings(self, body: dict[str, Any]) -> SamplingParams:
-        """A request's settings. Who gives a temperature wants to sample, and from all tokens unless told otherwise."""
+        """A request's settings. A temperature means sampling, from all tokens unless the request says otherwise."""
         given = {NAMES.get(key, key): body[key] for key in (*NAMES, *KINDS) if body.get(key) is not None}
         values = {key: getattr(self.defaults, key) for key in KINDS} | {"num_beams": 1}
         if "temperature" in given and "do_sample" not in given:
@@ -185,7 +185,7 @@ class Endpoint:
         return name
 
     async def load(self, request: Request) -> Response:
-        """Load an adapter of the folder that they may be loaded from."""
+        """Load an adapter from the folder that allows it (--adapters_dir)."""
         body = await read(request, {"lora_name", "lora_path"})
         name = text_of(body, "lora_name")
         folder = Path(self.adapters_dir)
@@ -200,7 +200,7 @@ class Endpoint:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
-        """Unload an adapter, once the answers that it gives are whole."""
+        """Unload an adapter, once its running answers are complete."""
         body = await read(request, {"lora_name"})
         name = self.known({"model": body.get("lora_name")})
         await asyncio.to_thread(self.service.unload, name)
@@ -216,14 +216,14 @@ async def growing(asking: Asking, news: asyncio.Event) -> AsyncIterator[ChatRepl
         if reply.done:
             return
         if time.monotonic() > until:
-            raise Refused(504, f"no whole answer after {ANSWER_SECONDS:.0f} seconds", "timeout")
+            raise Refused(504, f"no complete answer after {ANSWER_SECONDS:.0f} seconds", "timeout")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(news.wait(), WAKE)
         news.clear()
 
 
 async def streamed(asking: Asking, news: asyncio.Event, form: Form, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events; while nothing is written yet, a comment once a second shows that the server is there."""
+    """Server-sent events; while there is nothing new, a comment once a second shows that the server is alive."""
     sent, first = "", True
     try:
         async for reply in growing(asking, news):

@@ -1,4 +1,4 @@
-"""What visitors think of answers, in JSON Lines: votes as preference records, thumbs as records with a label."""
+"""Visitors' feedback on answers, as JSON Lines: votes as preference records, thumbs as records with a label."""
 
 import json
 import threading
@@ -12,15 +12,15 @@ VOTES, TIES, THUMBS = "votes.jsonl", "ties.jsonl", "thumbs.jsonl"
 
 
 class Feedback:
-    """Writes into a folder, which is made with the first line."""
+    """Writes into a folder, which is created with the first line."""
 
     def __init__(self, folder: str):
         self.folder, self.lock = Path(folder), threading.Lock()
 
     def vote(self, question: dict[str, Any], answers: dict[str, str], better: str, settings: dict[str, Any], vote: str) -> Path:
-        """Note which of two answerers' answers is `better`, as finetune.py learns from it; "" where neither is.
+        """Record which of two answerers' answers is `better`, as a record for finetune.py; "" if neither is.
 
-        `vote` is what was said of two that are alike: both good, or both bad. Returns the file.
+        `vote` says of equal ones whether both are good or both bad. Returns the file.
         """
         facts = {"settings": settings, "time": now()}
         if not better:
@@ -30,7 +30,7 @@ class Feedback:
         return self.append(VOTES, question | pair | facts)
 
     def thumb(self, key: str, record: dict[str, Any], by: dict[str, Any], liked: bool | None) -> Path:
-        """Note that an answer, which `key` tells from all others, was liked or not; None takes it back. Returns the file."""
+        """Record that the answer identified by `key` was liked or not; None takes it back. Returns the file."""
         path = self.folder / THUMBS
         with self.lock:
             lines = path.read_text("utf-8").splitlines() if path.is_file() else []
@@ -43,7 +43,7 @@ class Feedback:
         return path
 
     def append(self, name: str, line: dict[str, Any]) -> Path:
-        """Add a line to a file."""
+        """Append a line to a file."""
         with self.lock:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -57,5 +57,5 @@ def line_of(value: dict[str, Any]) -> str:
 
 
 def now() -> str:
-    """The time, as ISO 8601 has it, in UTC."""
+    """The current time in UTC, in ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,4 +1,4 @@
-"""Which requests page and endpoint take: none of other sites' pages, and none under another's name for this machine."""
+"""Which requests page and endpoint accept: none from other sites' pages, none under a foreign host name."""
 
 import json
 from typing import Any
@@ -8,11 +8,11 @@ from utils.chat.address import Address, is_local
 
 
 class Guard:
-    """Refuses what a browser sends for a page of another site, and, if only this machine is served, other names for it.
+    """Refuses requests that a browser sends for another site's page and, if only this machine is served, foreign host names.
 
-    A browser names the page that a request comes from (Origin), and where it sends it (Host). Other programs send no
-    Origin. Someone who has the key may come from anywhere. Against rebinding (another's name that is made to lead to
-    127.0.0.1), Host must be a name of this machine. Plain ASGI, so that growing answers are not held back.
+    A browser names the page that a request comes from (Origin), and the host it is sent to (Host). Other programs send no
+    Origin. Clients with the key may come from anywhere. Against DNS rebinding (a foreign name resolved to 127.0.0.1),
+    Host must be a name of this machine. It is plain ASGI, so that growing answers are not buffered.
     """
 
     def __init__(self, app: Any, address: Address):
@@ -35,20 +35,20 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if not self.address.is_open and not (is_local(name_of(host)) or name_of(host) == self.address.name):
-            return f"Host {host!r} is not a name of this machine; ask at http://{self.address.name}:{self.address.port}"
+            return f"Host {host!r} is not a name of this machine; use http://{self.address.name}:{self.address.port}"
         if origin and not self.address.share and not self.has_key(headers):
             here = {host.lower(), headers.get("x-forwarded-host", host).lower()}
             if urlsplit(origin).netloc.lower() not in here:
-                return f"a page of {origin!r} may not ask here; send the API key, or ask from this server's own page"
+                return f"pages of {origin!r} are not allowed here; send the API key, or use this server's own page"
         return ""
 
     def has_key(self, headers: dict[str, str]) -> bool:
-        """True for a request with what looks like a key, which is compared later; a browser adds none by itself."""
+        """True for a request with anything like a key, which is checked later; browsers add none by themselves."""
         return bool(self.address.api_key) and headers.get("authorization", "").startswith("Bearer ")
 
 
 def name_of(host: str) -> str:
-    """The name in a Host header, without its port and the brackets of IPv6."""
+    """The name in a Host header, without port and IPv6 brackets."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:

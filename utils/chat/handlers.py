@@ -1,7 +1,7 @@
-"""What the chat page does: the functions behind the buttons of its conversation, and its API. Of the page's components they
-know the names only.
+"""What the chat page does: the functions behind the buttons of its conversation, and its API. They know the page's
+components only by name.
 
-What belongs to one visitor (the talk) comes in with each call; nothing is kept here.
+A visitor's state (the talk) is passed in with each call; nothing is kept here.
 """
 
 import dataclasses
@@ -27,23 +27,23 @@ from utils.datasets.templates import check_name
 from utils.inference.answerers import BASE, ChatModel
 from utils.inference.sampling_params import CONTROLS, KINDS, SHOWN, STARTS, SamplingParams
 
-REDRAWN = 0.05  # seconds between two drawings of a growing answer: a fast model would drown the browser
-KEPT = 2.0  # seconds between two copies of a growing answer that the browser keeps
-SHOWN_TOKENS = 4096  # whose pieces are listed
+REDRAWN = 0.05  # seconds between updates of a growing answer: a fast model would overload the browser
+KEPT = 2.0  # seconds between two copies of a growing answer sent to the browser to keep
+SHOWN_TOKENS = 4096  # at most this many are listed
 PRESET = ("do_sample", "temperature", "top_p", "top_k")  # what a preset may set
-VARIED = {"temperature": 0.7, "top_p": 0.9, "top_k": 40}  # at least, where another answer is wanted than the likeliest
+VARIED = {"temperature": 0.7, "top_p": 0.9, "top_k": 40}  # minimums when another answer than the likeliest is wanted
 
 
 def put(value: Any) -> dict:
-    """What shows `value` in a component that other calls skip or change.
+    """An update that shows `value` in a component.
 
-    A bare value would do, but for each that follows a skip gradio (6.31) keeps one more component as long as the session.
+    A bare value would do, but after each skip gradio (6.31) keeps one more component for the rest of the session.
     """
     return gr.update(value=value)
 
 
 class Pace:
-    """Tells whether it is time to repeat what is done every `seconds`."""
+    """Tells whether something that is done every `seconds` is due."""
 
     def __init__(self, seconds: float = REDRAWN) -> None:
         self.seconds, self.last = seconds, 0.0
@@ -57,20 +57,20 @@ class Pace:
 
 
 class Handlers:
-    """The functions of the page, over a service, in one language; `feedback` takes thumbs and votes where they are wanted."""
+    """The functions of the page, for a service, in one language; `feedback` (None: not wanted) takes thumbs and votes."""
 
     def __init__(self, service: ChatService, labels: Labels, feedback: Feedback | None = None):
         self.service, self.labels, self.feedback = service, labels, feedback
 
     @property
     def answerers(self) -> dict[str, ChatModel]:
-        """Who can answer at the moment, by name."""
+        """The models that can answer at the moment, by name."""
         return {one.name: one for one in self.service.engine.answerers}
 
-    # the conversation: a question is taken into it, and where that went well, an answer is wanted
+    # the conversation: a question is added to it, and if that succeeds, an answer is requested
 
     def ask(self, talk, question, system, name, adapter, template, **knobs) -> tuple:
-        """Take a question; returned as well, since it goes out of its box only if it still stands there."""
+        """Add a question; it is also returned, since its box is cleared only if it is still there."""
         asked = dataclasses.replace(talk.conversation, system=system).asked(question)
         talk.name = name.strip()[:200]
         wanted, messages, kept = self.take(talk, asked, adapter, template, **knobs)
@@ -88,13 +88,13 @@ class Handlers:
         return self.take_again(talk, place, "", system, adapter, template, **knobs)
 
     def edit(self, event: gr.EditData, *, talk, system, adapter, template, **knobs) -> tuple:
-        """Ask a question that was edited; what came after it is removed. It is put into the box if there can be no answer."""
+        """Ask an edited question; what came after it is removed. It is put into the box if it cannot be answered."""
         changed, place = from_markdown(event.value), talk.conversation.turn_of(event.index)
         wanted, messages, kept = self.take_again(talk, place, changed, system, adapter, template, **knobs)
         return wanted, messages, kept, gr.skip() if isinstance(wanted, int) else put(changed)
 
     def take_again(self, talk: Talk, place: int, changed: str, system, adapter, template, **knobs) -> tuple:
-        """Take a question again. Where the same model gave its likeliest answer, tokens are drawn: it would give it again."""
+        """Add a question again. If the same model gave its likeliest answer before, sample, or it would give the same."""
         turn = talk.conversation.turns[place]
         same = changed in ("", turn.question) and turn.by.get("model") == adapter and not knobs["do_sample"]
         vary = same and knobs["num_beams"] == 1 and not turn.by.get("settings", {}).get("do_sample", True)
@@ -102,9 +102,9 @@ class Handlers:
         return self.take(talk, asked, adapter, template, vary=vary, **knobs)
 
     def take(self, talk: Talk, conversation: Conversation, adapter, template, vary=False, **knobs) -> tuple:
-        """Request an answer to the last question of `conversation`; returns its number, the messages, what is kept.
+        """Request an answer to the last question of `conversation`; returns its number, the messages, what the browser keeps.
 
-        Where there can be no answer, the page stays as it is.
+        If it cannot be answered, the page is left unchanged.
         """
         try:
             self.service.fit(self.known(adapter), conversation.record(), self.settings(**knobs), template)
@@ -118,7 +118,7 @@ class Handlers:
         return talk.changes, self.messages(talk), put(talk.to_browser())
 
     def go_on(self, talk) -> tuple:
-        """Have the last answer continued, where it was stopped or cut."""
+        """Continue the last answer if it was stopped or cut."""
         if not talk.conversation.turns or talk.conversation.turns[-1].finish == WHOLE:
             gr.Info(self.labels.nothing_to_continue)
             return gr.skip(), self.messages(talk), gr.skip()
@@ -127,8 +127,8 @@ class Handlers:
         return talk.changes, self.messages(talk), put(talk.to_browser())
 
     def grow(self, talk, adapter, template, **knobs) -> Iterator[tuple]:
-        """Grow the answer to the last question, until the conversation is changed; yields its messages, the status, what is
-        kept."""
+        """Grow the answer to the last question until the conversation is changed; yields the messages, the status, and what
+        the browser keeps."""
         changes, drawn, kept = talk.changes, Pace(), Pace(KEPT)
         conversation, last = talk.conversation, talk.conversation.turns[-1]
         begun = last.answer if talk.begun else ""
@@ -138,7 +138,7 @@ class Handlers:
             record = dataclasses.replace(conversation, turns=(*conversation.turns[:-1], Turn(last.question))).record()
             options = self.way(talk, knobs) | {"begun": begun}
             for reply in self.service.reply(adapter, record, settings, template, **options):
-                if talk.changes != changes:  # what was drawn last is drawn again at the end
+                if talk.changes != changes:  # show the current state once more at the end
                     yield self.messages(talk), gr.skip(), gr.skip()
                     return
                 self.tell_dropped(reply)
@@ -158,7 +158,7 @@ class Handlers:
         return self.messages(talk), put(talk.to_browser())
 
     def undo(self, talk) -> tuple:
-        """Take the last question back into its box."""
+        """Put the last question back into its box."""
         if not talk.conversation.turns:
             return put([]), gr.skip(), gr.skip()
         question = talk.conversation.turns[-1].question
@@ -166,14 +166,14 @@ class Handlers:
         return self.messages(talk), put(talk.to_browser()), put(question)
 
     def clear(self, talk) -> tuple:
-        """Forget the conversation, in the browser, too."""
+        """Forget the conversation, also in the browser."""
         talk.change(Conversation())
         kept = talk.to_browser()
         talk.begin()
         return put([]), put(kept), put(""), put("")
 
     def begin(self, talk, name) -> tuple:
-        """A new conversation beside the others; the system text stays."""
+        """Start a new conversation; the others and the system text are kept."""
         self.rename(talk, name)
         kept = talk.to_browser()
         talk.begin()
@@ -182,7 +182,7 @@ class Handlers:
     # what is kept in the browser, and in files
 
     def resume(self, talk, list_kept, kept) -> tuple:
-        """Show a conversation that the browser kept, and the list of all; and who can answer by now."""
+        """Show a conversation that the browser kept, the list of all, and the models that can answer now."""
         if kept:
             try:
                 talk.from_browser(kept)
@@ -198,12 +198,12 @@ class Handlers:
         )
 
     def reopen(self, talk, reopened) -> tuple:
-        """Show another conversation that the browser kept."""
+        """Show another conversation kept by the browser."""
         messages, system, name, *_ = self.resume(talk, "[]", reopened)
         return messages, system, name
 
     def listed(self, talk, list_kept) -> dict:
-        """The names of what the browser keeps, this conversation's chosen."""
+        """The names of the conversations that the browser keeps, with this one selected."""
         try:
             choices = [(str(title) or "—", str(id)) for title, id in json.loads(list_kept or "[]")][:100]
         except (ValueError, TypeError):
@@ -212,7 +212,7 @@ class Handlers:
         return gr.update(choices=choices, value=value)
 
     def rename(self, talk, name) -> dict:
-        """Give the conversation a name, once there is one."""
+        """Name the conversation, unless it is empty."""
         talk.name = name.strip()[:200] if talk.conversation.turns else ""
         return put(talk.to_browser())
 
@@ -224,7 +224,7 @@ class Handlers:
         return text
 
     def load(self, talk, file) -> tuple:
-        """The conversation in a file's text, which the browser read."""
+        """Load the conversation in a file's text, which the browser read."""
         try:
             if len(file or "") > LARGEST:
                 raise ValueError(f"> {LARGEST}")
@@ -246,7 +246,7 @@ class Handlers:
         gr.Info(self.labels.noted.format(path=path.name))
 
     def tokens(self, talk, question, system, adapter, template, **knobs) -> tuple:
-        """The prompt that the question in the box, or the last one, is asked with: as text, as tokens, and their number."""
+        """The prompt for the question in the box, or for the last one: as text, as tokens, and their number."""
         conversation = dataclasses.replace(talk.conversation, system=system)
         if question.strip() or not conversation.turns:
             conversation = conversation.asked(question)
@@ -267,11 +267,11 @@ class Handlers:
     # the API
 
     def api_answer(self, request: gr.Request, instruction, input, history, adapter, template, **knobs) -> Iterator[str]:
-        """Answer an instruction; the text so far is sent whenever it has grown, the whole answer last.
+        """Answer an instruction; the text so far is sent whenever it has grown, the complete answer last.
 
-        history: earlier turns as [[question, answer], …] or messages with role and content. adapter: a name that
-        /answerers gives ("": the page's first choice). template: a name in templates/ ("": the one trained with). The
-        others are those of generate.py.
+        history: earlier turns as [[question, answer], …] or messages with role and content. adapter: a name from
+        /answerers ("": the page's default). template: a name in templates/ ("": the training template). The other
+        parameters are options of generate.py.
         """
         try:
             for name, value in {"instruction": instruction, "input": input, "adapter": adapter, "template": template}.items():
@@ -321,16 +321,16 @@ class Handlers:
         return answer
 
     def api_answerers(self) -> list[dict]:
-        """Who can answer: name, template, and the chain of training steps of each; the last is the page's first choice."""
+        """The models that can answer: name, template, and chain of training steps of each; the last is the page's default."""
         return [{"name": name, "template": one.template, "chain": steps_of(one)} for name, one in self.answerers.items()]
 
     def known(self, name: str) -> str:
-        """An answerer's name; "" is the last one's. Raises UserError for any other."""
+        """An answerer's name; "" means the last one. Raises UserError for unknown names."""
         if name and name not in self.answerers:
             raise UserError(f"adapter {name}: not loaded; choose one of {', '.join(self.answerers)}")
         return name or list(self.answerers)[-1]
 
-    # what is told
+    # what the page says
 
     def show_adapter(self, adapter) -> dict:
         """The status line for another answerer."""
@@ -341,21 +341,21 @@ class Handlers:
         return [gr.update(interactive=bool(do_sample)) for name in SHOWN if CONTROLS[name].only]
 
     def preset(self, name) -> list:
-        """What a preset sets, and nothing else."""
+        """Apply a preset; settings that it does not name stay."""
         chosen = self.labels.presets.get(name or "", {})
         return [put(chosen[key]) if key in chosen else gr.skip() for key in PRESET]
 
     def settings(self, **knobs: Any) -> SamplingParams:
-        """The panel's settings; without a seed of its own, what is drawn differs from answer to answer."""
+        """The panel's settings; without a seed, sampling differs from answer to answer."""
         seed = knobs.get("seed")
         return self.service.settings(**knobs | {"seed": random.randrange(2**31) if seed is None or seed < 0 else seed})
 
     def drawing(self, knobs: dict[str, Any]) -> dict[str, Any]:
-        """The settings with which another answer than the likeliest is found."""
+        """The settings to sample another answer than the likeliest."""
         return {"do_sample": True} | {name: max(knobs[name], least) for name, least in VARIED.items()}
 
     def giver(self, name: str, template: str, settings: SamplingParams, before: dict[str, Any]) -> dict[str, Any]:
-        """Who gives an answer, with the settings that have an effect; `before`: who began it."""
+        """Who gives an answer, with the settings that have an effect; `before`: who gave its beginning."""
         values = {
             key: getattr(settings, key)
             for key in SHOWN
@@ -367,7 +367,7 @@ class Handlers:
         return {"model": model, "template": template or self.answerers[name].template, "settings": values}
 
     def note(self, turn: Turn) -> str:
-        """What stands below an answer: who gave it, how, and whether it is whole."""
+        """The note below an answer: who gave it, how, and whether it is complete."""
         labels, by = self.labels, turn.by
         settings = by.get("settings") if isinstance(by.get("settings"), dict) else {}
         parts = [self.shown(str(by["model"]))] if by.get("model") else []
@@ -391,11 +391,11 @@ class Handlers:
         return put(conversation.messages([self.note(turn) for turn in conversation.turns], self.labels.thoughts, growing))
 
     def way(self, talk: Talk, knobs: dict[str, Any]) -> dict[str, Any]:
-        """How the scheduler takes a visitor's request: by turns with others', and exactly where there is a seed."""
+        """How the scheduler treats a visitor's request: taking turns with others', and exactly if there is a seed."""
         return {"asker": id(talk), "exact": bool(knobs["do_sample"] and (knobs["seed"] or 0) >= 0)}
 
     def status(self, name: str, reply: ChatReply | None = None) -> str:
-        """Base, answerer and its chain, device and type, and the speed of the last answer."""
+        """Base, answerer and its chain, device and dtype, and the speed of the last answer."""
         labels = self.labels
         speed = labels.speed.format(tokens=reply.tokens, speed=reply.speed) if reply else labels.no_speed
         if reply and reply.dropped:
@@ -415,7 +415,7 @@ class Handlers:
         return self.labels.base if name == BASE else name
 
     def text(self, reply: ChatReply, settings: SamplingParams) -> str:
-        """An answer's text; while there is none yet, what stands in its place."""
+        """An answer's text; while there is none yet, a placeholder."""
         if reply.text or reply.done:
             return reply.text
         if reply.waits:
@@ -430,7 +430,7 @@ class Handlers:
             gr.Info(self.labels.dropped.format(count=reply.dropped))
 
     def reason(self, error: UserError) -> str:
-        """An error in the page's language, where it is one that visitors make."""
+        """An error in the page's language, if it is one that visitors make."""
         if isinstance(error, TooLong):
             return self.labels.too_long.format(size=error.size, room=error.room)
         if "characters" in str(error):
@@ -439,7 +439,7 @@ class Handlers:
 
 
 def steps_of(answerer: ChatModel) -> list[str]:
-    """The names of the training steps that lead to an adapter, by its lineage; for the base, none."""
+    """The names of the training steps that led to an adapter, from its lineage; none for the base."""
     if answerer.folder is None or answerer.lineage is None:
         return []
     return [Path(step["options"].get("output_dir", "—")).name for step in lineage.chain(answerer.folder)]

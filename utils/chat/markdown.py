@@ -1,18 +1,18 @@
-"""Texts of people and models in a view that renders Markdown: questions as they were typed, answers without HTML.
+"""Texts of people and models in a view that renders Markdown: questions as typed, answers without HTML.
 
-What is escaped here is written as `&#060;`, with a leading zero, which nobody else writes: page.js and `from_markdown` undo
-exactly that where a text is copied or edited.
+Characters are escaped here as `&#060;`, with a leading zero, which nobody else writes: page.js and `from_markdown` undo
+exactly that when a text is copied or edited.
 """
 
 import re
 
 CODE = re.compile(r"^(`{3,})[^`\n]*$.*?(?:^ {0,3}\1[~`]*[ \t]*$|\Z)|(?<![`\\])`(?!`)[^`\n]+`(?!`)", re.S | re.M)
 ESCAPED = re.compile(r"&#0(\d+);")
-LATEX = [("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False)]  # left, right, in a line of its own
+LATEX = [("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False)]  # left, right, on its own line
 
 
 def answer_as_markdown(text: str) -> str:
-    """An answer: what looks like HTML, outside of code, is seen as it is written; code that is not closed yet is closed."""
+    """An answer: anything like HTML outside code is shown literally; an unclosed code block is closed."""
     parts, end = [], 0
     for code in CODE.finditer(text):
         parts += [escaped(text[end : code.start()], r"<(?=[A-Za-z/!?])|&(?=#?\w+;)"), code[0]]
@@ -24,15 +24,15 @@ def answer_as_markdown(text: str) -> str:
 
 
 def question_as_markdown(text: str) -> str:
-    """A question, of which nothing is rendered: a page shows it as it was typed."""
+    """A question: nothing is rendered, so that the page shows it as typed."""
     return escaped(text, r"[^\w ]|_|(?<![^\n]) ")
 
 
 def escaped(text: str, pattern: str) -> str:
-    """A text in which the ASCII characters that match are written as references that only show them."""
+    """A text whose ASCII characters that match are replaced by character references."""
     return re.sub(pattern, lambda found: f"&#0{ord(found[0])};" if found[0].isascii() else found[0], text)
 
 
 def from_markdown(text: str) -> str:
-    """The text that was escaped."""
+    """The text before it was escaped."""
     return ESCAPED.sub(lambda found: chr(int(found[1])), text)

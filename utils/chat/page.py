@@ -1,4 +1,4 @@
-"""What the chat page shows: its components, and which of them each function gets, by name."""
+"""What the chat page shows: its components, and which of them each function gets, matched by name."""
 
 import functools
 import inspect
@@ -20,11 +20,11 @@ from utils.datasets.templates import CHAT, TEMPLATES
 from utils.inference.sampling_params import CONTROLS, KINDS, SHOWN, SamplingParams
 
 TEST_DATA = Path(__file__).parents[2] / "test_data"
-COLUMNS = 4  # answerers that are compared unless others are chosen
+COLUMNS = 4  # answerers that are compared by default
 FONTS = ["system-ui", "-apple-system", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
-SENT = "(sent, now) => (sent && now === sent ? '' : now)"  # what has been typed since stays
+SENT = "(sent, now) => (sent && now === sent ? '' : now)"  # keeps what has been typed since
 VOTES = ("left", "right", "both", "neither")
-POLLED = 5.0  # seconds between two looks at a run
+POLLED = 5.0  # seconds between updates of a run
 
 
 def build(service: ChatService, defaults: SamplingParams, labels: Labels, feedback: Feedback | None = None) -> gr.Blocks:
@@ -65,10 +65,10 @@ class Page:
         self.defaults, self.longest = defaults, service.longest_answer
         self.names = list(self.handlers.answerers)
         self.parts: dict[str, Any] = {}
-        self.growing: dict[str, Any] = {"concurrency_limit": None}  # the scheduler has a queue of its own
+        self.growing: dict[str, Any] = {"concurrency_limit": None}  # the scheduler has its own queue
 
     def wire(self, event: Callable, function: Callable, outputs: list[str], **options: Any) -> Any:
-        """Call `function` on `event`, with the components of its parameters' names, and the whole panel for `**knobs`."""
+        """Call `function` on `event`, with the components named like its parameters, and the whole panel for `**knobs`."""
         names: list[str] = []
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -108,18 +108,18 @@ class Page:
         most = self.longest if name == "max_new_tokens" else control.most
         value = min(max(value if control.start is None else control.start, control.least), most)
         on = not control.only or bool(getattr(self.defaults, control.only))
-        if most - control.least > 10_000 * control.step:  # too many for a slider to hit one
+        if most - control.least > 10_000 * control.step:  # too many values for a slider
             bounds = {"precision": 0, "minimum": control.least, "maximum": most}
             return gr.Number(value, **bounds, label=label, info=info, elem_id=name, interactive=on)
         return gr.Slider(control.least, most, value, step=control.step, label=label, info=info, elem_id=name, interactive=on)
 
     def status(self, name: str) -> gr.Markdown:
-        """One line of a tab: base, adapter and what it was trained on, device and type, speed of the last answer."""
+        """A tab's status line: base, adapter and its chain, device and dtype, speed of the last answer."""
         self.parts[name] = gr.Markdown(self.handlers.status(self.names[-1]), elem_id=name, elem_classes="status")
         return self.parts[name]
 
     def draw_chat(self) -> None:
-        """A conversation of many turns."""
+        """The chat tab: a conversation of many turns."""
         parts, labels = self.parts, self.labels
         parts["talk"], parts["wanted"] = gr.State(Talk()), gr.State(0)
         for name in ("sent", "file", "kept", "list_kept", "reopened"):
@@ -164,9 +164,9 @@ class Page:
         self.offer([[text] for text, given in examples() if not given][:6], ["question"])
 
     def wire_chat(self, send: gr.Button, stop: gr.Button, go_on: gr.Button, again: gr.Button, clear: gr.Button, new: gr.Button):
-        """What the buttons of the conversation do; whatever changes it stops the answer that is being written."""
+        """Wire the buttons of the conversation; whatever changes it stops the growing answer."""
         parts, do, chat = self.parts, self.handlers, self.parts["chat"]
-        growing = self.growing | {"trigger_mode": "multiple"}  # at once, not when the answer that is stopped has ended
+        growing = self.growing | {"trigger_mode": "multiple"}  # at once, without waiting for the stopped answer to end
         answering = self.wire(parts["wanted"].change, do.grow, ["chat", "status", "kept"], **growing)
         taken = ["wanted", "chat", "kept"]
         asked = self.wire(both(send.click, parts["question"].submit), do.ask, [*taken, "sent"], cancels=answering)
@@ -184,14 +184,14 @@ class Page:
         return answering
 
     def wire_files(self, save: gr.Button, load: gr.Button, answering: Any) -> None:
-        """Conversations as files, and those that the browser keeps."""
+        """Wire conversations in files, and those that the browser keeps."""
         parts, do = self.parts, self.handlers
         saving = self.wire(save.click, do.save, ["file"])
         saving.then(None, parts["file"], js="(text) => dreamer.save(text, 'conversation.json')", api_visibility="private")
         picked = load.click(None, None, parts["file"], js="() => dreamer.load()", api_visibility="private")
         self.wire(picked.then, do.load, ["chat", "kept", "system"], cancels=answering)
         options = {"api_visibility": "private", "show_progress": "hidden"}
-        # in two steps: of a component that the server changes and reads gradio (6.31) keeps one more at each change
+        # in two steps: gradio (6.31) keeps one more copy per change of a component that the server both changes and reads
         kept = parts["kept"].change(None, parts["kept"], parts["list_kept"], js="(text) => dreamer.keep(text)", **options)
         self.wire(kept.then, do.listed, ["dialogues"])
         chosen = parts["dialogues"].input(None, parts["dialogues"], parts["reopened"], js="(id) => dreamer.open(id)", **options)
@@ -223,7 +223,7 @@ class Page:
         self.wire(show.click, self.handlers.tokens, ["prompt", "token_list", "counted"])
 
     def draw_compare(self) -> None:
-        """One question to several, their answers beside each other."""
+        """The compare tab: one question to several models, with their answers side by side."""
         parts, names = self.parts, self.names
         with gr.Row(equal_height=True):
             parts["compared_question"] = self.box("compared_question")
@@ -246,7 +246,7 @@ class Page:
         self.draw_list()
 
     def draw_list(self) -> None:
-        """A list of prompts to several, the differences marked."""
+        """A list of prompts to several models, with differences marked."""
         parts, labels = self.parts, self.labels
         with gr.Accordion(labels.prompts, open=False, elem_id="prompts_part"):
             parts["prompts"] = gr.Textbox(
@@ -260,7 +260,7 @@ class Page:
         stop.click(None, cancels=running, api_visibility="private")
 
     def draw_vote(self) -> None:
-        """A question to two whose names are told after the vote."""
+        """The vote tab: a question to two models whose names are shown after the vote."""
         parts, labels = self.parts, self.labels
         parts["duel"] = gr.State({})
         gr.Markdown(labels.vote_hint)
@@ -285,7 +285,7 @@ class Page:
             parts[name].click(function, parts["duel"], [parts["voted"], *(parts[one] for one in names)], **options)
 
     def draw_training(self, tab: gr.Tab) -> None:
-        """A run's loss, speed and time left, read from its log again and again while the tab is open."""
+        """The training tab: a run's loss, speed and time left, read from its log repeatedly while the tab is open."""
         parts, labels = self.parts, self.labels
         names = self.tabs.runs()
         parts["run"] = gr.Dropdown(names, value=names[0], label=labels.run, elem_id="run")
@@ -295,7 +295,7 @@ class Page:
             y=labels.loss_axis,
             color=labels.curve,
             label=labels.loss_axis,
-            show_label=False,  # its axis says the same; below a label the plot is cut at its lower edge, the legend first
+            show_label=False,  # its axis says the same, and a label would cut off the plot's lower edge
             height=320,
             elem_id="curve",
             buttons=[],
@@ -318,7 +318,7 @@ class Page:
         tab.select(lambda: gr.Timer(active=True), None, timer, **options)
 
     def draw_task(self) -> None:
-        """An instruction and an input, as in the template, without a conversation."""
+        """The single-instruction tab: an instruction and an input, as in the template, without a conversation."""
         parts, labels = self.parts, self.labels
         with gr.Row():
             with gr.Column(min_width=300):
@@ -342,7 +342,7 @@ class Page:
         self.offer([list(pair) for pair in examples() if pair[1]][:4], ["instruction", "input"])
 
     def box(self, name: str) -> gr.Textbox:
-        """A line for a question, which grows."""
+        """A growing one-line box for a question."""
         return gr.Textbox(
             "",
             label=self.labels.question,
@@ -360,7 +360,7 @@ class Page:
         return gr.Textbox(
             label=label,
             lines=12,
-            max_lines=12,  # the rest scrolls, so that columns stay of one height
+            max_lines=12,  # the rest scrolls, so that columns have the same height
             interactive=False,
             buttons=["copy"],
             elem_id=name,
@@ -369,7 +369,7 @@ class Page:
         )
 
     def offer(self, rows: list[list[str]], names: list[str]) -> None:
-        """Examples to click, where there are any."""
+        """Examples to click, if there are any."""
         if rows:
             boxes = [self.parts[name] for name in names]
             gr.Examples(rows, boxes, label=self.labels.examples, api_visibility="private", examples_per_page=len(rows))
@@ -383,7 +383,7 @@ def both(*triggers: Callable) -> Callable:
 def examples() -> list[tuple[str, str]]:
     """Short prompts of the evaluation set, one of each category in turn, as instruction and input.
 
-    Those that ask for a refusal stay out: they are no suggestions.
+    Prompts that should be refused are left out.
     """
     paths = [path for path in sorted(TEST_DATA.glob("*.json")) if "alignment" not in path.stem]
     files = [[r for r in read_records(path, need_output=False) if "history" not in r] for path in paths]

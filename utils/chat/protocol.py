@@ -1,4 +1,4 @@
-"""What requests and answers of OpenAI's protocol look like: which fields are read, how an answer and an error are written."""
+"""The format of requests and answers in OpenAI's protocol: which fields are read, how answers and errors are written."""
 
 import asyncio
 import json
@@ -18,12 +18,12 @@ from utils.inference.sampling_params import KINDS
 from utils.inference.scheduler import QueueFull
 
 LARGEST_BODY = 2**20  # bytes
-BODY_SECONDS = 30.0  # until a request must be there
+BODY_SECONDS = 30.0  # until a request must have arrived
 MOST_STOPS = 16
 MOST_TOOLS = 128
-NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}  # of the protocol, and here
+NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}  # the protocol's names, and ours
 COMMON = {"model", "stream", "stream_options", "stop", "user", "template", *NAMES, *KINDS} - {"max_new_tokens"}
-WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and the values that ask for nothing
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # unsupported fields, and their values that request nothing
     "n": (1,),
     "best_of": (1,),
     "presence_penalty": (0,),
@@ -43,20 +43,20 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # fields that are not supported,
 
 
 class Refused(Exception):
-    """An error of the protocol's form."""
+    """An error in the protocol's form."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
-        """As the protocol writes it."""
+        """The response's JSON."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def refusal(error: Exception) -> Refused:
-    """What a user's error is in the protocol."""
+    """A user's error in the protocol's form."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, QueueFull):
@@ -67,7 +67,7 @@ def refusal(error: Exception) -> Refused:
 
 
 class Form:
-    """How an answer of one kind is written."""
+    """How one kind of answer is written."""
 
     kind, chunk, prefix = "", "", ""
 
@@ -75,11 +75,11 @@ class Form:
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def read(self, reply: ChatReply) -> Called:
-        """What of an answer so far is text, and, once it is whole, which tools it calls."""
+        """The text of an answer so far and, once it is complete, the tools it calls."""
         return Called(reply.text, [])
 
     def choice(self, called: Called) -> dict[str, Any]:
-        """A whole answer."""
+        """A complete answer."""
         raise NotImplementedError
 
     def delta(self, called: Called, first: bool) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Form:
 
 
 class Chat(Form):
-    """Of chat completions; the `reader` finds the calls in answers to those who gave tools."""
+    """Chat completions; `reader` finds the calls in answers to requests with tools."""
 
     kind, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -124,7 +124,7 @@ class Chat(Form):
 
 
 class Completion(Form):
-    """Of completions."""
+    """Text completions."""
 
     kind = chunk = "text_completion"
     prefix = "cmpl"
@@ -148,7 +148,7 @@ def event(body: dict[str, Any]) -> str:
 
 
 async def read(request: Request, fields: set[str]) -> dict[str, Any]:
-    """The body of a request, whose fields are known or ask for nothing. Raises Refused."""
+    """The body of a request, whose fields must be known or request nothing. Raises Refused."""
     body = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -157,10 +157,10 @@ async def read(request: Request, fields: set[str]) -> dict[str, Any]:
                 if len(body) > LARGEST_BODY:
                     raise Refused(413, f"the request is larger than {LARGEST_BODY:,} bytes", "request_too_large")
     except TimeoutError:
-        raise Refused(408, f"the request was not there after {BODY_SECONDS:.0f} seconds", "timeout") from None
+        raise Refused(408, f"the request was incomplete after {BODY_SECONDS:.0f} seconds", "timeout") from None
     try:
         values = json.loads(body)
-        json.dumps(values, ensure_ascii=False).encode()  # half a character (a lone surrogate) can be escaped in JSON
+        json.dumps(values, ensure_ascii=False).encode()  # JSON can escape a lone surrogate, which is not valid text
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
@@ -172,7 +172,7 @@ async def read(request: Request, fields: set[str]) -> dict[str, Any]:
 
 
 def tools_of(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tools that an answer may call. Raises Refused if they are none, or more is asked of them than is done here."""
+    """The tools that an answer may call. Raises Refused if they are invalid, or require what is not supported."""
     tools, choice = body.get("tools") or [], body.get("tool_choice")
     if not isinstance(tools, list) or len(tools) > MOST_TOOLS:
         raise Refused(400, f"tools: give a list of up to {MOST_TOOLS}", "invalid_type", "tools")
@@ -186,15 +186,15 @@ def tools_of(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def record_of(body: dict[str, Any], tools: list[dict[str, Any]], carries: Collection[str]) -> Record:
-    """The messages of a request as a record; `carries`: what of tools the template has a place for. Raises Refused."""
+    """The messages of a request as a record; `carries`: which of "tools" and "calls" the template supports. Raises Refused."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refused(400, "messages: missing, or not a list of messages", "invalid_request", "messages")
     try:
         item = {"messages": messages} | ({"tools": tools} if tools else {})
         record = validate(as_record_with_tools(item, carries), need_output=False)
-    except InvalidRecord as dirt:
-        raise Refused(400, f"messages: {dirt}", "invalid_request", "messages") from None
+    except InvalidRecord as error:
+        raise Refused(400, f"messages: {error}", "invalid_request", "messages") from None
     if record["output"] or (record.get("messages") or [{}])[-1].get("role") == "assistant":
         raise Refused(400, "messages: the last one must be the user's, or a tool's result", "invalid_request", "messages")
     return record

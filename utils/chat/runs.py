@@ -1,4 +1,4 @@
-"""Training runs as the page shows them, read from their logs: the losses, and how far a run is that goes on."""
+"""Training runs as the page shows them, read from their logs: the losses, and the progress of running ones."""
 
 import dataclasses
 import json
@@ -13,15 +13,15 @@ from utils.training.evaluations import ANSWERS, SCORES
 from utils.training.run_log import LOG, PROGRESS
 
 MOST_RUNS, MOST_POINTS = 200, 500
-QUIET = 120.0  # seconds without a step, and ten times what one took: then a run is taken for stopped
+QUIET = 120.0  # seconds, plus ten times the time of a step, without a step: then a run counts as stopped
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run: `points` of its curves (step, loss, which); its steps, seconds a step and seconds left, where these are known.
+    """A run: `points` of its curves (step, loss, which); its steps, seconds per step and seconds left, if known.
 
-    `scores`: the newest ones of answers at evaluations, by name; `answers`: question, first answer and newest one, of the
-    evaluations after the steps `answered`.
+    `scores`: the newest scores of evaluations, by name; `answers`: questions with their answers at the first and the newest
+    evaluation, which came after the steps `answered`.
     """
 
     points: list[tuple[int, float, str]]
@@ -38,7 +38,7 @@ class Run:
 
 
 def runs_beside(folders: Iterable[Path]) -> dict[str, Path]:
-    """The runs in the folders that adapters stand in, by name, the newest first."""
+    """The runs in the parent folders of adapters, by name, newest first."""
     parents = {folder.absolute().parent for folder in folders}
     logs = [log for parent in sorted(parents) for log in parent.glob(f"*/{LOG}")]
     logs.sort(key=lambda log: log.stat().st_mtime, reverse=True)
@@ -50,7 +50,7 @@ def runs_beside(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """What the files of a run say at the moment; half a line that is being written is left out."""
+    """The current state of a run, from its files; a half-written line is ignored."""
     entries = [entry for line in lines_of(folder / LOG) if (entry := parsed(line))]
     kinds = (("loss", "training"), ("eval_loss", "validation"))
     curves = {kind: [(entry["step"], entry[key]) for entry in entries if key in entry] for key, kind in kinds}
@@ -64,7 +64,7 @@ def read_run(folder: Path) -> Run:
 
 
 def answers_of(entries: list[dict[str, Any]]) -> tuple[tuple[int, int] | None, list[tuple[str, str, str]]]:
-    """The steps of the first and the newest evaluation with answers, and question, first and newest answer of each prompt."""
+    """The steps of the first and newest evaluations with answers, and each prompt's question, first and newest answer."""
     found = [entry for entry in entries if ANSWERS in entry]
     if not found:
         return None, []
@@ -73,15 +73,15 @@ def answers_of(entries: list[dict[str, Any]]) -> tuple[tuple[int, int] | None, l
 
 
 def progress_of(folder: Path, step: int) -> tuple[str, int | None, float | None, float | None]:
-    """State, all steps, seconds a step and seconds left of a run that is at `step`."""
-    going = parsed("".join(lines_of(folder / PROGRESS)))
-    if going:
-        done = going["step"] - going["first"]
-        pace = going["seconds"] / done if done else None
+    """State, number of steps, seconds per step and seconds left of a run that is at `step`."""
+    progress = parsed("".join(lines_of(folder / PROGRESS)))
+    if progress:
+        done = progress["step"] - progress["first"]
+        pace = progress["seconds"] / done if done else None
         quiet = time.time() - (folder / PROGRESS).stat().st_mtime
         if quiet <= QUIET + 10 * (pace or 0):
-            return "running", going["steps"], pace, pace and pace * (going["steps"] - going["step"])
-        return "stopped", going["steps"], pace, None
+            return "running", progress["steps"], pace, pace and pace * (progress["steps"] - progress["step"])
+        return "stopped", progress["steps"], pace, None
     try:
         known = lineage.read(folder)
     except UserError:
@@ -93,13 +93,13 @@ def progress_of(folder: Path, step: int) -> tuple[str, int | None, float | None,
 
 
 def thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A curve with so few points that a browser draws it at once, the last one always among them."""
+    """A curve with few enough points for a browser, always including the last."""
     every = max(1, -(-len(curve) // MOST_POINTS))
     return curve[::-1][::every][::-1]
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a file, none where it cannot be read."""
+    """The lines of a file; none if it cannot be read."""
     try:
         return path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):

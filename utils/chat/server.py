@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: the page calls nobody
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: no telemetry
 
 import uvicorn
 from gradio import Blocks, themes
@@ -22,18 +22,18 @@ from utils.console import UserError, say
 from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams
 
-EVENTS = 512  # of the page in gradio's queue: more than those who wait for answers, whom the scheduler counts
-THREADS = 160  # of gradio's: each answer that grows or waits has one
+EVENTS = 512  # in gradio's queue: more than the waiting requests, which the scheduler limits
+THREADS = 160  # gradio's: one for each growing or waiting answer
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; base-uri 'self'"  # as gradio needs
 CODES = {"zh": "zh-CN", "en": "en"}
 HERE = Path(__file__).parent
-SESSIONS = 200  # whose conversations are kept at once
+SESSIONS = 200  # that have their conversations kept at once
 
 
 def serve(
     engine: Engine, settings: SamplingParams, lang: str, address: Address, adapters_dir: str = "", feedback_dir: str = ""
 ) -> None:
-    """Show the page until the program is stopped. Raises UserError if the address cannot be had."""
+    """Serve the page until the program is stopped. Raises UserError if the address cannot be used."""
     service = ChatService(engine, settings.max_new_tokens)
     start(service, settings, lang, address, adapters_dir, feedback_dir).block_thread()
 
@@ -41,7 +41,7 @@ def serve(
 def start(
     service: ChatService, settings: SamplingParams, lang: str, address: Address, adapters_dir: str = "", feedback_dir: str = ""
 ) -> Blocks:
-    """Show the page, with the endpoint beside it, and return while it is there. `feedback_dir` "": it takes no feedback."""
+    """Start serving the page, with the endpoint beside it, and return. `feedback_dir` "": it takes no feedback."""
     address = address.taken()
     options = launch_options(address, lang)
     page = build(service, settings, LANGUAGES[lang], Feedback(feedback_dir) if feedback_dir else None)
@@ -54,12 +54,12 @@ def start(
         page.app.router.routes[:0] = Endpoint(service, settings, address.api_key, adapters_dir).routes()
         say(f"OpenAI's protocol: {page.local_url}v1")
     else:
-        say("other programs are not answered, since others can reach this address; --api_key KEY lets those in who have it")
+        say("the endpoint for other programs is off, since others can reach this address; --api_key KEY turns it on")
     return page
 
 
 def serve_api(engine: Engine, settings: SamplingParams, address: Address, adapters_dir: str = "") -> None:
-    """Answer other programs, without a page, until the program is stopped. Raises UserError if the address cannot be had."""
+    """Serve other programs, without a page, until the program is stopped. Raises UserError if the address cannot be used."""
     address = address.taken()
     service = ChatService(engine, settings.max_new_tokens)
     routes = Endpoint(service, settings, address.api_key, adapters_dir).routes(alone=True)
@@ -73,9 +73,9 @@ def serve_api(engine: Engine, settings: SamplingParams, address: Address, adapte
 
 
 def launch_options(address: Address, lang: str = "zh") -> dict[str, Any]:
-    """What gradio's `launch` is called with; says where the page is open to others."""
+    """The arguments for gradio's `launch`; warns if the page is open to others."""
     if not address.auth and address.is_open:
-        say("warning: everyone who can reach this address can use the page; --auth user:password asks for a password")
+        say("warning: everyone who can reach this address can use the page; --auth user:password protects it")
     return {
         "server_name": address.name,
         "server_port": address.port,
@@ -100,7 +100,7 @@ def launch_options(address: Address, lang: str = "zh") -> dict[str, Any]:
 
 
 def theme() -> themes.Base:
-    """Gradio's own, in colors whose contrast is at least 4.5 to 1 (WCAG 2.2, level AA)."""
+    """Gradio's default theme, in colors with a contrast of at least 4.5 to 1 (WCAG 2.2, level AA)."""
     base = themes.Default(primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
     return base.set(
         button_primary_background_fill="*primary_600",
@@ -120,7 +120,7 @@ def theme() -> themes.Base:
 class NothingFromElsewhere:
     """Forbids browsers to load anything from other servers: a remote image in an answer would leak the reader's address.
 
-    Plain ASGI, since what wraps whole responses would hold growing answers back.
+    It is plain ASGI, since middleware that wraps complete responses would buffer growing answers.
     """
 
     def __init__(self, app: Any):
@@ -138,9 +138,9 @@ class NothingFromElsewhere:
 
 
 class InLanguage:
-    """Has gradio's own buttons speak the page's language, whatever the browser's is: it goes by what `navigator` tells.
+    """Puts gradio's own buttons into the page's language, whatever the browser's: gradio reads it from `navigator`.
 
-    That is read before anything that `launch` takes is there, hence the change in the page's first answer.
+    It does so before any script given to `launch` runs, hence the change to the page's HTML.
     """
 
     def __init__(self, app: Any, code: str):
@@ -150,7 +150,7 @@ class InLanguage:
         self.changes = ((b'lang="en"', f'lang="{code}"'.encode()), (b"<head>", f"<head><script>{script}</script>".encode()))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Change the page itself, and pass on all else."""
+        """Change the page's HTML, and pass on everything else."""
         if scope["type"] != "http" or scope["path"] != "/" or scope["method"] != "GET":
             return await self.app(scope, receive, send)
         headers = [header for header in scope["headers"] if header[0] != b"accept-encoding"]

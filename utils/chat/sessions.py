@@ -1,4 +1,4 @@
-"""What page and endpoint ask of the scheduler: replies that grow, conversations that are cut to fit, limits."""
+"""Between page or endpoint and the scheduler: growing replies, conversations cut to fit, limits."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams, bounded
 from utils.inference.scheduler import Request, Scheduler, Ticket
 
-MOST_CHARACTERS = 20_000  # of one question: more would keep the tokenizer busy, not the model
+MOST_CHARACTERS = 20_000  # of one question: more would keep the tokenizer busy, rather than the model
 MOST_TURNS = 200  # of one conversation
-PROMPT_TOKENS = 4096  # for models that name no window of their own
-DROPPED = 4  # oldest turns go by so many, so that the next turns open as this one does
-WAKE = 1.0  # seconds after which the queue is looked at again
+PROMPT_TOKENS = 4096  # for models that name no window
+DROPPED = 4  # old turns are dropped this many at a time, so that the next prompts keep the same opening
+WAKE = 1.0  # seconds between looks at the queue
 
 
 class TooLong(UserError):
@@ -33,7 +33,7 @@ class TooLong(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ChatReply:
-    """An answer so far: its text, tokens and seconds since it was begun; how many old turns did not fit.
+    """An answer so far: its text, tokens and seconds since it began; how many old turns did not fit.
 
     `finish` is "" while it grows, then "stop" or "length"; `ahead`: how many requests wait before it.
     """
@@ -54,12 +54,12 @@ class ChatReply:
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class Asking:
-    """A request under way: its ticket, and what is told of it."""
+    """A submitted request: its ticket, and its replies."""
 
     def __init__(self, scheduler: Scheduler, request: Request, dropped: int, changed: Any):
         self.scheduler, self.request, self.dropped = scheduler, request, dropped
@@ -89,7 +89,7 @@ class Asking:
         )
 
     def cancel(self) -> None:
-        """Stop asking."""
+        """Cancel the request."""
         self.scheduler.cancel(self.ticket)
 
 
@@ -101,7 +101,7 @@ class ChatService:
         self.scheduler = Scheduler(engine)
 
     def settings(self, **values: Any) -> SamplingParams:
-        """Settings by name. Raises UserError, naming the setting and its bounds, if one is out of these."""
+        """Settings by name. Raises UserError, naming the setting and its bounds, if one is out of bounds."""
         return bounded(values, self.longest_answer)
 
     def ask(
@@ -115,10 +115,10 @@ class ChatService:
         changed: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> Asking:
-        """Queue a record (its history before it), or a `prompt`'s ids as they are, to be answered as `name`.
+        """Queue a record with its history, or the ids of a `prompt`, to be answered as `name`.
 
-        An answer to a record that has `begun` is continued.
-        `changed` is called when there is news. Raises UserError if the question is empty or too long, or the queue is full.
+        `begun`: the beginning of the answer to a record, to be continued. `changed` is called when there is news. Raises
+        UserError if the question is empty or too long, or the queue is full.
         """
         settings = settings or SamplingParams()
         if prompt is not None:
@@ -134,31 +134,31 @@ class ChatService:
         return Asking(self.scheduler, Request(name, ids, settings, template, begun=known, **options), dropped, changed)
 
     def begun_ids(self, name: str, record: Record, template: str, begun: str) -> tuple[int, ...]:
-        """The ids of an answer's beginning, as they are where question and answer are encoded as one text."""
+        """The ids of an answer's beginning, as when question and answer are encoded as one text."""
         tokenizer, prompter = self.engine.tokenizers[name], self.engine.prompter(name, template)
         alone: Any = {key: value for key, value in record.items() if key not in ("history", "learn")} | {"output": begun}
         try:
             whole = encode([alone], prompter, tokenizer, cutoff_len=2**31, train_on_inputs=False)[-1].input_ids
-        except UserError:  # it holds an end token's text
+        except UserError:  # it contains an end token's text
             whole = []
         question = encode_prompt(alone | {"output": ""}, prompter, tokenizer)
         ends = self.engine.ending(name, template).ends
-        if whole[: len(question)] != question:  # a token that straddles their boundary, or thoughts written otherwise
+        if whole[: len(question)] != question:  # a token straddles their boundary, or thoughts are written differently
             return tuple(tokenizer(begun, add_special_tokens=False)["input_ids"])
         return tuple(whole[len(question) :][:-1] if whole[-1] in ends else whole[len(question) :])
 
     def ids_of(self, name: str, text: str) -> list[int]:
-        """The ids of a prompt that is a text, as training and batch runs encode it."""
+        """The ids of a prompt given as text, as training and batch runs encode it."""
         if len(text) > MOST_CHARACTERS * 10:
             raise UserError(f"the prompt is too long; at most {MOST_CHARACTERS * 10:,} characters")
         return encode_text(text, self.engine.tokenizers[name])
 
     def load(self, name: str, folder: Path) -> None:
-        """Let an adapter answer from now on. Raises UserError if it cannot, or the name is taken."""
+        """Load an adapter, which can answer from now on. Raises UserError if it cannot, or the name is taken."""
 
         def job() -> None:
             if name in (one.name for one in self.engine.answerers):
-                raise UserError(f"{name}: loaded already; unload it first, or choose another name")
+                raise UserError(f"{name}: already loaded; unload it first, or choose another name")
             _, (one,) = resolve(self.engine.base_model, [str(folder)], "")
             self.engine.add(dataclasses.replace(one, name=name))
             self.scheduler.forward.admit(name)
@@ -168,7 +168,7 @@ class ChatService:
     def unload(self, name: str) -> None:
         """Unload an adapter once the answers it is giving are complete."""
         if name == BASE:
-            raise UserError(f"{BASE}: is not an adapter; it stays")
+            raise UserError(f"{BASE}: is not an adapter and cannot be unloaded")
 
         def job() -> None:
             self.engine.remove(name)
@@ -179,14 +179,14 @@ class ChatService:
     def reply(
         self, name: str, record: Record, settings: SamplingParams, template: str = "", **options: Any
     ) -> Generator[ChatReply]:
-        """Answer a record; a reply whenever it has grown. Closing the iterator ends the computation."""
+        """Answer a record; yields a reply whenever it has grown. Closing the iterator ends the computation."""
         for replies in self.replies([name], record, settings, template, **options):
             yield replies[name]
 
     def replies(
         self, names: Sequence[str], record: Record, settings: SamplingParams, template: str = "", **options: Any
     ) -> Generator[dict[str, ChatReply]]:
-        """Answer one record as several answerers side by side; the replies of all of them, whenever one has grown."""
+        """Answer one record as several answerers in parallel; yields all replies whenever one has grown."""
         news = threading.Event()
         asked: dict[str, Asking] = {}
         try:
@@ -204,9 +204,9 @@ class ChatService:
                 asking.cancel()
 
     def fit(self, name: str, record: Record, settings: SamplingParams, template: str = "") -> tuple[list[int], int]:
-        """The ids of a record, without its oldest turns if all would not leave room for the answer; how many those are.
+        """The ids of a record, and how many of its oldest turns were dropped to leave room for the answer.
 
-        Raises UserError if even the question alone is too long, or if there is none.
+        Raises UserError if even the question alone is too long, or if it is empty.
         """
         history = list(record.get("history") or [])
         asked = f"{record['instruction']}{record.get('input') or ''}"
@@ -225,8 +225,8 @@ class ChatService:
 
 
 def check_characters(record: Record) -> None:
-    """Raises UserError if a text holds half a character, as a terminal sends it and JSON can escape it."""
+    """Raises UserError if a text contains a lone surrogate, which terminals may send and JSON can escape."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError("the question holds half a character (not valid UTF-8); write it again") from None
+        raise UserError("the question contains part of a character (not valid UTF-8); write it again") from None

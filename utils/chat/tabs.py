@@ -1,4 +1,4 @@
-"""What the page's other tabs do: several answers side by side, single instructions, votes, and the runs of training."""
+"""What the page's other tabs do: answers side by side, single instructions, votes, and training runs."""
 
 import difflib
 import html
@@ -15,7 +15,7 @@ from utils.chat.sessions import ChatReply
 from utils.console import UserError
 from utils.datasets.records import Record
 
-MOST_PROMPTS = 50  # of a list
+MOST_PROMPTS = 50  # in a list
 TIES = ("both", "neither")
 
 
@@ -25,10 +25,10 @@ class Tabs:
     def __init__(self, handlers: Handlers):
         self.handlers, self.service, self.labels = handlers, handlers.service, handlers.labels
 
-    # several side by side
+    # answers side by side
 
     def compare(self, talk, compared_question, answerers, template, **knobs) -> Iterator[list]:
-        """One question to several answerers; yields the text of each column, and the status."""
+        """Ask several answerers one question; yields the text of each column, and the status."""
         names = list(self.handlers.answerers)
         columns = [""] * len(names)
         yield [*map(put, columns), gr.skip()]
@@ -42,7 +42,7 @@ class Tabs:
             yield [*map(put, columns), put(self.compared(replies))]
 
     def replies(self, talk, question, answerers, template, knobs, record: Any = None) -> Iterator[tuple]:
-        """The settings and the growing replies of several answerers to one question, as often as they are drawn."""
+        """The settings and growing replies of several answerers to one question, whenever the page is to be updated."""
         pace = Pace()
         try:
             for name in answerers:
@@ -56,18 +56,18 @@ class Tabs:
             gr.Warning(self.handlers.reason(error))
 
     def compared(self, replies: dict[str, ChatReply]) -> str:
-        """Base, device and type, and the tokens and speed of several answers."""
+        """Base, device and dtype, and the tokens and speed of several answers."""
         shown = self.handlers.shown
         answers = (f"{shown(name)} {reply.tokens} ({reply.speed:.1f}/s)" for name, reply in replies.items())
         return " · ".join((f"**{self.handlers.base}**", str(self.service.engine.placement), *answers))
 
     def choose(self, answerers) -> list:
-        """Show the columns of those who are asked."""
+        """Show the columns of the chosen answerers."""
         shown = [gr.update(visible=name in answerers) for name in self.handlers.answerers]
         return shown if len(shown) > 1 else shown[0]
 
     def compare_list(self, talk, prompts, answerers, template, **knobs) -> Iterator[str]:
-        """Each line of `prompts` to several answerers; yields a table in which differences to the first are marked."""
+        """Ask several answerers each line of `prompts`; yields a table with differences from the first marked."""
         questions = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not answerers or not questions:
             gr.Warning(self.labels.none_chosen if questions else self.labels.no_prompts)
@@ -104,7 +104,7 @@ class Tabs:
     # votes
 
     def duel(self, talk, duel, vote_question, template, **knobs) -> Iterator[tuple]:
-        """A question to two answerers whose names are hidden; yields their texts, what is told, and the buttons."""
+        """Ask two answerers whose names are hidden; yields their texts, the message, and the buttons."""
         left, right = random.sample(list(self.handlers.answerers), 2)
         duel.clear()
         off = [gr.update(interactive=False)] * 4
@@ -121,27 +121,27 @@ class Tabs:
             yield *texts, put(""), *off
 
     def vote(self, duel, vote: str) -> tuple:
-        """Take a vote: `left`, `right`, `both` or `neither`; who was who is told."""
+        """Take a vote: `left`, `right`, `both` or `neither`; reveals the names."""
         off = [gr.update(interactive=False)] * 4
         if not duel:
             return put(self.labels.nothing_to_vote), *off
         names, answers = duel["names"], duel["answers"]
-        told = self.labels.revealed.format(left=self.handlers.shown(names[0]), right=self.handlers.shown(names[1]))
+        names_shown = self.labels.revealed.format(left=self.handlers.shown(names[0]), right=self.handlers.shown(names[1]))
         better = "" if vote in TIES else names[vote == "right"]
         if better and len({text.strip() for text in answers.values()}) < 2:
-            return put(f"{told} · {self.labels.same_answers}"), *off
+            return put(f"{names_shown} · {self.labels.same_answers}"), *off
         if better and not all(text.strip() for text in answers.values()):
             better = ""
         assert self.handlers.feedback is not None
         question = {"instruction": duel["question"], "input": ""}
         path = self.handlers.feedback.vote(question, answers, better, duel["settings"], vote)
         duel.clear()
-        return put(f"{told} · {self.labels.noted.format(path=path.name)}"), *off
+        return put(f"{names_shown} · {self.labels.noted.format(path=path.name)}"), *off
 
     # training
 
     def runs(self) -> list[str]:
-        """The names of the runs beside the adapters that are loaded."""
+        """The names of the runs beside the loaded adapters."""
         return list(runs_beside(one.folder for one in self.handlers.answerers.values() if one.folder))
 
     def show_runs(self) -> dict:
@@ -149,7 +149,7 @@ class Tabs:
         return gr.update(choices=self.runs())
 
     def show_run(self, run) -> tuple[Any, Any, Any]:
-        """A run's state in words, its curves, and what it answered at its evaluations."""
+        """A run's state in words, its curves, and its answers at evaluations."""
         folder = runs_beside(one.folder for one in self.handlers.answerers.values() if one.folder).get(run or "")
         if folder is None:
             return put(self.labels.no_run), gr.skip(), gr.skip()
@@ -177,7 +177,7 @@ def spelled(seconds: float) -> str:
 
 
 def marked(first: str, other: str) -> str:
-    """A text as HTML, marked where it differs from another."""
+    """A text as HTML, with its differences from another marked."""
     parts = []
     for kind, _, _, start, end in difflib.SequenceMatcher(None, first, other, autojunk=False).get_opcodes():
         text = html.escape(other[start:end])

@@ -1,4 +1,4 @@
-"""Chat in the terminal: a line is a question, its answer is written as it grows."""
+"""Chat in the terminal: each line is a question, and its answer is printed as it grows."""
 
 import contextlib
 import sys
@@ -10,12 +10,12 @@ from utils.console import UserError, harmless, say
 from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams
 
-HELP = "/model NAME: who answers; /clear: a new dialogue; /exit, or Ctrl-D: the end; Ctrl-C stops an answer"
+HELP = "/model NAME: change the model; /clear: new dialogue; /exit or Ctrl-D: leave; Ctrl-C: stop an answer"
 
 
 def talk(engine: Engine, settings: SamplingParams) -> None:
-    """Read questions and write answers until the input ends."""
-    with contextlib.suppress(ImportError):  # a line can be edited, and earlier ones are found by the arrow keys
+    """Read questions and print answers until the input ends."""
+    with contextlib.suppress(ImportError):  # line editing, and history with the arrow keys
         import readline  # noqa: F401
     service = ChatService(engine, settings.max_new_tokens)
     names = [one.name for one in engine.answerers]
@@ -40,7 +40,7 @@ def talk(engine: Engine, settings: SamplingParams) -> None:
 
 
 def asked(name: str) -> str | None:
-    """The next line, "" if it was given up by Ctrl-C; None at the end of the input."""
+    """The next line; "" after Ctrl-C; None at the end of the input."""
     try:
         return input(f"{name}> ")
     except KeyboardInterrupt:  # perhaps meant for the answer that has just ended
@@ -52,7 +52,7 @@ def asked(name: str) -> str | None:
 
 
 def written(replies: Iterator[ChatReply]) -> str:
-    """Write an answer as it grows; returns what there is of it at its end, or when Ctrl-C is pressed."""
+    """Print an answer as it grows; returns it at its end, or what there is when Ctrl-C is pressed."""
     text = ""
     try:
         for reply in replies:
