@@ -1,4 +1,4 @@
-"""Compare several systems: with a judge, with measures that need none, by questions with choices, or along a chain.
+"""Compare several systems: with a judge, with metrics that need none, by multiple-choice questions, or along a chain.
 
     python judge.py --answers f1=output/f1 --answers f2=output/f2 --judge_model gpt-4o --output_dir output/judged
 
@@ -10,7 +10,7 @@
 
 The judge is any model behind an OpenAI-compatible API (--api_base; the key is read from OPENAI_API_KEY); --answer_with
 has such a model answer the prompts itself. Each request is kept in the output folder: the same command resumes where it
-was stopped, and pays nothing twice.
+was stopped, and nothing is paid for twice.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Options:
     """Options of judge.py."""
 
     output_dir: str = option(help="folder for tables, picture and journal")
-    report: bool = option(False, "also write all that is found, with every question, as one report.html")
+    report: bool = option(False, "also write all results, with every question, as one report.html")
     title: str = option("", "title of the report [the folder's name]")
 
     answers: list[str] = option(
@@ -43,21 +43,21 @@ class Options:
     )
     chain: str = option("", "an adapter's folder: all steps of its chain are systems, and what each gained and lost is shown")
     held_out: list[str] = option(
-        [], "STEP=FILE: records to see what the chain forgets of a step [its validation set]", many=True
+        [], "STEP=FILE: records that measure what the chain forgets of a step [its validation set]", many=True
     )
 
     judge_model: str = option("", "the model that scores the answers", heading="Judge")
     repeats: int = option(1, "how often each prompt is judged", least=1)
     pairwise: bool = option(False, "compare two answers at a time, in both orders, instead of scoring them")
-    second_judge: str = option("", "another model behind the same API that compares, too, to see how far both agree")
+    second_judge: str = option("", "another model behind the same API that also compares, to see how far both agree")
     votes: list[str] = option([], "people's votes as another judge: preference records on the systems' answers")
-    show_references: bool | None = option(None, "show the judge the prompts' references (with --pairwise it does)")
+    show_references: bool | None = option(None, "show the judge the prompts' references (the default with --pairwise)")
     seed: int = option(42, "random seed of the order in which the judge sees the systems")
 
     answer_with: str = option("", "a model that answers the prompts, into test.json in the output folder", heading="Answering")
     test_input_path: list[str] = option([], "the prompts: a file, several, or a folder; also for references [test_data]")
 
-    api_base: str = option("", "address of the API, such as http://localhost:8000/v1 [OpenAI's]", heading="Requests")
+    api_base: str = option("", "address of the API, e.g. http://localhost:8000/v1 [OpenAI's]", heading="Requests")
     concurrency: int = option(4, "concurrent requests", least=1, most=1000)
     budget: int | None = option(None, "maximum number of requests, including failed ones and those of earlier runs", least=1)
     timeout: float = option(600.0, "timeout of one request in seconds (a request given up may still be billed)", least=0.1)
@@ -65,21 +65,23 @@ class Options:
     max_tokens: int | None = option(1024, "maximum tokens of one reply; None: the server's default", least=1)
     price_in: float = option(0.0, "price of a million prompt tokens, to compute the cost", least=0)
     price_out: float = option(0.0, "price of a million completion tokens", least=0)
-    max_cost: float | None = option(None, "send nothing more when the run, earlier starts included, has cost so much", least=0)
+    max_cost: float | None = option(None, "stop sending once the run, including earlier starts, has cost this much", least=0)
 
     run_code: bool = option(
-        False, "run the code in the answers against the problems' tests (Linux; no network, bounds on time, memory, files)"
+        False, "run the code in the answers against the problems' tests (Linux; no network, limits on time, memory, files)"
     )
-    refusals: bool = option(False, "how many prompts are refused, by category: as --judge_model says, else by wordings")
-    metrics: bool = option(False, "compute what needs no judge (with --chain and no judge: always)", heading="Without a judge")
-    likelihood: bool = option(True, "with them, the log-likelihood of the references under each system that is an adapter")
-    base_model: str = option("", "the adapters' base model [as their lineage.json says]")
+    refusals: bool = option(False, "count refused prompts by category: by --judge_model, else by the answers' wording")
+    metrics: bool = option(
+        False, "compute metrics that need no judge (with --chain and no judge: always)", heading="Without a judge"
+    )
+    likelihood: bool = option(True, "also the log-likelihood of the references under each system that is an adapter")
+    base_model: str = option("", "the adapters' base model [from their lineage.json]")
     load_8bit: bool = option(False, "load the base model in 8 bit")
 
     choices: list[str] = option([], "choice records to score base model and adapters on: files or folders", heading="Choices")
     lora_weights: list[str] = option([], "adapters to score beside their base model (or give --chain)")
     shots: int = option(0, "worked examples before each question", least=0, most=5)
-    shots_path: str = option("", "choice records that the examples are taken from [dev.json beside the questions]")
+    shots_path: str = option("", "choice records to take the examples from [dev.json beside the questions]")
     choices_by: str = option(
         "letter",
         "the likelihood of a choice's letter or of its text, or the generated answer",
@@ -91,7 +93,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Have prompts answered, or answers judged, compared and measured, or choices scored; write and show what was found."""
+    """Have prompts answered, or answers judged, compared and measured, or choices scored; write and show the results."""
     check(options)
     from utils.evaluation import setup
     from utils.evaluation.answers import add_references, side_by_side
@@ -122,10 +124,10 @@ def main(options: Options) -> None:
 
 
 def check(options: Options) -> None:
-    """Raises UserError if options that need or exclude each other do not agree."""
+    """Raises UserError if options contradict each other or lack others that they need."""
     check_folder(options.output_dir)
     if options.answer_with and (options.judge_model or options.answers or options.chain or options.metrics):
-        raise UserError("--answer_with: makes answers, which the other options compare; run one after the other")
+        raise UserError("--answer_with: makes answers, while the other options compare them; run one after the other")
     if options.choices:
         return check_choices(options)
     if not (options.answer_with or options.answers or options.chain):
@@ -140,7 +142,7 @@ def check(options: Options) -> None:
     if options.second_judge and not options.pairwise:
         raise UserError("--second_judge: is for --pairwise; give both, or leave it out")
     if options.max_cost is not None and not (options.price_in or options.price_out):
-        raise UserError("--max_cost: needs the prices; give --price_in and --price_out, for a million tokens")
+        raise UserError("--max_cost: needs prices; give --price_in and --price_out, per million tokens")
     if options.answer_with or options.judge_model:
         from utils.evaluation.setup import service
 
@@ -159,8 +161,8 @@ def check_choices(options: Options) -> None:
 
 
 def show(options: Options, findings: "Findings") -> None:
-    """Print each table once: of the steps of a chain with the change from step to step, which is written and drawn, too. Write
-    the report, if it is asked for."""
+    """Print each table once; for the steps of a chain with the change from step to step, which is also written and drawn.
+    Write the report, if asked for."""
     from utils.evaluation import report
     from utils.evaluation.charts import draw_chain
     from utils.evaluation.tables import markdown, write_gains

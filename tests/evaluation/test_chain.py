@@ -107,7 +107,7 @@ def test_steps_are_found_where_a_chain_was_moved_to(script, chain, tmp_path):
     assert "| 类别 | 样本数 | f1 | f2 |" in (tmp_path / "out/metrics.md").read_text("utf-8")
     shutil.rmtree(moved / "f1")
     out = script("judge.py", "--chain", moved / "f2", *options[:-1], tmp_path / "out2").ok()
-    assert "/nowhere/f1: a step of the chain, but not there; left out" in out
+    assert "/nowhere/f1: a step of the chain, but missing; left out" in out
 
 
 def test_a_step_without_answers_is_named_with_the_command_that_makes_them(script, chain, tmp_path):
@@ -165,7 +165,7 @@ def test_the_matrix_of_forgetting(script, tmp_path):
             "--train_on_inputs", False, *resume,
         ).ok()  # fmt: skip
     out = script("judge.py", "--chain", tmp_path / "f2", "--output_dir", tmp_path / "out").ok()
-    assert "steps without a test.json" in out and "f1's records" in out
+    assert "steps have no test.json" in out and "f1's records" in out
     loss, right = json.loads((tmp_path / "out/forgetting.json").read_text("utf-8"))["tables"]
     assert loss["systems"] == ["base", "f1", "f2"] and (tmp_path / "out/forgetting.png").is_file()
     values = {row["category"][:2]: row["values"] for row in loss["rows"]}

@@ -187,7 +187,7 @@ def test_a_stopped_run_goes_on_to_the_same_tables(script, questions, tmp_path):
     lines = (whole / "choices.jsonl").read_bytes().splitlines(keepends=True)
     cut.mkdir()
     (cut / "choices.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
-    assert "2 of 4 subjects are there already; continuing" in script("judge.py", *options, "--output_dir", cut).ok()
+    assert "2 of 4 subjects are already done; continuing" in script("judge.py", *options, "--output_dir", cut).ok()
     for name in ("choices.md", "choices.csv", "choices.json", "questions.json", "choices.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert "other settings (way)" in script("judge.py", *options, "--choices_by", "text", "--output_dir", cut).error
@@ -204,7 +204,7 @@ def test_answers_are_generated_and_read(script, questions, tmp_path, template):
         places = read_answer(mark["answer"], one["choices"])
         assert mark["chosen"] == (None if places is None else "".join("ABCD"[p] for p in places))
         unclear += places is None
-    assert f"base: {unclear} of 10 answers name no certain choice, and count as wrong" in out or not unclear
+    assert f"base: {unclear} of 10 answers name no clear choice, and count as wrong" in out or not unclear
 
 
 def test_the_own_template_asks_as_was_trained(script, questions, tmp_path):
@@ -252,7 +252,7 @@ def test_a_subject_without_examples_is_said(script, questions, tmp_path):
     write_json(tmp_path / "test.json", [record])
     options = ["--choices", tmp_path / "test.json", "--shots", 2, "--shots_path", questions / "dev.json"]
     out = script("judge.py", *options, "--base_model", questions / "base", "--output_dir", tmp_path / "out").ok()
-    assert "1 subjects have fewer than 2 worked examples, and are asked with those: unknown 0" in out
+    assert "1 subjects have fewer than 2 worked examples, which are all used: unknown 0" in out
 
 
 def test_fewer_examples_where_the_window_is_short(script, questions, tmp_path):

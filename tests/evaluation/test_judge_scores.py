@@ -98,7 +98,7 @@ def test_each_missing_score_has_its_reason():
     assert reading.problems == [
         "System1: more than one score (8, 9)",
         "System2: 12 is out of range",
-        "System3: a range, or another scale than 0 to 10",
+        "System3: a range, or a scale other than 0 to 10",
         "System4: no score",
     ]
 

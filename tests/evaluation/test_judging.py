@@ -144,7 +144,7 @@ def test_scores_go_back_to_the_systems_they_belong_to(script, serve, systems, tm
 def test_a_judge_that_likes_the_first_is_found_out(script, serve, systems, tmp_path):
     server = serve(lambda number, body: "\n".join(f"System{s} {9 if s == 1 else 5}分" for s, _ in shown(body)))
     out = judged(script, server, tmp_path / "out", *systems, "--repeats", 3).ok()
-    assert "wins by position shown (an even judge: 33% each): System1 100%, System2 0%, System3 0%" in out
+    assert "wins by position shown (an unbiased judge: 33% each): System1 100%, System2 0%, System3 0%" in out
     assert "repeats differ by 2.67 points" in out and "; 0% have the same best" in out
     table = scores(tmp_path / "out")["tables"][0]["rows"]
     assert len(set(table[0]["values"].values())) == 1  # three repeats, each system first once
@@ -318,7 +318,7 @@ def test_prompts_in_another_order_are_put_side_by_side(script, serve, systems, t
         (["--answers", "={}/one.json", "--metrics", "--output_dir", "{}/out"], "not NAME=PATH"),
         (["--answers", "a={}/none.json", "--metrics", "--output_dir", "{}/out"], "none.json"),
         (["--answers", "a={}/empty.json", "--metrics", "--output_dir", "{}/out"], "empty.json"),
-        (["--answers", f"a={ROOT}/test_data/01qa.json", "--metrics", "--output_dir", "{}/out"], "no output to any"),
+        (["--answers", f"a={ROOT}/test_data/01qa.json", "--metrics", "--output_dir", "{}/out"], "holds prompts without outputs"),
         (["--answers", "a={}/cut.json", "--metrics", "--output_dir", "{}/out"], "cut.json"),
         (["--answers", "a={}/one.json", "--judge_model", "m", "--api_base", "http://a:1", "--output_dir", "{}/out"], "2 to 8"),
         (["--answers", "a={}/one.json", "--judge_model", "m", "--output_dir", "{}/out"], "OPENAI_API_KEY: not set"),

@@ -79,7 +79,7 @@ def test_biases_are_counted():
     answers = {"a": ["长长长", "长长长"], "b": ["短", "短"]}
     given = [
         Comparison(0, "a", "b", 1.0, [""], ""), Comparison(0, "b", "a", 1.0, [""], ""),  # the first, both times
-        Comparison(1, "a", "b", 1.0, [""], ""), Comparison(1, "b", "a", None, [""], "no verdict that can be read"),
+        Comparison(1, "a", "b", 1.0, [""], ""), Comparison(1, "b", "a", None, [""], "no readable verdict"),
     ]  # fmt: skip
     lines = notes("m", [{"category": "x", "instruction": "?"}] * 2, answers, given)
     assert lines[0] == "m: 3 of 4 comparisons of 2 prompts have a verdict"
@@ -188,7 +188,7 @@ def test_nothing_is_sent_beyond_what_it_may_cost(script, serve, systems, tmp_pat
         "--output_dir",
         tmp_path / "out",
     ]
-    assert "--max_cost: needs the prices" in script(*options, "--max_cost", 1).error
+    assert "--max_cost: needs prices" in script(*options, "--max_cost", 1).error
     error = script(*options, "--max_cost", 0.001, "--price_in", 10).error
     assert "--max_cost 0.001: sending the prompts alone costs about" in error and not server.bodies
     error = script(*options, "--max_cost", 0.05, "--price_in", 10, "--concurrency", 1).error

@@ -165,7 +165,7 @@ JUDGE = cases(
     ("answering and judging", "--answer_with m --judge_model m", "--answer_with", "one after the other"),
     ("a chain without lineage", "--chain {adapter}", "lineage.json", "name the output folder"),
     ("other systems, other prompts", "--answers three={data}", "data.json", "answer the same prompts"),
-    ("systems without answers", "--answers three={prompts}", "no output to any", "name the file"),
+    ("systems without answers", "--answers three={prompts}", "holds prompts without outputs", "name the file"),
     ("the output is a file", "--output_dir {data}", "data.json: is not a folder", "give another --output_dir"),
     ("the output is under a file", "--output_dir {data}/a/b", "data.json: is not a folder", "give another --output_dir"),
     ("no prompts there", "--test_input_path {tmp}/none", "none", "check the path"),

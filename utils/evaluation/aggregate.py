@@ -1,4 +1,4 @@
-"""What judgements amount to: scores by category, how far repeats agree, and whether the order shown mattered."""
+"""Aggregates judgements: scores by category, how far repeats agree, and whether the order of systems mattered."""
 
 import itertools
 import statistics
@@ -11,7 +11,7 @@ from utils.evaluation.intervals import Interval, bootstrap, compare
 from utils.evaluation.judging import Judgement
 from utils.evaluation.tables import Row, Table
 
-SAMPLES = 10  # of a category, at up to ten points each, whose total is out of 100
+SAMPLES = 10  # usual prompts per category, at up to ten points each, for a total out of 100
 
 
 def tabulate(title: str, records: list[Record], systems: list[str], judgements: Iterable[Judgement]) -> Table:
@@ -29,7 +29,7 @@ def tabulate(title: str, records: list[Record], systems: list[str], judgements: 
 
 
 def by_prompt(judgements: Iterable[Judgement]) -> dict[tuple[int, str], float]:
-    """The mean score over repeats, by prompt and system; without those that have no score."""
+    """The mean score over repeats, by prompt and system; missing scores are left out."""
     given: dict[tuple[int, str], list[float]] = {}
     for judgement in judgements:
         for system, score in judgement.scores.items():
@@ -39,7 +39,7 @@ def by_prompt(judgements: Iterable[Judgement]) -> dict[tuple[int, str], float]:
 
 
 def intervals(records: list[Record], systems: list[str], judgements: list[Judgement]) -> dict[str, dict[str, Interval | None]]:
-    """For each category, and for all of them under "", the 95 % interval of each system's score, over prompts."""
+    """The 95 % interval over prompts of each system's score, for each category, and for all categories under ""."""
     given = by_prompt(judgements)
     found: dict[str, dict[str, Interval | None]] = {}
     members = by_category(records)
@@ -62,9 +62,9 @@ def differences(records: list[Record], systems: list[str], judgements: list[Judg
 
 
 def agreement(judgements: list[Judgement]) -> dict[str, float] | None:
-    """How far repeats of one prompt agree, over all pairs of them; None where there are none.
+    """How far repeats of one prompt agree, over all pairs of them; None if there are none.
 
-    `mean_difference`: points between two scores of one answer; `within_one`: share that differ by at most a point;
+    `mean_difference`: points between two scores of one answer; `within_one`: share that differ by at most one point;
     `same_best`: share of pairs of repeats with the same best systems.
     """
     repeats: dict[int, list[Judgement]] = {}
@@ -77,32 +77,32 @@ def agreement(judgements: list[Judgement]) -> dict[str, float] | None:
         for system in one.scores
         if one.scores[system] is not None and other.scores[system] is not None
     ]
-    whole = [(one, other) for one, other in pairs if None not in (*one.scores.values(), *other.scores.values())]
+    complete = [(one, other) for one, other in pairs if None not in (*one.scores.values(), *other.scores.values())]
     if not differences:
         return None
     found = {
         "mean_difference": statistics.fmean(differences),
         "within_one": statistics.fmean(difference <= 1 for difference in differences),
     }
-    return found | ({"same_best": statistics.fmean(best(a) == best(b) for a, b in whole)} if whole else {})
+    return found | ({"same_best": statistics.fmean(best(a) == best(b) for a, b in complete)} if complete else {})
 
 
 def best(judgement: Judgement) -> set[str]:
-    """The systems with the highest score in one judgement that has all of them."""
+    """The systems with the highest score in a judgement that has all scores."""
     scores: dict[str, Any] = judgement.scores
     highest = max(scores.values())
     return {system for system, score in scores.items() if score == highest}
 
 
 def by_position(judgements: list[Judgement]) -> list[dict[str, float]]:
-    """For each position shown: its win rate (a shared win counts in parts; an even judge gives each 1/n) and mean score.
+    """For each position: its win rate (a shared win is split; an unbiased judge gives each 1/n) and mean score.
 
     Only judgements with a score for every system count.
     """
-    whole = [judgement for judgement in judgements if None not in judgement.scores.values()]
+    complete = [judgement for judgement in judgements if None not in judgement.scores.values()]
     found: list[dict[str, float]] = []
-    for position in range(len(whole[0].order) if whole else 0):
-        shown = [(judgement, judgement.order[position]) for judgement in whole]
+    for position in range(len(complete[0].order) if complete else 0):
+        shown = [(judgement, judgement.order[position]) for judgement in complete]
         wins = [1 / len(best(judgement)) if system in best(judgement) else 0.0 for judgement, system in shown]
         scores: list[Any] = [judgement.scores[system] for judgement, system in shown]
         means = {"win_rate": statistics.fmean(wins), "mean_score": statistics.fmean(scores)}
@@ -111,13 +111,13 @@ def by_position(judgements: list[Judgement]) -> list[dict[str, float]]:
 
 
 def notes(records: list[Record], table: Table, judgements: list[Judgement]) -> list[str]:
-    """What a reader of the table should know, a line each."""
+    """Notes for the reader of the table, one line each."""
     lines = [
         f"{len(records)} prompts, judged {len(judgements) // len(records)} times, the order of the systems shuffled for each"
     ]
     scaled = [f"{row.label} ({row.samples})" for row in table.rows if row.samples != SAMPLES]
     if scaled:
-        lines.append(f"means scaled to 100, as these categories have other than {SAMPLES} samples: {', '.join(scaled)}")
+        lines.append(f"means scaled to 100, since these categories do not have {SAMPLES} samples: {', '.join(scaled)}")
     for system in table.systems:
         gaps = [records[judgement.prompt]["category"] for judgement in judgements if judgement.scores[system] is None]
         if gaps:
@@ -139,12 +139,12 @@ def notes(records: list[Record], table: Table, judgements: list[Judgement]) -> l
     positions = by_position(judgements)
     if positions:
         rates = ", ".join(f"System{place['position']} {place['win_rate']:.0%}" for place in positions)
-        lines.append(f"wins by position shown (an even judge: {1 / len(positions):.0%} each): {rates}")
+        lines.append(f"wins by position shown (an unbiased judge: {1 / len(positions):.0%} each): {rates}")
     return lines
 
 
 def means_of(table: Table) -> dict[str, float | None]:
-    """Each system's mean over the categories; None where it has no value in one of them."""
+    """Each system's mean over the categories; None if it lacks a value in any of them."""
     means: dict[str, float | None] = {}
     for system in table.systems:
         values = [value for row in table.rows if (value := row.values.get(system)) is not None]
@@ -153,14 +153,14 @@ def means_of(table: Table) -> dict[str, float | None]:
 
 
 def as_record(judgement: Judgement, record: Record) -> dict[str, Any]:
-    """A judgement with what was judged, for a file that a person reads."""
+    """A judgement with its prompt, for a file that people read."""
     asked = {key: record[key] for key in ("category", "instruction", "input") if record.get(key)}
     found = judgement._asdict() | {"prompt": judgement.prompt + 1, "repeat": judgement.repeat + 1}
     return asked | found
 
 
 def facts(records: list[Record], systems: list[str], judgements: list[Judgement]) -> dict[str, Any]:
-    """How sure the scores are and how even the judge was, for the JSON file."""
+    """Intervals of the scores, and agreement and position bias of the judge, for the JSON file."""
     return {"intervals": intervals(records, systems, judgements)} | {
         "agreement": agreement(judgements),
         "positions": by_position(judgements),

@@ -1,4 +1,4 @@
-"""The answers of several systems to the same prompts: read, put side by side, given category and reference."""
+"""The answers of several systems to the same prompts: read, aligned, and completed with category and reference."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ SAMPLE = "#"  # between the name of a system and the number of its sample
 
 
 def answer_files(answers: list[str]) -> dict[str, Path]:
-    """The files of `NAME=PATH` pairs, by name; a folder stands for the answers in it. A name that is given again, or has
-    answers of several seeds, has further samples of the same system, `f1#2`. Raises UserError."""
+    """The files of `NAME=PATH` pairs, by name; a folder stands for the answers in it. If a name is given again, or has answers
+    of several seeds, these are further samples of the same system, `f1#2`. Raises UserError."""
     files: dict[str, Path] = {}
     for pair in answers:
         name, equals, path = pair.partition("=")
@@ -59,20 +59,20 @@ def side_by_side(files: dict[str, Path]) -> tuple[list[Record], dict[str, list[s
             ]
         check_same(order, found, first, path)
         parts = [split_thinking(found[key]["output"]) for key in order]
-        answers[name] = [said for _, said in parts]
+        answers[name] = [reply for _, reply in parts]
         if thoughtful := sum(bool(thought) for thought, _ in parts):
-            say(f"{path}: {thoughtful} of {len(found)} answers begin with thoughts, which are left out")
+            say(f"{path}: {thoughtful} of {len(found)} answers begin with thoughts, which are ignored")
         empty = sum(not answer.strip() for answer in answers[name])
         if empty == len(found):
-            raise UserError(f"{path}: holds prompts, and no output to any; name the file with the answers ({RESULT})")
+            raise UserError(f"{path}: holds prompts without outputs; name the file with the answers ({RESULT})")
         if empty:
             say(f"{path}: {empty} of {len(found)} answers are empty")
     return prompts, answers
 
 
 def how_answered(files: dict[str, Path]) -> str:
-    """With which template and in which dtype the answers were made, as it stands beside their files; once where it is the
-    same for all systems."""
+    """The template and dtype with which the answers were made, as recorded beside their files; only once if they are the same
+    for all systems."""
     found = {name: template_and_dtype(path) for name, path in files.items()}
     if len(set(found.values())) == 1:
         return next(iter(found.values()))
@@ -80,7 +80,7 @@ def how_answered(files: dict[str, Path]) -> str:
 
 
 def template_and_dtype(path: Path) -> str:
-    """What stands beside one file of answers; nothing counts that was said of another one."""
+    """The record beside one answer file; ignored if it belongs to another version of the file."""
     made = read_json(made_path(path)) if made_path(path).is_file() else {}
     if not isinstance(made, dict) or not isinstance(made.get("template"), str) or made.get("sha256") != sha256(path):
         return "template and dtype not recorded"
@@ -88,7 +88,7 @@ def template_and_dtype(path: Path) -> str:
 
 
 def numbered(records: list[Record]) -> dict[tuple[str, int], Record]:
-    """Records by what they ask, and numbered where several ask the same."""
+    """Records by what they ask, numbered if several ask the same."""
     found: dict[tuple[str, int], Record] = {}
     times: dict[str, int] = {}
     for record in records:
@@ -104,20 +104,22 @@ def key_of(record: Record) -> str:
 
 
 def check_same(one: dict, other: dict, first: Path, path: Path) -> None:
-    """Raises UserError that names the prompts which only one of two files holds."""
-    told = []
+    """Raises UserError, naming prompts that only one of two files holds."""
+    differences = []
     for only, file in ((one.keys() - other.keys(), first), (other.keys() - one.keys(), path)):
         if only:
             records = one if file is first else other
             shown = [records[key]["instruction"][:40] for key in records if key in only][:3]
             more = f" and {len(only) - 3} more" if len(only) > 3 else ""
-            told.append(f"only in {file}: {', '.join(repr(text) for text in shown)}{more}")
-    if told:
-        raise UserError(f"{path}: its prompts are not those of {first} ({'; '.join(told)}); answer the same prompts with both")
+            differences.append(f"only in {file}: {', '.join(repr(text) for text in shown)}{more}")
+    if differences:
+        raise UserError(
+            f"{path}: its prompts are not those of {first} ({'; '.join(differences)}); answer the same prompts with both"
+        )
 
 
 def add_references(prompts: list[Record], known: list[Record]) -> list[Record]:
-    """Prompts with the category and reference that equal prompts in `known` have, where they have none of their own."""
+    """Prompts, completed with the category and reference of equal prompts in `known` if they have none."""
     by_key = {key_of(record): record for record in reversed(known)}
     completed: list[Record] = []
     for record in prompts:
@@ -128,7 +130,7 @@ def add_references(prompts: list[Record], known: list[Record]) -> list[Record]:
 
 
 def by_category(records: list[Record]) -> dict[str, list[int]]:
-    """The positions of the records of each category, in the order of their first."""
+    """The positions of the records of each category, in order of first appearance."""
     members: dict[str, list[int]] = {}
     for position, record in enumerate(records):
         members.setdefault(record["category"], []).append(position)
@@ -136,7 +138,7 @@ def by_category(records: list[Record]) -> dict[str, list[int]]:
 
 
 def samples(systems: list[str]) -> dict[str, list[str]]:
-    """Which of the systems are samples of the same one, `f1`, `f1#2`, … of `f1`."""
+    """Systems grouped by name: `f1`, `f1#2`, … are samples of `f1`."""
     found: dict[str, list[str]] = {}
     for system in systems:
         name, mark, number = system.rpartition(SAMPLE)
@@ -145,8 +147,8 @@ def samples(systems: list[str]) -> dict[str, list[str]]:
 
 
 def over_samples(table: Table) -> Table:
-    """The table with one column for each system: where it has several samples, their mean, with the interval that these
-    leave (Student's, over samples); as it is where no system has."""
+    """The table with one column for each system: if it has several samples, their mean and Student's interval over them;
+    unchanged if no system has several."""
     groups = samples(table.systems)
     if len(groups) == len(table.systems):
         return table

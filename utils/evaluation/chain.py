@@ -1,4 +1,4 @@
-"""The steps of a chain of adapters as folders, from the first to the last, found by lineage.json."""
+"""The folders of a chain of adapters, from the first step to the last, found by lineage.json."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from utils.files import sha256
 def chain_folders(last: str | Path) -> dict[str, Path]:
     """The folders of the chain that ends in `last`, oldest first, each by its step's name.
 
-    A parent's folder that is neither where its child was told nor beside its child is left out, which is printed, as
-    is one whose weights are no longer those that the child started from.
+    A parent folder that is found neither at the recorded path nor beside its child is left out, which is printed; so is
+    a notice if a parent's weights are no longer those that the child started from.
     Raises UserError if `last` has no lineage.
     """
     found = [(Path(last), lineage.read(last))]
@@ -27,14 +27,14 @@ def chain_folders(last: str | Path) -> dict[str, Path]:
         if folder.is_dir():
             folders[name_of(folder, known, folders)] = folder
         else:
-            say(f"{folder}: a step of the chain, but not there; left out")
+            say(f"{folder}: a step of the chain, but missing; left out")
     return folders
 
 
 def locate(name: str, child: Path) -> Path:
-    """A parent's folder: as it was told when the child was trained, else of the same name beside the child."""
-    told, beside = Path(name), child.parent / Path(name).name
-    return beside if beside.is_dir() and not told.is_dir() else told
+    """A parent's folder: at the path recorded when the child was trained, else under the same name beside the child."""
+    recorded, beside = Path(name), child.parent / Path(name).name
+    return beside if beside.is_dir() and not recorded.is_dir() else recorded
 
 
 def check_weights(folder: Path, known: str, child: Path) -> None:
@@ -42,10 +42,10 @@ def check_weights(folder: Path, known: str, child: Path) -> None:
     from utils.adapters.adapters import find_weights
 
     if folder.is_dir() and sha256(find_weights(folder)) != known:
-        say(f"{folder}: its weights are not those that {child} was trained from; they were replaced since")
+        say(f"{folder}: its weights are not those that {child} was trained from; they have been replaced since")
 
 
 def name_of(folder: Path, known: dict[str, Any] | None, taken: dict[str, Path]) -> str:
-    """A step's name: that of the output folder it was made in, with its folder's parent where that is taken."""
+    """A step's name: its original output folder's, or its folder's with the parent if that is taken."""
     name = Path((known or {}).get("options", {}).get("output_dir") or folder).name
     return name if name not in taken else f"{folder.absolute().parent.name}/{folder.name}"

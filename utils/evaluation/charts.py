@@ -1,4 +1,4 @@
-"""A table of scores as a picture: a radar over the categories, and bars; with a font that has Chinese."""
+"""Charts of score tables: a radar over the categories, and bars; with a font that has Chinese."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from utils.console import say
 from utils.evaluation.tables import Table
 from utils.files import replacing
 
-PREFERRED = (  # of those that have every character needed, one made for Chinese on a screen comes first
+PREFERRED = (  # among fonts with every needed character, those made for Chinese on screens come first
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
     "Noto Sans SC",
@@ -26,15 +26,15 @@ PREFERRED = (  # of those that have every character needed, one made for Chinese
     "SimHei",
     "Arial Unicode MS",
 )
-BOXES = ("Last Resort", ".LastResort", "LastResort")  # they have every character, and show a box for it
+BOXES = ("Last Resort", ".LastResort", "LastResort")  # they have every character, but as a box
 MOST_SIDES = 12  # a radar with more is not readable
 WIDEST = 44  # characters of a panel's title in one line
 
 
 def find_font(text: str, files: Iterable[str | Path]) -> Path | None:
-    """A font file out of `files` that has every character of `text`; None where there is none.
+    """A font file among `files` that has every character of `text`, or None.
 
-    By hand: matplotlib's fallbacks must be named, and draw boxes where none of them has a character.
+    Done by hand: matplotlib's fallbacks must be named, and draw boxes if none of them has a character.
     """
     from matplotlib.ft2font import FT2Font
 
@@ -53,10 +53,10 @@ def find_font(text: str, files: Iterable[str | Path]) -> Path | None:
 
 
 def draw(table: Table, path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
-    """Write a PNG with a radar (from three categories on) and bars of the table.
+    """Write a PNG with a radar (if there are at least three categories) and bars of the table.
 
-    Its font is found among the files `fonts`, or all of the system's. Where none has the characters of the labels,
-    that is printed, and the categories' plain names are used instead.
+    Its font is found among the files `fonts`, or all of the system's. If none has the characters of the labels, that is
+    printed, and the categories' plain names are used.
     """
     from matplotlib import pyplot
 
@@ -76,9 +76,9 @@ def draw(table: Table, path: str | Path, fonts: Iterable[str | Path] | None = No
 
 
 def draw_chain(tables: list[Table], steps: list[str], path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
-    """Write a PNG with a panel a table: a line for each category over the `steps` of a chain that have a value.
+    """Write a PNG with one panel per table: a line for each category over the `steps` of a chain that have a value.
 
-    The font is found as by `draw`.
+    The font is found as in `draw`.
     """
     from matplotlib import pyplot
 
@@ -104,9 +104,9 @@ def draw_chain(tables: list[Table], steps: list[str], path: str | Path, fonts: I
 
 
 def draw_matrix(tables: list[Table], path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
-    """Write a PNG with a panel a table: a field for each row and column, darker the larger its value, which it shows.
+    """Write a PNG with one panel per table: a cell for each row and column with its value, darker the larger it is.
 
-    The font is found as by `draw`.
+    The font is found as in `draw`.
     """
     from matplotlib import pyplot
 
@@ -132,7 +132,7 @@ def draw_matrix(tables: list[Table], path: str | Path, fonts: Iterable[str | Pat
 
 
 def edges(values: list[list[float]]) -> tuple[float, float]:
-    """The least and the largest of the numbers that are there."""
+    """The smallest and largest values, ignoring NaN."""
     known = [value for row in values for value in row if not math.isnan(value)]
     return min(known, default=0.0), max(known, default=0.0)
 
@@ -141,9 +141,9 @@ def edges(values: list[list[float]]) -> tuple[float, float]:
 def chinese_font(
     texts: list[str], categories: list[tuple[str, str]], path: str | Path, fonts: Iterable[str | Path] | None
 ) -> Iterator[list[str]]:
-    """Draw within this with a font that has all of `texts` and the categories' labels; gives the labels to use.
+    """Draw within this context with a font that has all of `texts` and the categories' labels; yields the labels to use.
 
-    `categories`: label and plain name of each; the plain names are used, which is printed, where no font has the labels.
+    `categories`: label and plain name of each; if no font has the labels, the plain names are used, which is printed.
     """
     import matplotlib
 
@@ -154,7 +154,7 @@ def chinese_font(
     fonts = sorted(font_manager.findSystemFonts()) if fonts is None else fonts
     font = find_font("".join([*labels, *texts]), fonts)
     if font is None and not "".join(labels + texts).isascii():
-        say(f"{path}: no font has all characters of the labels (install Noto Sans CJK, say); categories get their plain names")
+        say(f"{path}: no font has all characters of the labels (install e.g. Noto Sans CJK); categories get their plain names")
         labels = [category for _, category in categories]
     family = {}
     if font is not None:
@@ -165,7 +165,7 @@ def chinese_font(
 
 
 def save(figure: Any, path: str | Path) -> None:
-    """Write a figure as PNG, the same bytes for the same figure, and close it."""
+    """Write a figure as PNG, reproducibly, and close it."""
     from matplotlib import pyplot
 
     with replacing(path) as aside:
@@ -174,7 +174,7 @@ def save(figure: Any, path: str | Path) -> None:
 
 
 def draw_radar(axes: Any, table: Table, labels: list[str]) -> None:
-    """A closed line a system; a missing value leaves a gap."""
+    """Draw a closed line per system; a missing value leaves a gap."""
     angles = [2 * math.pi * index / len(labels) for index in range(len(labels))]
     for system in table.systems:
         values = [math.nan if (value := row.values.get(system)) is None else value for row in table.rows]
@@ -187,7 +187,7 @@ def draw_radar(axes: Any, table: Table, labels: list[str]) -> None:
 
 
 def draw_bars(axes: Any, table: Table, labels: list[str]) -> None:
-    """A group of bars a category, a bar a system."""
+    """Draw a group of bars per category, with one bar per system."""
     width = 0.8 / len(table.systems)
     for index, system in enumerate(table.systems):
         places = [place - 0.4 + (index + 0.5) * width for place in range(len(labels))]

@@ -1,4 +1,4 @@
-"""Questions with choices, put to a base model and its adapters: by the likelihood of each choice, or by what they answer."""
+"""Multiple-choice questions for a base model and its adapters: by the likelihood of each choice, or by generated answers."""
 
 import re
 import statistics
@@ -22,9 +22,9 @@ from utils.inference.engine import Engine
 from utils.inference.kv_cache import Ids
 from utils.journal import Journal
 
-LETTER, TEXT, ANSWER = "letter", "text", "answer"  # what is looked at: a choice's letter, its text, what is generated
-PLAIN, OWN = "plain", "own"  # how it is asked: as text that goes on, or with the template of each adapter
-EXAMPLES = "dev.json"  # where the worked examples are looked for, beside the questions
+LETTER, TEXT, ANSWER = "letter", "text", "answer"  # what is scored: a choice's letter, its text, or the generated answer
+PLAIN, OWN = "plain", "own"  # how it is asked: as text to continue, or with each adapter's template
+EXAMPLES = "dev.json"  # the default file of worked examples, beside the questions
 LONGEST = 1 << 20  # tokens: nothing is cut
 GENERATED = {PLAIN: 16, OWN: 256}  # tokens of an answer
 SAID = re.compile(
@@ -37,7 +37,7 @@ ALONE = re.compile(r"(?<![A-Za-z])([A-J])(?![A-Za-z'’])")
 
 
 class Way(NamedTuple):
-    """How questions are put: with how many worked examples, what is looked at, and as what kind of text."""
+    """How questions are asked: with how many worked examples, what is scored, and as what kind of text."""
 
     shots: int = 0
     by: str = LETTER
@@ -50,8 +50,8 @@ class Way(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """One question's result: the places of the chosen choices (None: no certain ones), and what they follow from: a number
-    for each choice, or the text that was generated."""
+    """One question's result: the indices of the chosen choices (None: uncertain), and their basis: a number for each choice,
+    or the generated text."""
 
     chosen: list[int] | None
     shown: list[float] | str
@@ -60,7 +60,7 @@ class Marked(NamedTuple):
 def read_examples(path: str, questions: Sequence[Choice], files: Sequence[str], shots: int) -> dict[str, list[Choice]]:
     """The first `shots` worked examples of each subject, from the file `path`, or from `dev.json` beside the questions.
 
-    Says which subjects have fewer. Raises UserError if there are none.
+    Prints which subjects have fewer. Raises UserError if there are none.
     """
     if not shots:
         return {}
@@ -74,19 +74,19 @@ def read_examples(path: str, questions: Sequence[Choice], files: Sequence[str], 
             found[one.category].append(one)
     few = sorted({one.category for one in questions if len(found.get(one.category, [])) < shots})
     if few:
-        told = ", ".join(f"{name} {len(found.get(name, []))}" for name in few[:8]) + (", …" if len(few) > 8 else "")
-        say(f"{len(few)} subjects have fewer than {shots} worked examples, and are asked with those: {told}")
+        counts = ", ".join(f"{name} {len(found.get(name, []))}" for name in few[:8]) + (", …" if len(few) > 8 else "")
+        say(f"{len(few)} subjects have fewer than {shots} worked examples, which are all used: {counts}")
     return found
 
 
 def description(one: Choice) -> str:
-    """What stands before the questions of a subject."""
+    """The introduction to the questions of a subject."""
     topic = f"关于{one.topic}的" if one.topic else ""
     return f"以下是{topic}单项选择题，请直接给出正确答案的选项。\n\n"
 
 
 def question(one: Choice, by: str) -> str:
-    """A question up to its answer; its choices are listed unless their own texts are the answers."""
+    """A question up to its answer; its choices are listed unless their texts are the answers."""
     listed = "" if by == TEXT else "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, one.choices, strict=False))
     return f"{one.question}{listed}\n答案："
 
@@ -97,13 +97,13 @@ def answer(one: Choice, place: int, by: str) -> str:
 
 
 def as_text(one: Choice, examples: Sequence[Choice], by: str) -> str:
-    """A question after its subject's description and worked examples, as text to be continued."""
+    """A question after its subject's description and worked examples, as text to continue."""
     solved = [f"{question(example, by)} {answer(example, example.right[0], by)}\n\n" for example in examples]
     return description(one) + "".join(solved) + question(one, by)
 
 
 def as_dialogue(one: Choice, examples: Sequence[Choice], by: str) -> Record:
-    """A question as a record, of which the worked examples are the earlier turns."""
+    """A question as a record with the worked examples as earlier turns."""
     turns = [question(example, by) for example in [*examples, one]]
     turns[0] = description(one) + turns[0]
     answers = [answer(example, example.right[0], by) for example in examples]
@@ -116,7 +116,7 @@ def as_dialogue(one: Choice, examples: Sequence[Choice], by: str) -> Record:
 def encode(engine: Engine, name: str, one: Choice, examples: Sequence[Choice], way: Way) -> Asked:
     """The ids of a question for the answerer `name`, and of each of its choices after it.
 
-    A text is encoded whole; a token that straddles question and choice belongs to the choice.
+    Each text is encoded as one; a token that straddles question and choice belongs to the choice.
     """
     tokenizer = engine.tokenizers[name]
     if way.template == PLAIN:
@@ -136,26 +136,26 @@ def encode(engine: Engine, name: str, one: Choice, examples: Sequence[Choice], w
     shared = min(common(prompt, whole) for whole in wholes)
     ends = engine.ending(name, None if way.template == PLAIN else "").ends
     rests = [up_to(whole[shared:], ends) for whole in wholes]
-    if not all(rests):  # where the last token of the question is the same with every choice, one of them has no more
-        raise UserError(f"{name}: a choice of {one.question[:40]!r} is not a token of its own; give another --choices_by")
+    if not all(rests):  # a choice has no token beyond those that all have in common
+        raise UserError(f"{name}: a choice of {one.question[:40]!r} has no token of its own; give another --choices_by")
     return Asked(prompt[:shared], rests)
 
 
 def common(one: Ids, other: Ids) -> int:
-    """How many tokens two texts begin with together."""
+    """The number of tokens that two texts begin with in common."""
     return next(
         (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
     )
 
 
 def up_to(ids: Ids, ends: Collection[int]) -> Ids:
-    """The tokens before the first that ends an answer."""
+    """The tokens before the first end token."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def encode_fitting(engine: Engine, name: str, one: Choice, examples: list[Choice], way: Way) -> tuple[Asked | None, int]:
-    """A question with as many of its worked examples as the model's window holds, and how many these are; None where it
-    does not fit without any."""
+    """A question with as many of its worked examples as fit in the model's window, and how many these are; None if it does
+    not fit even without examples."""
     for count in range(len(examples), -1, -1):
         asked = encode(engine, name, one, examples[len(examples) - count :], way)
         longest = max(map(len, asked.continuations), default=GENERATED[way.template])
@@ -178,7 +178,7 @@ def mark_all(
     header |= {"answerers": fingerprints(engine), "placement": str(engine.placement)}
     journal = Journal(path, header)
     if journal.values:
-        say(f"{path}: {len(journal.values)} of {len(engine.answerers) * len(subjects)} subjects are there already; continuing")
+        say(f"{path}: {len(journal.values)} of {len(engine.answerers) * len(subjects)} subjects are already done; continuing")
     found: dict[str, list[Marked | None]] = {}
     try:
         for name in engine.prompters:
@@ -242,9 +242,9 @@ def generate(engine: Engine, name: str, prompts: list[Ids], way: Way) -> list[st
 
 
 def read_answer(text: str, choices: Sequence[str]) -> list[int] | None:
-    """The places of the choices that a generated answer names; None where that is not certain.
+    """The indices of the choices that a generated answer names; None if that is uncertain.
 
-    They are those after 答案 or the like, if it is always the same; else the letter that the answer opens with; else the only
+    They are those after 答案 or the like, if always the same; else the letters that the answer begins with; else the only
     letter in it, or the only choice whose text it is.
     """
     text = unicodedata.normalize("NFKC", without_thoughts(text)).strip()
@@ -265,18 +265,18 @@ def read_answer(text: str, choices: Sequence[str]) -> list[int] | None:
 
 
 def letters(text: str) -> str:
-    """The letters of a list of choices, in order."""
+    """The choice letters in a text, sorted."""
     return "".join(sorted(set(re.sub("[^A-J]", "", text.upper()))))
 
 
 def plain(text: str) -> str:
-    """A text without its marks and spaces."""
+    """A text without punctuation and spaces."""
     return re.sub(r"\W", "", unicodedata.normalize("NFKC", text))
 
 
 def scored(questions: Sequence[Choice], marks: dict[str, list[Marked | None]], way: Way) -> list[int]:
-    """The places of the questions that count: those that fit every answerer's window, and have one right choice where
-    likelihoods are compared."""
+    """The indices of the questions that count: those that fit every answerer's window and, if likelihoods are compared, have
+    only one right choice."""
     return [
         place
         for place, one in enumerate(questions)
@@ -292,10 +292,10 @@ def is_right(one: Choice, mark: Marked | None) -> bool:
 def tabulate(
     questions: Sequence[Choice], marks: dict[str, list[Marked | None]], way: Way, dtype: str
 ) -> tuple[list[Table], list[str]]:
-    """The share of right answers over all, by group and by subject, and what a reader should know of them."""
+    """The share of right answers over all questions, by group and by subject, with notes for the reader."""
     counted = scored(questions, marks, way)
     if not counted:
-        raise UserError("--choices: no question is left that can be scored; see the lines above")
+        raise UserError("--choices: no question can be scored; see the lines above")
     right = {name: {place: is_right(questions[place], found[place]) for place in counted} for name, found in marks.items()}
     groups: dict[str, list[int]] = {}
     subjects: dict[str, list[int]] = {}
@@ -325,7 +325,7 @@ def notes(
     subjects: dict[str, list[int]],
     way: Way,
 ) -> list[str]:
-    """What was left out or could not be read, chance, and which answerers differ, a line each."""
+    """Notes, one line each: what was left out or unreadable, chance level, and which answerers differ."""
     counted = sum(map(len, subjects.values()))
     lines = [f"{counted} of {len(questions)} questions count, in {len(subjects)} subjects; intervals are 95 % (Wilson)"]
     several = sum(len(one.right) != 1 for one in questions)
@@ -340,7 +340,7 @@ def notes(
     for name, found in marks.items():
         unclear = sum(found[place].chosen is None for place in places)  # type: ignore[union-attr]
         if unclear:
-            lines.append(f"{name}: {unclear} of {counted} answers name no certain choice, and count as wrong")
+            lines.append(f"{name}: {unclear} of {counted} answers name no clear choice, and count as wrong")
         most = Counter(tuple(one.chosen) for place in places if (one := found[place]) and one.chosen).most_common(1)
         if most and most[0][1] > 0.7 * counted:
             letter = "".join(LETTERS[place] for place in most[0][0])
@@ -351,7 +351,7 @@ def notes(
 
 
 def as_records(questions: Sequence[Choice], marks: dict[str, list[Marked | None]]) -> list[dict[str, Any]]:
-    """Every question with what each answerer chose, for a file that a person reads."""
+    """Every question with what each answerer chose, for a file that people read."""
     records = []
     for place, one in enumerate(questions):
         asked = {"category": one.category, "instruction": one.question, "choices": list(one.choices)}
@@ -361,7 +361,7 @@ def as_records(questions: Sequence[Choice], marks: dict[str, list[Marked | None]
 
 
 def shown(mark: Marked | None) -> dict[str, Any]:
-    """One result for a reader."""
+    """One result in readable form."""
     if mark is None:
         return {"left out": "longer than the model's window"}
     chosen = None if mark.chosen is None else "".join(LETTERS[place] for place in mark.chosen)
@@ -371,7 +371,7 @@ def shown(mark: Marked | None) -> dict[str, Any]:
 
 
 def for_report(questions: Sequence[Choice], marks: dict[str, list[Marked | None]]) -> list[dict[str, Any]]:
-    """Every question as the report shows it."""
+    """Every question in the form for the report."""
     found = []
     for place, one in enumerate(questions):
         listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, one.choices, strict=False))
@@ -383,7 +383,7 @@ def for_report(questions: Sequence[Choice], marks: dict[str, list[Marked | None]
 
 
 def in_words(result: dict[str, Any]) -> str:
-    """One result as a text: what was chosen, and what that follows from."""
+    """One result as text: what was chosen, and on what basis."""
     if "left out" in result:
         return f"— ({result['left out']})"
     if "answer" in result:

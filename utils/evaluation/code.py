@@ -1,4 +1,4 @@
-"""Code that answers hold: run against each problem's tests, in a child without rights, and counted as pass@k."""
+"""Code in answers: run against each problem's tests, in an unprivileged child process, and counted as pass@k."""
 
 import itertools
 import math
@@ -49,8 +49,8 @@ def read_tasks(paths: Sequence[str]) -> dict[str, Task]:
 
 
 def program(answer: str, task: Task) -> str:
-    """The program that an answer makes: its first block of code, or all of it, after the problem's own beginning where it does
-    not define the function itself; then the tests."""
+    """The program made from an answer: its first code block, or all of it, after the problem's prefix if it does not define the
+    function itself; then the tests."""
     block = BLOCK.search(answer)
     code = block[1] if block else answer
     defines = re.search(rf"^\s*def\s+{re.escape(task.entry_point)}\b", code, re.M) if task.entry_point else True
@@ -58,9 +58,9 @@ def program(answer: str, task: Task) -> str:
 
 
 def outcome(text: str) -> str:
-    """What comes of a program: "" if all tests pass, else why not. Raises UserError where it cannot be run safely here.
+    """The outcome of a program: "" if all tests pass, else why not. Raises UserError if it cannot be run safely here.
 
-    One that ends before its tests do does not pass. Its output is bounded as all files that it writes.
+    A program that ends before its tests are done does not pass. Its output is limited like any file it writes.
     """
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -72,19 +72,19 @@ def outcome(text: str) -> str:
             )
         except subprocess.TimeoutExpired:
             return f"took over {WALL} s"
-        said, complained = last_line(out), last_line(err)
+        printed, complained = last_line(out), last_line(err)
     if ended.returncode == REFUSED:
         raise UserError(
-            f"--run_code: this machine cannot shut a program in ({complained}); use Linux where namespaces are allowed, "
-            "which they are not in most containers"
+            f"--run_code: this machine cannot sandbox a program ({complained}); use Linux with namespaces allowed, "
+            "which most containers do not"
         )
     if ended.returncode == 0:
-        return "" if said == word else "ended before its tests did"
+        return "" if printed == word else "ended before its tests did"
     return complained[:200] or f"ended with status {ended.returncode}"
 
 
 def last_line(file: IO[bytes]) -> str:
-    """The last line of a file, of its last kilobytes."""
+    """The last line of a file, within its last 4 KiB."""
     file.seek(max(0, file.seek(0, 2) - 4096))
     lines = file.read().decode("utf-8", "replace").strip().splitlines()
     return lines[-1] if lines else ""
@@ -93,7 +93,7 @@ def last_line(file: IO[bytes]) -> str:
 def run_all(
     records: Sequence[Record], answers: Mapping[str, list[str]], tasks: Mapping[str, Task]
 ) -> dict[str, list[str | None]]:
-    """For each system and record what came of its program (None: the record is not a problem of `tasks`)."""
+    """For each system and record the outcome of its program (None: the record is not a problem in `tasks`)."""
     known = [tasks.get(key_of({"instruction": record["instruction"]})) for record in records]
     if not any(known):
         raise UserError("--run_code: none of the answers is to a problem of --test_input_path; answer these with generate.py")
@@ -103,7 +103,7 @@ def run_all(
         for place, task in enumerate(known)
         if task
     }
-    outcome(next(iter(jobs.values())))  # alone, so that a machine that cannot do it is told once
+    outcome(next(iter(jobs.values())))  # first alone, so that a machine that cannot do it reports so only once
     with ThreadPoolExecutor(2) as pool, progress(total=len(jobs), desc="running code") as bar:
 
         def counted(text: str) -> str:
@@ -116,19 +116,19 @@ def run_all(
 
 
 def pass_at(k: int, count: int, right: int) -> float:
-    """How likely one of `k` out of `count` programs passes, of which `right` do (the unbiased estimate of Chen et al. 2021)."""
+    """The probability that one of `k` of `count` programs passes if `right` do (the unbiased estimate of Chen et al. 2021)."""
     return 1.0 - math.comb(count - right, k) / math.comb(count, k)
 
 
 def tabulate(records: Sequence[Record], results: Mapping[str, list[str | None]]) -> tuple[list[Table], list[str]]:
-    """A table for each k that there are samples for (1, 10, 100), what went wrong most, and which systems differ."""
+    """A table for each k with enough samples (1, 10, 100), with notes on the commonest failures and on which systems differ."""
     groups = samples(list(results))
     fewest = min(map(len, groups.values()))
     places = [place for place, found in enumerate(next(iter(results.values()))) if found is not None]
     members: dict[str, list[int]] = {}
     for place in places:
         members.setdefault(records[place].get("category", ALL), []).append(place)
-    tables, told = [], notes(groups, results)
+    tables, lines = [], notes(groups, results)
     for k in [k for k in (1, 10, 100) if k <= fewest]:
         shares = {
             name: {p: 100 * pass_at(k, len(systems), sum(results[s][p] == "" for s in systems)) for p in places}
@@ -141,14 +141,14 @@ def tabulate(records: Sequence[Record], results: Mapping[str, list[str | None]])
             }
             doubt = {name: bootstrap([[found[p] for p in inside]]) for name, found in shares.items()}
             rows.append(Row(category, len(inside), values, doubt))
-        tables.append(Table(f"pass@{k} in % ({fewest} samples a problem, {SECONDS} s, {MEGABYTES} MB)", list(groups), rows))
-        told += [f"pass@{k}, all {len(places)} problems: {line}" for line in differences(shares)]
-    return tables, told
+        tables.append(Table(f"pass@{k} in % ({fewest} samples per problem, {SECONDS} s, {MEGABYTES} MB)", list(groups), rows))
+        lines += [f"pass@{k}, all {len(places)} problems: {line}" for line in differences(shares)]
+    return tables, lines
 
 
 def differences(shares: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """A line for each two systems: whether they differ in pass@k of the same problems, given in percent; by McNemar's test
-    where each problem is passed or not, else by a paired bootstrap over the problems."""
+    """A line for each pair of systems: whether they differ in pass@k (in percent) on the same problems; by McNemar's test if
+    each problem is either passed or not, else by a paired bootstrap over the problems."""
     if all(share in (0, 100) for found in shares.values() for share in found.values()):
         return compare_shares({name: [share == 100 for share in found.values()] for name, found in shares.items()})
     gaps = {(a, b): [shares[a][p] - shares[b][p] for p in shares[a]] for a, b in itertools.combinations(shares, 2)}

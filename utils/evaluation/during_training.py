@@ -1,4 +1,4 @@
-"""How a model is evaluated while it is trained: it answers a few prompts, and questions with choices."""
+"""Evaluates a model during training: it answers a few prompts, and multiple-choice questions."""
 
 import time
 from collections.abc import Iterable
@@ -25,11 +25,11 @@ from utils.models.architecture import window_of
 from utils.models.tokenizer import end_tokens
 from utils.training.evaluations import Evaluated
 
-WAY = choices.Way()  # as judge.py --choices asks unless it is told otherwise
+WAY = choices.Way()  # the defaults of judge.py --choices
 
 
 class LoadedEngine(Engine):
-    """The engine on a model that is loaded already, its only answerer; `room` as that of the Sampler."""
+    """An engine on an already loaded model, its only answerer; `room` as in Sampler."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], room: int):
         self.stops, self.answerers, self.config = [], [], model.config
@@ -39,15 +39,15 @@ class LoadedEngine(Engine):
 
     @property
     def room(self) -> int:
-        """For how many tokens memory can hold keys and values, beside what training needs."""
+        """For how many tokens training leaves memory for keys and values."""
         return self.tokens
 
 
 class Evaluator:
     """Evaluates a model with the same questions each time; prompts are answered greedily.
 
-    `window`: the longest text of the model in tokens, where it has such a limit; `room`: for how many tokens memory can hold
-    keys and values. Raises UserError if a prompt leaves no room for an answer.
+    `window`: the model's longest text in tokens, if limited; `room`: for how many tokens memory can hold keys and values.
+    Raises UserError if a prompt leaves no room for an answer.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Evaluator:
                 )
 
     def __call__(self, model: PreTrainedModel) -> Evaluated:
-        """Evaluate the model as it is now; it is afterwards as it was before, and no random number is drawn."""
+        """Evaluate the model in its current state; this changes neither the model nor the random state."""
         began, scores, notes = time.monotonic(), {}, []
         with ready_to_answer(model):
             if self.questions:
@@ -91,7 +91,7 @@ class Evaluator:
         return Evaluated(scores, answers, notes)
 
     def choose(self, model: PreTrainedModel) -> tuple[float, str]:
-        """The share of right choices in percent, and what stands behind it."""
+        """The share of right choices in percent, and a note on what it is based on."""
         engine = LoadedEngine(model, self.tokenizer, self.ends, self.room)
         subjects: dict[str, list[Choice]] = {}
         for one in self.questions:
@@ -106,11 +106,11 @@ class Evaluator:
             raise UserError("--eval_choices: no question has one right choice and fits the model's window; give others")
         low, high = wilson_percent(right, counted)
         left_out = f", {len(self.questions) - counted} left out" if counted < len(self.questions) else ""
-        behind = f"{counted} questions{left_out}, {WAY}, {self.dtype}; 95 % interval {low:.1f} to {high:.1f}"
-        return 100 * right / counted, f"right choices {100 * right / counted:.1f} % ({behind})"
+        basis = f"{counted} questions{left_out}, {WAY}, {self.dtype}; 95 % interval {low:.1f} to {high:.1f}"
+        return 100 * right / counted, f"right choices {100 * right / counted:.1f} % ({basis})"
 
     def answer(self, model: PreTrainedModel) -> tuple[list[str], int]:
-        """What a person reads of the answers, without thoughts, and how many were cut."""
+        """The answers' texts without thoughts, and how many were cut."""
         if not self.encoded:
             return [], 0
         ids = self.sampler(model, self.encoded, [0] * len(self.encoded))
@@ -118,13 +118,13 @@ class Evaluator:
         return texts, sum(map(self.sampler.is_cut, ids))
 
     def measure(self, texts: list[str]) -> tuple[dict[str, float], str]:
-        """How close answers are to their references, and what stands behind it."""
+        """How close the answers are to their references, and a note on what that is based on."""
         pairs = [(text, reference_of(record)) for text, record in zip(texts, self.prompts, strict=True)]
-        behind = f"{len(pairs)} prompts, template {self.template}, greedy, {self.dtype}; 95 % interval"
+        basis = f"{len(pairs)} prompts, template {self.template}, greedy, {self.dtype}; 95 % interval"
         value, interval = CLOSENESS["chrF"].with_interval(pairs)
         scores = {"eval_chrf": value}
-        edges = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "unknown, one prompt tells none"
-        shown = f"chrF {value:.1f} ({behind} {edges})"
+        edges = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "unknown for a single prompt"
+        shown = f"chrF {value:.1f} ({basis} {edges})"
         if "eval_exact" in self.scores:
             right = sum(final_number(text) == final_number(reference) for text, reference in pairs)
             low, high = wilson_percent(right, len(pairs))
@@ -136,7 +136,7 @@ class Evaluator:
 def make_evaluator(
     options: Any, asked: TrainingQuestions, tokenizer: PreTrainedTokenizerBase, model: Any, dtype: str
 ) -> Evaluator:
-    """What has the model answer at each evaluation, by the options of finetune.py."""
+    """The evaluator for the options of finetune.py."""
     ends = end_tokens(options.base_model, tokenizer)
     prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
     window, room = window_of(model.config), cache_room(options)
@@ -144,6 +144,6 @@ def make_evaluator(
 
 
 def question_of(record: Record) -> str:
-    """What a prompt asks, as one text."""
+    """A prompt with its earlier turns, as one text."""
     turns: list[Any] = [text for turn in record.get("history") or [] for text in turn]
     return "\n".join(text for text in [*turns, record["instruction"], record.get("input") or ""] if text)

@@ -1,4 +1,4 @@
-"""What a chain forgets: each step's adapter on the held-out records of every step, their loss and the right answers.
+"""What a chain forgets: each step's adapter on the held-out records of every step, by loss and right answers.
 
 The matrix is that of continual learning (Lopez-Paz and Ranzato 2017, https://arxiv.org/abs/1706.08840, section 3).
 """
@@ -25,15 +25,15 @@ from utils.inference.answerers import BASE, ChatModel, tokenizer_home
 from utils.inference.engine import Engine
 from utils.models.tokenizer_files import tokenizer_mark
 
-MOST = 100  # records of a step: the first of its validation set
+MOST = 100  # records per step: the first of its validation set
 ANSWER = 128  # tokens of an answer
-LOSS, RIGHT = "loss of held-out records (nats a token)", "right answers to held-out records (%)"
+LOSS, RIGHT = "loss of held-out records (nats per token)", "right answers to held-out records (%)"
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """A step's records that were not trained on: encoded `rows` as that step encodes them, and, where they are questions
-    with answers, the `records` themselves."""
+    """A step's records that were not trained on: `rows` encoded as in that step and, if they are questions with answers, the
+    `records` themselves."""
 
     step: str
     stage: str
@@ -42,7 +42,7 @@ class HeldOut:
 
 
 def named_files(held_out: Sequence[str], steps: Sequence[str]) -> dict[str, str]:
-    """The files given as STEP=FILE, by step. Raises UserError if one has another form, or names no step of the chain."""
+    """The files given as STEP=FILE, by step. Raises UserError if one has another form, or names an unknown step."""
     found = {}
     for part in held_out:
         name, sign, path = part.partition("=")
@@ -62,8 +62,8 @@ def named_files(held_out: Sequence[str], steps: Sequence[str]) -> dict[str, str]
 def held_out_records(engine: Engine, named: dict[str, str]) -> list[HeldOut]:
     """The held-out records of each step of the engine's adapters: those of `named`, else its validation set.
 
-    A step that has none, whose files are gone or have changed, or that learned otherwise than from texts, answers or pairs
-    is left out, which is printed.
+    A step is left out, with a notice, if it has none, if its files are gone or changed, or if it did not learn from texts,
+    answers or pairs.
     """
     found = []
     for one in engine.answerers:
@@ -74,9 +74,9 @@ def held_out_records(engine: Engine, named: dict[str, str]) -> list[HeldOut]:
         why = unusable(step, data) if one.name not in named else ""
         stage = stages.stage_of(named[one.name]) if one.name in named else data.get("stage", stages.INSTRUCTION)
         if stage not in (stages.TEXT, stages.INSTRUCTION, stages.PREFERENCE):
-            why = f"it learned from {stages.NAMES.get(stage, 'rewards')}, which are not measured"
+            why = f"it learned from {stages.NAMES.get(stage, 'rewards')}, which is not measured"
         if why:
-            say(f"{one.name}: without held-out records, since {why} (--held_out {one.name}=FILE names some)")
+            say(f"{one.name}: has no held-out records, since {why} (name some with --held_out {one.name}=FILE)")
             continue
         found.append(read_held_out(engine, one, stage, step, named.get(one.name, "")))
     return found
@@ -88,7 +88,7 @@ def unusable(step: dict[str, Any], data: dict[str, Any]) -> str:
         return "it was trained without --val_set_size"
     for file, content in data["files"].items():
         if not Path(file).is_file():
-            return f"{file} is not there any more"
+            return f"{file} no longer exists"
         if sha256(file) != content:
             return f"{file} has changed since it was learned"
     return (
@@ -99,7 +99,7 @@ def unusable(step: dict[str, Any], data: dict[str, Any]) -> str:
 
 
 def read_held_out(engine: Engine, one: ChatModel, stage: str, step: dict[str, Any], path: str) -> HeldOut:
-    """The records of `path`, or (\"\") the validation set that training drew, as the step encodes them."""
+    """The records of `path`, or if \"\" the validation set that training drew, encoded as in that step."""
     options = step.get("options", {})
     tokenizer, cutoff = engine.tokenizers[one.name], options.get("cutoff_len", 512)
     words = tokenizer_mark(tokenizer_home(one, engine.base_model), tokenizer)
@@ -120,7 +120,7 @@ def read_held_out(engine: Engine, one: ChatModel, stage: str, step: dict[str, An
 
 
 def records_at(encoder: Any, parts: Sequence[Any], numbers: np.ndarray) -> list[Record]:
-    """The records with these numbers among those of all files, which the encoder makes a row each of."""
+    """The records with these numbers among those of all files, of which the encoder makes one row each."""
     wanted = set(numbers.tolist())
     every = itertools.chain.from_iterable(encoder.read(file) for source in parts for file in source.files)
     found = {number: record for number, record in enumerate(every) if number in wanted}
@@ -133,10 +133,10 @@ def mean_loss(engine: Engine, rows: list[dict[str, Any]], ids: str = "input_ids"
 
 
 def measure(engine: Engine, name: str, one: HeldOut) -> tuple[float, list[bool]]:
-    """The mean loss over a step's held-out tokens by the answerer `name`, and which records it answers rightly.
+    """The mean loss of the answerer `name` on a step's held-out tokens, and which records it answers correctly.
 
-    An answer is right if it is the record's but for marks and spaces, or ends with its number where that is one; of a pair,
-    if a token of the chosen answer is on average likelier than one of the rejected. Texts have no answers.
+    An answer is right if it equals the record's except for punctuation and spaces, or ends with the number that the record's
+    is; for a pair, if the chosen answer's tokens are on average likelier than the rejected one's. Texts have no answers.
     """
     engine.use(name)
     losses = mean_loss(engine, one.rows)
@@ -147,7 +147,7 @@ def measure(engine: Engine, name: str, one: HeldOut) -> tuple[float, list[bool]]
         return loss, [chosen < rejected for chosen, rejected in zip(losses, other, strict=True)]
     if not one.records:
         return loss, []
-    prompts = [engine.encode(name, record) for record in one.records]  # each asked with the answerer's own template
+    prompts = [engine.encode(name, record) for record in one.records]  # each with the answerer's own template
     answers = batch.greedy_texts(engine, name, prompts, ANSWER)
     return loss, [is_right(answer, record["output"]) for answer, record in zip(answers, one.records, strict=True)]
 
@@ -158,14 +158,14 @@ def supervised(labels: list[int]) -> int:
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """True if an answer is the reference but for marks and spaces, or ends with the number that the reference is."""
+    """True if an answer equals the reference except for punctuation and spaces, or ends with the number that it is."""
     number = final_number(reference) if not plain(reference).strip("0123456789一二三四五六七八九十百千万零两") else None
     return plain(answer) == plain(reference) or (number is not None and final_number(answer) == number)
 
 
 def matrix(base_model: str, folders: dict[str, Path], held_out: Sequence[str], load_8bit: bool) -> list[Table]:
-    """The two tables, a row for each step's held-out records and a column for the base and each step; none, which is
-    printed, where no step has such records. Raises UserError if base or adapters cannot be loaded."""
+    """The two tables, with a row for each step's held-out records and a column for the base and each step; none if no step
+    has such records, which is printed. Raises UserError if base or adapters cannot be loaded."""
     named = named_files(held_out, list(folders))
     engine = load_engine(base_model, [str(folder) for folder in folders.values()], load_8bit)
     systems = dict(zip([BASE, *folders], (one.name for one in engine.answerers), strict=True))

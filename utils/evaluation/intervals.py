@@ -1,4 +1,4 @@
-"""How sure a result is: 95 % intervals of shares and means, and whether two systems differ at all."""
+"""How certain results are: 95 % intervals of shares and means, and whether two systems differ at all."""
 
 import itertools
 import math
@@ -29,9 +29,9 @@ def wilson_percent(right: int, total: int) -> Interval:
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """How likely two equally good systems differ so much, or more (exact, two-sided; McNemar 1947).
+    """The probability that two equally good systems differ this much or more (exact, two-sided; McNemar 1947).
 
-    `only_one`, `only_other`: the questions that only the one, or only the other, answered correctly.
+    `only_one`, `only_other`: how many questions only the one, or only the other, answered correctly.
     """
     discordant = only_one + only_other
     tail = sum(math.comb(discordant, count) for count in range(min(only_one, only_other) + 1))
@@ -39,9 +39,9 @@ def mcnemar(only_one: int, only_other: int) -> float:
 
 
 def bootstrap(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval | None:
-    """The interval of the mean over groups of the mean in each, by resampling values within each (Efron 1979).
+    """The interval of the mean of the groups' means, by resampling values within each group (Efron 1979).
 
-    None where a group has fewer than two values, since drawing from one tells nothing.
+    None if a group has fewer than two values, since resampling a single value tells nothing.
     """
     import numpy
 
@@ -54,7 +54,7 @@ def bootstrap(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval | No
 
 
 def of_mean(values: Sequence[float]) -> Interval | None:
-    """The interval of the mean of a few values that chance makes differ (Student 1908); None where there are fewer than two."""
+    """The interval of the mean of a few random values (Student 1908); None if there are fewer than two."""
     from scipy import stats
 
     if len(values) < 2:
@@ -64,10 +64,10 @@ def of_mean(values: Sequence[float]) -> Interval | None:
 
 
 def resampled(counts: Sequence[Sequence[float]], value: Callable[[Sequence[float]], float], seed: int = 0) -> Any:
-    """What `value` makes of the sums over questions drawn with replacement (Efron 1979), for each drawing: (resamples,).
+    """`value` of the sums over questions drawn with replacement (Efron 1979), for each resample: (resamples,).
 
-    `counts`: the same numbers for each question. The same questions are drawn for every system that has as many of them, so
-    that two systems' values can be subtracted (a paired bootstrap, Koehn 2004).
+    `counts`: the same numbers for each question. The same questions are drawn for every system with equally many, so that
+    two systems' values can be subtracted (a paired bootstrap, Koehn 2004).
     """
     import numpy
 
@@ -87,7 +87,7 @@ def middle(values: Any) -> Interval:
 def compare(one: str, other: str, interval: Interval | None, digits: int = 1, word: str = "better") -> str:
     """In words, how the system `one` differs from `other`, by the interval of the difference of their means.
 
-    `word` says what having more is.
+    `word` says what a larger value means.
     """
     if interval is None:
         return f"{one} and {other}: too few prompts to tell a difference"
@@ -99,14 +99,14 @@ def compare(one: str, other: str, interval: Interval | None, digits: int = 1, wo
 
 
 def verb(word: str) -> str:
-    """What the one with more is or has."""
+    """The predicate of the system with more."""
     return "is better" if word == "better" else f"has {word}"
 
 
 def compare_shares(right: dict[str, list[bool]], word: str = "better") -> list[str]:
     """A line for each pair of systems: whether they differ in which of the same questions they answered correctly.
 
-    `word` says what having more of them is.
+    `word` says what a larger share means.
     """
     hit = "right" if word == "better" else "yes"
     lines = []

@@ -1,6 +1,6 @@
-"""Scores out of what a judge really writes: prose, Markdown, tables or JSON. What is not certain counts as missing.
+"""Reads scores from what judges really write: prose, Markdown, tables or JSON. Uncertain scores count as missing.
 
-Every text is first normalised (NFKC), which makes full-width digits, colons and brackets plain ones.
+Every text is first normalized (NFKC), which makes full-width digits, colons and brackets plain ones.
 """
 
 import json
@@ -17,7 +17,7 @@ NUMERALS = {numeral: value for value, numeral in enumerate("零一二三四五�
 SYSTEM = re.compile(r"(?<![a-z])(?:system|系统|模型)[\s_#-]*(?:([1-9])(?!\d|\.\d)|([一二三四五六七八九]))(?!个)", re.I)
 TOTAL = r"(?:(?:总|总体|综合|最终)(?:得分|评分|分)|总评|综合|总体|(?:total|overall|final)(?:\s+(?:score|rating))?)"
 LABEL = r"(?:得分|分数|评分|打分|分值|score|rating)"
-# No two of these begin alike and go on alike, so that a text that repeats them is matched in one way only.
+# The order and choice of these words lets a text that repeats them match in only one way (no backtracking).
 FILLERS = "总分|总体|总评|总|综合|最终|得分|得到|得|分数|分值|评分|评|打分|打|获得|应得|给|了|我|的|是|为"
 ENGLISH = "total|overall|final|score|rating|gets|is|of"
 LINK = rf"(?P<link>(?:[\s:;,|*_#`\"'“”‘’(\[{{=>→—–]|-(?!\d)|(?<![\s:])-(?=\d)|{FILLERS}|{ENGLISH}){{0,40}})"
@@ -48,7 +48,7 @@ Found = tuple[int, float]  # the number of a system (from 1), and one score that
 
 
 class Reading(NamedTuple):
-    """The scores of the systems in the order shown to the judge, None where there is no certain one, and why not."""
+    """The scores of the systems in the order shown to the judge (None: no certain one), and what is wrong."""
 
     scores: list[float | None]
     problems: list[str]
@@ -57,8 +57,8 @@ class Reading(NamedTuple):
 def read_scores(text: str, systems: int) -> Reading:
     """Read the scores of `systems` systems, 0 to 10 each.
 
-    A system has a score if the text gives it at least once and never gives another; what stands in the explanations
-    (comparisons, counts of errors, years) is not a score. Reasoning within `<think>` is left out.
+    A system has a score if the text gives it at least once and never gives another; numbers in the explanations
+    (comparisons, counts of errors, years) are not scores. Reasoning within `<think>` is ignored.
     """
     text = without_thoughts(unicodedata.normalize("NFKC", text))
     text = re.sub(r"([^\S\n])\1+", r"\1", text)
@@ -77,11 +77,11 @@ def read_scores(text: str, systems: int) -> Reading:
 
 
 def what_is_wrong(given: list[float]) -> str:
-    """Why the scores given to one system do not amount to one certain score; "" where they are."""
+    """Why the scores given to one system are not one certain score; "" if they are."""
     if not given:
         return "no score"
     if any(score != score for score in given):
-        return "a range, or another scale than 0 to 10"
+        return "a range, or a scale other than 0 to 10"
     if len(set(given)) > 1:
         return f"more than one score ({', '.join(f'{score:g}' for score in dict.fromkeys(given))})"
     if not LOWEST <= given[0] <= HIGHEST:
@@ -90,7 +90,7 @@ def what_is_wrong(given: list[float]) -> str:
 
 
 def in_prose(text: str) -> list[Found]:
-    """Scores that directly follow a system's name, else those called scores in the part that opens with its name."""
+    """Scores that directly follow a system's name, else those labelled as scores in the part that begins with its name."""
     names = [match for match in SYSTEM.finditer(text) if opens(text, match.start())]
     direct = [(number_of(match), score) for match in names if (score := directly_after(text, match.end())) is not None]
     scored = {system for system, _ in direct}
@@ -103,7 +103,7 @@ def in_prose(text: str) -> list[Found]:
 
 
 def opens(text: str, start: int) -> bool:
-    """True if a name at `start` begins a statement, rather than being compared with in one ("better than System2")."""
+    """True if a name at `start` begins a statement, rather than being part of a comparison ("better than System2")."""
     before = text[:start].rstrip(" \t")
     return (
         not before
@@ -117,7 +117,7 @@ def number_of(match: re.Match) -> int:
 
 
 def directly_after(text: str, start: int) -> float | None:
-    """The score that stands at `start`, with no more than punctuation and words such as 得分 before it."""
+    """The score at `start`, with at most punctuation and words such as 得分 before it."""
     words = IN_WORDS.match(text, start)
     if words:
         part = NUMERALS[words["part"]] / 10 if words["part"] else 0.5 if words["half"] else 0
@@ -127,7 +127,7 @@ def directly_after(text: str, start: int) -> float | None:
 
 
 def certain(match: re.Match) -> float | None:
-    """The score of a match, UNCLEAR for a range or another scale, None where the number may be something else."""
+    """The score of a match, UNCLEAR for a range or another scale, None if the number may be something else."""
     link, value = match["link"], float(match["number"])
     if match["range"] or any(scale and float(scale) != HIGHEST for scale in (match["scale"], match["full"])):
         return UNCLEAR
@@ -145,7 +145,7 @@ def certain(match: re.Match) -> float | None:
 
 
 def within(part: str) -> list[float]:
-    """Scores in the text about one system: the total, else what is called a score, else what is out of ten."""
+    """Scores in the text about one system: the total, else what is labelled as a score, else what is out of ten."""
     for label in (TOTAL, LABEL):
         scores = [score for match in LABELLED[label].finditer(part) if (score := certain(match)) is not None]
         if scores:
@@ -154,7 +154,7 @@ def within(part: str) -> list[float]:
 
 
 def part_tables(text: str) -> tuple[str, list[list[list[str]]]]:
-    """Split a text into its prose and its tables, each a list of rows of cells, the row of dashes included."""
+    """Split a text into its prose and its tables, each a list of rows of cells, including the row of dashes."""
     prose: list[str] = []
     tables: list[list[list[str]]] = []
     lines = text.split("\n")
@@ -172,7 +172,7 @@ def part_tables(text: str) -> tuple[str, list[list[list[str]]]]:
 
 
 def in_table(rows: list[list[str]]) -> Iterator[Found]:
-    """Scores in a table with a row a system, or a column a system."""
+    """Scores in a table with one row, or one column, per system."""
     header = rows[0] if len(rows) > 1 and all(re.fullmatch(r":?-+:?", cell) for cell in rows[1]) else []
     body = [row for row in rows[2 if header else 0 :] if any(row)]
     columns = {column: system_in(cell) for column, cell in enumerate(header) if system_in(cell)}
@@ -195,7 +195,7 @@ def in_table(rows: list[list[str]]) -> Iterator[Found]:
 
 
 def score_column(header: list[str], body: list[list[str]], names: set[int]) -> int | None:
-    """The column that holds the scores: that of totals, else the only one called so; None where that is not certain."""
+    """The column that holds the scores: the totals, else the only one labelled so; None if that is uncertain."""
     for heading in (TOTAL_HEADING, SCORE_HEADING):
         columns = [column for column, cell in enumerate(header) if heading.search(cell) and column not in names]
         if len(columns) == 1:
@@ -204,13 +204,13 @@ def score_column(header: list[str], body: list[list[str]], names: set[int]) -> i
 
 
 def system_in(cell: str, alone: bool = False) -> int:
-    """The number of the system that a cell names (a bare number, where `alone` allows it), 0 where it names none."""
+    """The number of the system that a cell names (with `alone` also a bare number); 0 if it names none."""
     match = SYSTEM.fullmatch(cell.strip())
     return number_of(match) if match else int(cell) if alone and re.fullmatch("[1-9]", cell) else 0
 
 
 def score_in(cell: str) -> float:
-    """The score in a cell or JSON text, UNCLEAR where it holds anything else."""
+    """The score in a cell or JSON text; UNCLEAR if it holds anything else."""
     match = CELL.fullmatch(cell)
     if not match or match["range"] or any(scale and float(scale) != HIGHEST for scale in (match["scale"], match["full"])):
         return UNCLEAR
@@ -218,7 +218,7 @@ def score_in(cell: str) -> float:
 
 
 def in_json(text: str, systems: int) -> Iterator[Found]:
-    """Scores in the JSON values that a text holds."""
+    """Scores in the JSON values in a text."""
     decoder = json.JSONDecoder()
     position = 0
     while start := re.compile(r"[{\[]").search(text, position):

@@ -1,4 +1,4 @@
-"""A model as judge: the published prompt, the order the systems are shown in, and asking until scores are certain."""
+"""A model as judge: the published prompt, the order of the systems, and asking until scores are certain."""
 
 import random
 from collections.abc import Callable
@@ -15,12 +15,12 @@ PREAMBLE = (
     "输出结果格式为：System 分数；System 解释。"
 )
 REMINDER = "（上一次的回答里，{systems}的分数无法确定。请给每个 System 各打一个 0 到 10 之间的分数。）"
-ASKED = 3  # times in all, until what the judge says can be read, or every system has a certain score
+ASKED = 3  # most times a judge is asked, until its verdict is readable, or every system has a certain score
 T = TypeVar("T")
 
 
 class Judgement(NamedTuple):
-    """What the judge said about one prompt, once: the order shown, the scores (None: missing), its answers, what is wrong."""
+    """One judgement of one prompt: the order shown, the scores (None: missing), the judge's texts, and what is wrong."""
 
     prompt: int
     repeat: int
@@ -31,7 +31,7 @@ class Judgement(NamedTuple):
 
 
 def judge_prompt(record: Record, answers: list[str], with_reference: bool = False) -> str:
-    """The prompt of the published experiment, for 2 to 8 answers; the record's reference, if asked for, is added to it."""
+    """The prompt of the published experiment, for 2 to 8 answers; with the record's reference if asked for."""
     lines = [PREAMBLE.format(count=COUNTS[len(answers)]), f"Prompt: {question(record)}"]
     lines += [f"参考答案：{record['reference']}"] if with_reference and record.get("reference") else []
     lines.append("答案：")
@@ -39,14 +39,14 @@ def judge_prompt(record: Record, answers: list[str], with_reference: bool = Fals
 
 
 def question(record: Record) -> str:
-    """What the systems were asked, after the earlier turns of a dialogue."""
+    """The question to the systems, after the earlier turns of its dialogue."""
     history = record.get("history") or []
     turns = [f"用户：{asked}\n助手：{reply}" for asked, reply in history]
     return "\n".join([*turns, f"用户：{last_turn(record)}"]) if history else last_turn(record)
 
 
 def shown_order(systems: list[str], seed: int, prompt: int, repeat: int) -> list[str]:
-    """The order in which the judge sees the systems: shuffled for each prompt, and moved on by one with each repeat."""
+    """The order in which the judge sees the systems: shuffled for each prompt, and rotated by one with each repeat."""
     order = list(systems)
     random.Random(f"{seed} {prompt}").shuffle(order)
     start = repeat % len(order)
@@ -54,7 +54,7 @@ def shown_order(systems: list[str], seed: int, prompt: int, repeat: int) -> list
 
 
 class Question(NamedTuple):
-    """What the judge is asked: about which prompt, in which repeat, in which order, in which words."""
+    """A request to the judge: which prompt, which repeat, the order of systems, and the text."""
 
     prompt: int
     repeat: int
@@ -62,12 +62,12 @@ class Question(NamedTuple):
     content: str
 
     def key(self, attempt: int) -> str:
-        """What it is called in the journal when it is asked for the `attempt`-th time, from 0."""
+        """Its key in the journal at attempt number `attempt`, counted from 0."""
         return f"prompt {self.prompt + 1}, repeat {self.repeat + 1}, time {attempt + 1}"
 
 
 class Askable(Protocol):
-    """What a judge can be asked: its words, and what they are called in the journal."""
+    """Any request to a judge: its text, and its key in the journal."""
 
     @property
     def content(self) -> str: ...
@@ -82,30 +82,30 @@ async def ask_for_verdict(
 
     Returns the verdict (None: none could be read), the judge's texts, and whether the service refused to answer.
     """
-    said: list[str] = []
+    texts: list[str] = []
     added = ""
     for attempt in range(ASKED):
         reply = await endpoint.ask(asked.key(attempt), [{"role": "user", "content": asked.content + added}])
-        said.append(reply.text)
+        texts.append(reply.text)
         if reply.finish == "refused":
-            return None, said, True
+            return None, texts, True
         verdict = read(reply.text)
         if verdict is not None:
-            return verdict, said, False
+            return verdict, texts, False
         added = f"\n\n{reminder}"
-    return None, said, False
+    return None, texts, False
 
 
 async def judge(endpoint: Endpoint, asked: Question) -> Judgement:
-    """Have the answers to one prompt scored; where a score is not certain, the judge is asked again, twice.
+    """Have the answers to one prompt scored; if a score is uncertain, the judge is asked up to twice more.
 
-    Of several answers of the judge the one with the most certain scores counts; scores are not mixed.
+    Among several texts of the judge the one with the most certain scores counts; scores are not mixed.
     """
-    said: list[str] = []
+    texts: list[str] = []
     best, reminder = None, ""
     for attempt in range(ASKED):
         reply = await endpoint.ask(asked.key(attempt), [{"role": "user", "content": asked.content + reminder}])
-        said.append(reply.text)
+        texts.append(reply.text)
         reading = read_scores("" if reply.finish == "refused" else reply.text, len(asked.order))
         if best is None or len(reading.problems) < len(best.problems):
             best = reading
@@ -115,7 +115,7 @@ async def judge(endpoint: Endpoint, asked: Question) -> Judgement:
     assert best is not None
     problems = [f"refused: {reply.text}"] if reply.finish == "refused" else list(best.problems)
     problems += ["cut off (--max_tokens)"] if problems and reply.finish == "length" else []
-    return Judgement(asked.prompt, asked.repeat, asked.order, dict(zip(asked.order, best.scores, strict=True)), said, problems)
+    return Judgement(asked.prompt, asked.repeat, asked.order, dict(zip(asked.order, best.scores, strict=True)), texts, problems)
 
 
 def judge_all(
@@ -126,9 +126,9 @@ def judge_all(
     seed: int,
     with_references: bool = False,
 ) -> list[Judgement]:
-    """Judge every prompt `repeats` times. `answers`: of each system, one for each record.
+    """Judge every prompt `repeats` times. `answers`: for each system, one for each record.
 
-    What that will cost is printed first. Raises UserError if it is over a limit.
+    The estimated cost is printed first. Raises UserError if it exceeds a limit.
     """
     questions = []
     for repeat in range(repeats):

@@ -1,4 +1,4 @@
-"""How likely a model finds the right answers: the mean log-likelihood of references, under each adapter of a base."""
+"""How likely a model finds the right answers: the mean log-likelihood of references under each adapter of a base."""
 
 import itertools
 import statistics
@@ -30,9 +30,8 @@ def load_engine(base_model: str, folders: Sequence[str], load_8bit: bool) -> Eng
 
 
 def log_likelihoods(engine: Engine, name: str, records: Sequence[Record]) -> list[float | None]:
-    """For each record the mean over its reference's tokens, end of sequence included, of the natural logarithm of
-    the probability that the answerer `name` gives to it after the prompt; None where the model's window is too short.
-    """
+    """For each record, the mean natural log-probability of its reference's tokens, including the end of sequence, after the
+    prompt, by the answerer `name`; None if the model's window is too short."""
     engine.use(name)
     answered = [record | {"output": record["reference"]} for record in records]
     how = {"prompter": engine.prompters[name], "tokenizer": engine.tokenizers[name], "train_on_inputs": False}
@@ -54,7 +53,7 @@ def sum_of_losses(engine: Engine, ids: list[int], labels: list[int]) -> float:
 
 
 def table_where_possible(base_model: str, *rest: Any) -> tuple[list[Table], list[str]]:
-    """`table_of`; none, which is said, where no `base_model` was given and the adapters lead to none that loads."""
+    """`table_of`; none, with a notice, if no `base_model` was given and the adapters' own cannot be loaded."""
     try:
         table, lines = table_of(base_model, *rest)
         return [table], lines
@@ -68,8 +67,8 @@ def table_where_possible(base_model: str, *rest: Any) -> tuple[list[Table], list
 def table_of(
     base_model: str, folders: dict[str, Path], records: Sequence[Record], members: Members, load_8bit: bool
 ) -> tuple[Table, list[str]]:
-    """The mean log-likelihood of the references of each category under the base, and under each adapter on it; and in words
-    which of them differ.
+    """The mean log-likelihood of the references of each category, under the base and each adapter on it; and in words which of
+    them differ.
 
     `folders`: the adapters by their systems' names; `members`: positions of each category's records.
     Raises UserError if base or adapters cannot be loaded, or do not fit each other.
@@ -83,7 +82,7 @@ def table_of(
     }
     too_long = {position for given in found.values() for position, value in given.items() if value is None}
     if too_long:
-        say(f"{len(too_long)} of {len(asked)} references are longer, with their prompts, than the model's window; left out")
+        say(f"{len(too_long)} of {len(asked)} references exceed, with their prompts, the model's window; left out")
     rows = []
     for category, positions in groups.items():
         kept = [position for position in positions if position not in too_long]
@@ -91,7 +90,7 @@ def table_of(
             values: Values = {system: statistics.fmean(given[p] for p in kept) for system, given in found.items()}  # type: ignore[misc]
             doubt = {system: bootstrap([[given[p] for p in kept]]) for system, given in found.items()}  # type: ignore[misc]
             rows.append(Row(category, len(kept), values, doubt))
-    title = f"log-likelihood of the reference (nats a token; own template, {engine.placement.numbers})"
+    title = f"log-likelihood of the reference (nats per token; own template, {engine.placement.numbers})"
     everywhere = [position for position in asked if position not in too_long]
     lines = []
     for one, other in itertools.combinations(found, 2):

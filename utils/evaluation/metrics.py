@@ -1,4 +1,4 @@
-"""Measures of answers that need no judge: closeness to a reference, exact numbers, length, repetition, script, refusals."""
+"""Metrics that need no judge: closeness to a reference, exact numbers, length, repetition, script, refusals."""
 
 import dataclasses
 import functools
@@ -30,11 +30,11 @@ REFUSAL = re.compile(
     r"|i(?:'m|’m| am) sorry|i (?:can't|can’t|cannot|won't|won’t|am unable|am not able)|i(?:'m|’m) (?:unable|not able)",
     re.I,
 )
-OPENING = 120  # characters within which an answer that refuses says so
+OPENING = 120  # characters; a refusal says so within these
 
 
 def tokens(text: str) -> list[str]:
-    """Characters of Chinese, words of other scripts, marks: sacrebleu's tokenisation for Chinese, in lower case."""
+    """Chinese characters, words of other scripts, punctuation: sacrebleu's Chinese tokenization, in lower case."""
     from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
     return TokenizerZh()(text).lower().split()
@@ -42,9 +42,9 @@ def tokens(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A measure of a set of answers: `count` gives some numbers for each one, and `value` what the sums of these amount to.
+    """A metric of a set of answers: `count` gives some numbers for each answer, and `value` the result from their sums.
 
-    With `yes_or_no` the numbers are 1 or 0 and then 1: the value is a share in percent.
+    With `yes_or_no` the numbers are 1 or 0, followed by 1, and the value is a share in percent.
     """
 
     count: Callable[[Pairs], list[Any]]
@@ -52,11 +52,11 @@ class Measure:
     yes_or_no: bool = False
 
     def __call__(self, pairs: Pairs) -> float:
-        """The value of answers with their references ("" where a measure needs none)."""
+        """The value of answers with their references ("" if the metric needs none)."""
         return self.value([sum(column) for column in zip(*self.count(pairs), strict=True)])
 
     def with_interval(self, pairs: Pairs) -> tuple[float, Interval | None]:
-        """The value, and its 95 % interval (Wilson of a share, else by resampling answers); None where one answer is all."""
+        """The value, and its 95 % interval (Wilson's for a share, else by resampling answers; None for a single answer)."""
         counts = self.count(pairs)
         value = self.value([sum(column) for column in zip(*counts, strict=True)])
         if self.yes_or_no:
@@ -65,7 +65,7 @@ class Measure:
 
 
 def of_library(name: str, **settings: Any) -> Measure:
-    """A measure of sacrebleu."""
+    """A metric from sacrebleu."""
 
     @functools.cache
     def metric() -> Any:
@@ -81,17 +81,17 @@ def of_library(name: str, **settings: Any) -> Measure:
 
 
 def mean(of_one: Callable[[str, str], float], percent: bool = True) -> Measure:
-    """The mean over answers of a number, from 0 to 1 if it is given in percent."""
+    """The mean over answers of a number, which must be from 0 to 1 if given in percent."""
     factor = 100 if percent else 1
     return Measure(lambda pairs: [(of_one(*pair), 1) for pair in pairs], lambda sums: factor * sums[0] / sums[1])
 
 
 def share(of_one: Callable[[str, str], bool]) -> Measure:
-    """The share of answers, in percent, of which something is true."""
+    """The share of answers, in percent, for which something is true."""
     return dataclasses.replace(mean(of_one), yes_or_no=True)
 
 
-bleu = of_library("BLEU", tokenize="zh")  # Papineni et al. 2002; 0 to 100, with sacrebleu's Chinese tokenisation
+bleu = of_library("BLEU", tokenize="zh")  # Papineni et al. 2002; 0 to 100, with sacrebleu's Chinese tokenization
 chrf = of_library("CHRF")  # Popović 2015; 0 to 100
 
 
@@ -103,15 +103,15 @@ def common_share(answer: str, reference: str) -> float:
 
 
 def common_subsequence(one: list[str], other: list[str]) -> int:
-    """The length of the longest common subsequence, a row of the table at a time as one integer (Hyyrö 2004)."""
+    """The length of the longest common subsequence, computed one table row at a time as an integer (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for position, token in enumerate(one):
         places[token] = places.get(token, 0) | 1 << position
-    whole = (1 << len(one)) - 1
-    row = whole
+    full = (1 << len(one)) - 1
+    row = full
     for token in other:
         matched = row & places.get(token, 0)
-        row = (row + matched | row - matched) & whole
+        row = (row + matched | row - matched) & full
     return len(one) - row.bit_count()
 
 
@@ -121,9 +121,9 @@ def is_exact(answer: str, reference: str) -> bool:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that an answer ends in: the one after its last 答案 (or the like), else its last one; None without one.
+    """An answer's final number: the one after its last 答案 (or the like), else its last one; None if there is none.
 
-    Fractions, percentages without their sign, thousands separators and, after 答案, Chinese numerals are read; of an
+    It reads fractions, percentages (ignoring the sign), thousands separators and, after 答案, Chinese numerals; of an
     equation, the right side counts.
     """
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("−", "-")
@@ -147,7 +147,7 @@ def as_fraction(number: str) -> Fraction | None:
 
 
 def in_digits(number: str) -> str:
-    """A Chinese numeral below 100 million in digits; any other text as it is."""
+    """A Chinese numeral below 100 million in digits; any other text unchanged."""
     if not IN_CHINESE.fullmatch(number):
         return number
     total, section, digit = 0, 0, 0
@@ -163,14 +163,14 @@ def in_digits(number: str) -> str:
 
 
 def repeated(answer: str, _: str) -> float:
-    """The share of runs of four tokens that the answer had before (seq-rep-4, Welleck et al. 2020)."""
+    """The share of repeated 4-grams of tokens in the answer (seq-rep-4, Welleck et al. 2020)."""
     found = tokens(answer)
     runs = [tuple(found[start : start + 4]) for start in range(len(found) - 3)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def letters(pairs: Pairs) -> list[tuple[int, int]]:
-    """How many Chinese characters each answer has, and how many letters of any script."""
+    """The numbers of Chinese characters and of letters of any script in each answer."""
     signs = [[sign for sign in answer if sign.isalpha()] for answer, _ in pairs]
     return [(sum(map(is_chinese, one)), len(one)) for one in signs]
 
@@ -180,7 +180,7 @@ def is_chinese(sign: str) -> bool:
 
 
 def refuses(answer: str, _: str = "") -> bool:
-    """True if an answer opens with a refusal, in its usual Chinese or English wordings; an evasive one is not found."""
+    """True if an answer opens with a refusal in the usual Chinese or English wordings; evasive ones are not found."""
     return bool(REFUSAL.search(answer[:OPENING]))
 
 
@@ -188,7 +188,9 @@ rouge_l = mean(common_share)
 exact = share(is_exact)
 length = mean(lambda answer, _: len(answer), percent=False)
 repetition = mean(repeated)
-chinese = Measure(letters, lambda sums: 100 * sums[0] / sums[1] if sums[1] else 0.0)  # of all letters, not the mean of shares
+chinese = Measure(
+    letters, lambda sums: 100 * sums[0] / sums[1] if sums[1] else 0.0
+)  # share of all letters, not the mean of shares
 refusals = share(refuses)
 
 CLOSENESS = {"BLEU": bleu, "chrF": chrf, "ROUGE-L": rouge_l}
@@ -204,10 +206,10 @@ def numeric_only(records: list[Record], referenced: dict[str, list[int]]) -> dic
 def measure(
     records: list[Record], members: dict[str, list[int]], answers: dict[str, list[str]]
 ) -> tuple[list[Table], list[str]]:
-    """A table for each measure, with 95 % intervals, and in words which systems differ in it.
+    """A table for each metric, with 95 % intervals, and in words which systems differ in it.
 
-    `members`: positions of each category; `answers`: of each system, one for each record. Closeness is measured on the
-    records with a reference; exact numbers where every reference of a category is a number.
+    `members`: positions of each category; `answers`: for each system, one for each record. Closeness is measured on the
+    records with a reference, exact numbers only in categories where every reference is a number.
     """
     referenced = {category: [p for p in positions if records[p].get("reference")] for category, positions in members.items()}
     groups = [(name, one, referenced) for name, one in CLOSENESS.items()]
@@ -235,9 +237,9 @@ def pairs_of(records: list[Record], answers: list[str], positions: list[int]) ->
 
 
 def differences(one: Measure, counts: dict[str, list[Any]], neither_is_better: bool) -> list[str]:
-    """A line for each two systems: whether they differ in a measure, by McNemar's test or a paired bootstrap.
+    """A line for each pair of systems: whether they differ in a metric, by McNemar's test or a paired bootstrap.
 
-    `counts`: of each system, on the same prompts. The samples of a system are taken together.
+    `counts`: for each system, on the same prompts. The samples of a system are pooled.
     """
     groups = samples(list(counts))
     word = "more" if neither_is_better else "better"

@@ -1,4 +1,4 @@
-"""Two answers at a time: which one is better, asked in both orders; what the verdicts amount to, and how even the judge was."""
+"""Pairwise comparison: which of two answers is better, asked in both orders; win rates, ratings, and the judge's biases."""
 
 import itertools
 import re
@@ -27,12 +27,12 @@ TASK = (
 )
 REMINDER = "（上一次的回答里找不到结论。请在最后单独写一行：“结论：A”、“结论：B”或“结论：平局”。）"
 VERDICT = re.compile(r"结论\W{0,6}(?:是|为)?\W{0,4}(?:(?:助手|回答)\s*)?(A|B|平局|平手|一样好|tie)(?![A-Za-z])", re.I)
-PEOPLE = "votes"  # what the judge is called who voted on the page
+PEOPLE = "votes"  # the judge's name for votes on the page
 
 
 class Comparison(NamedTuple):
-    """What the judge said about two answers to one prompt, shown in this order: 1.0 for the first, 0.0 for the second, 0.5 for
-    a tie, None where it cannot be read; its texts, and what is wrong."""
+    """A comparison of two answers to one prompt, shown in this order: outcome 1.0 for the first, 0.0 for the second, 0.5 for a
+    tie, None if unreadable; the judge's texts, and what is wrong."""
 
     prompt: int
     first: str
@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
 
 
 def compare_prompt(record: Record, first: str, second: str, with_reference: bool) -> str:
-    """What the judge is asked about two answers."""
+    """The text that asks the judge about two answers."""
     reference = record.get("reference") if with_reference else ""
     known = [f"[参考答案]\n{reference}\n[参考答案完]"] if reference else []
     parts = [TASK, f"[问题]\n{question(record)}\n[问题完]", *known]
@@ -51,7 +51,7 @@ def compare_prompt(record: Record, first: str, second: str, with_reference: bool
 
 
 def read_verdict(text: str) -> float | None:
-    """The verdict in a judge's answer: 1.0 for A, 0.0 for B, 0.5 for a tie; None where there is none, or several differ."""
+    """The verdict in a judge's text: 1.0 for A, 0.0 for B, 0.5 for a tie; None if there is none, or several differ."""
     text = unicodedata.normalize("NFKC", without_thoughts(text))
     found = {match.upper() for match in VERDICT.findall(text)}
     values = {1.0 if word == "A" else 0.0 if word == "B" else 0.5 for word in found}
@@ -59,7 +59,7 @@ def read_verdict(text: str) -> float | None:
 
 
 class Question(NamedTuple):
-    """What the judge is asked: about which prompt, which system's answer before which, in which words."""
+    """A request to the judge: which prompt, whose answer first and second, and the text."""
 
     prompt: int
     first: str
@@ -67,23 +67,23 @@ class Question(NamedTuple):
     content: str
 
     def key(self, attempt: int) -> str:
-        """What it is called in the journal when it is asked for the `attempt`-th time, from 0."""
+        """Its key in the journal at attempt number `attempt`, counted from 0."""
         return f"prompt {self.prompt + 1}, {self.first} before {self.second}, time {attempt + 1}"
 
 
 async def compare(endpoint: Endpoint, asked: Question) -> Comparison:
-    """Have two answers compared in one order; a judge whose verdict cannot be read is asked again, twice."""
-    outcome, said, is_refused = await ask_for_verdict(endpoint, asked, read_verdict, REMINDER)
-    problem = f"refused: {said[-1]}" if is_refused else "no verdict that can be read" if outcome is None else ""
-    return Comparison(*asked[:3], outcome, said, problem)
+    """Have two answers compared in one order; if the verdict is unreadable, the judge is asked up to twice more."""
+    outcome, texts, is_refused = await ask_for_verdict(endpoint, asked, read_verdict, REMINDER)
+    problem = f"refused: {texts[-1]}" if is_refused else "no readable verdict" if outcome is None else ""
+    return Comparison(*asked[:3], outcome, texts, problem)
 
 
 def compare_all(
     endpoint: Endpoint, records: list[Record], answers: dict[str, list[str]], with_references: bool
 ) -> list[Comparison]:
-    """Compare every two systems on every prompt, in both orders; answers that are equal are ties, and not asked about.
+    """Compare each pair of systems on every prompt, in both orders; equal answers are ties, without asking.
 
-    What that will cost is printed first. Raises UserError if it is over a limit.
+    The estimated cost is printed first. Raises UserError if it exceeds a limit.
     """
     questions, equal = [], []
     for prompt, record in enumerate(records):
@@ -99,7 +99,7 @@ def compare_all(
 
 
 def read_votes(paths: Sequence[str], records: list[Record], answers: dict[str, list[str]]) -> list[Comparison]:
-    """Votes as preference records: the systems are found by their answers' texts; votes on other texts are counted and named.
+    """Votes as comparisons: systems are found by their answers' texts; how many votes are on other texts is printed.
 
     Raises UserError if a file holds no vote on these answers.
     """
@@ -123,13 +123,13 @@ def read_votes(paths: Sequence[str], records: list[Record], answers: dict[str, l
                 f"{ambiguous} on answers that several systems gave"
             )
         if not taken:
-            raise UserError(f"{path}: holds no vote on these systems' answers; name votes on the same prompts and answers")
+            raise UserError(f"{path}: holds no votes on these systems' answers; name votes on the same prompts and answers")
     return found
 
 
 def votes_of(path: Path) -> Iterator[tuple[Record, list[str], float]]:
-    """What was asked, the two answers, and the outcome for the first, of a file of votes: preference records, or the page's
-    own file of ties."""
+    """The question, the two answers, and the outcome for the first, of each vote in a file: preference records, or the page's
+    file of ties."""
     items = [item for _, item in read_items(path)]
     if all(isinstance(item, dict) and isinstance(item.get("answers"), dict) and len(item["answers"]) == 2 for item in items):
         for item in items:
@@ -141,12 +141,12 @@ def votes_of(path: Path) -> Iterator[tuple[Record, list[str], float]]:
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> list[Verdict]:
-    """What can be read, as outcomes for ratings."""
+    """The readable comparisons, as outcomes for ratings."""
     return [Verdict(one.prompt, one.first, one.second, one.outcome) for one in comparisons if one.outcome is not None]
 
 
 def combined(comparisons: Sequence[Comparison]) -> dict[tuple[int, str, str], list[float]]:
-    """The outcomes of each prompt and two systems, in both orders, as seen by the one whose name sorts first."""
+    """The outcomes for each prompt and pair of systems, in both orders, from the view of the name that sorts first."""
     found: dict[tuple[int, str, str], list[float]] = {}
     for one in comparisons:
         if one.outcome is not None:
@@ -173,23 +173,23 @@ def tabulate(judge: str, records: list[Record], systems: list[str], comparisons:
         doubt = {name: middle(resampled(of, percent)) if len(of) > 1 else None for name, of in counts.items()}
         rows.append(Row(category, len(members), values, doubt))
     found = ratings(systems, verdicts(comparisons))
-    whole = Row(
+    overall = Row(
         "all",
         len({one.prompt for one in comparisons}),
         {name: rating for name, (rating, _) in found.items()},
         {name: interval for name, (_, interval) in found.items()},
     )
     titles = f"wins in %, a tie is half a win, by {judge}", f"Bradley–Terry rating by {judge}"
-    return [Table(titles[0], systems, rows), Table(titles[1], systems, [whole], digits=0)]
+    return [Table(titles[0], systems, rows), Table(titles[1], systems, [overall], digits=0)]
 
 
 def percent(sums: Sequence[float]) -> float:
-    """A share in percent, of a count and its total."""
+    """A share in percent, from a count and its total."""
     return 100 * sums[0] / sums[1]
 
 
 def notes(judge: str, records: list[Record], answers: dict[str, list[str]], comparisons: Sequence[Comparison]) -> list[str]:
-    """How even the judge was, which systems differ, and what could not be read, a line each."""
+    """Notes, one line each: biases of the judge, which systems differ, and what was unreadable."""
     read = [one for one in comparisons if one.outcome is not None]
     referenced = sum(bool(record.get("reference")) for record in records)
     lines = [f"{judge}: {len(read)} of {len(comparisons)} comparisons of {len(records)} prompts have a verdict"]
@@ -243,7 +243,7 @@ def differences(judge: str, systems: Sequence[str], comparisons: Sequence[Compar
 
 
 def agreement(judges: Mapping[str, Sequence[Comparison]]) -> list[str]:
-    """How far each pair of judges agrees where both have a verdict: the share, and Cohen's kappa (1960)."""
+    """How far each pair of judges agrees if both have a verdict: the share, and Cohen's kappa (1960)."""
     lines = []
     for (one, mine), (other, theirs) in itertools.combinations(judges.items(), 2):
         first, second = (
@@ -262,12 +262,12 @@ def agreement(judges: Mapping[str, Sequence[Comparison]]) -> list[str]:
 
 
 def decision(mean: float) -> str:
-    """A win, a loss or a tie, of the mean over both orders."""
+    """A win, a loss or a tie, from the mean over both orders."""
     return "win" if mean > 0.5 else "loss" if mean < 0.5 else "tie"
 
 
 def cohen(pairs: Sequence[tuple[str, str]]) -> float | None:
-    """Cohen's kappa of two judges' decisions: agreement beyond what chance gives; None where chance alone gives all."""
+    """Cohen's kappa of two judges' decisions: agreement beyond chance; None if chance alone gives full agreement."""
     total = len(pairs)
     observed = sum(one == other for one, other in pairs) / total
     ones, others = Counter(one for one, _ in pairs), Counter(other for _, other in pairs)
@@ -283,11 +283,11 @@ def share(count: int, total: int) -> str:
 
 def shown(one: Comparison, judge: str) -> str:
     """A verdict in one line."""
-    said = {None: "no verdict", 0.5: "a tie", 1.0: one.first, 0.0: one.second}[one.outcome]
-    return f"{judge}: {one.first} before {one.second}: {said}"
+    winner = {None: "no verdict", 0.5: "a tie", 1.0: one.first, 0.0: one.second}[one.outcome]
+    return f"{judge}: {one.first} before {one.second}: {winner}"
 
 
 def as_record(one: Comparison, record: Record, judge: str) -> dict[str, Any]:
-    """A comparison with what was compared, for a file that a person reads."""
+    """A comparison with its prompt, for a file that people read."""
     asked = {key: record[key] for key in ("category", "instruction", "input", "reference") if record.get(key)}
     return {"judge": judge} | asked | one._asdict() | {"prompt": one.prompt + 1}

@@ -1,4 +1,4 @@
-"""Ratings out of comparisons of two at a time (Bradley and Terry 1952), with intervals; by choix."""
+"""Ratings from pairwise comparisons (Bradley and Terry 1952), with intervals; by choix."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from utils.evaluation.intervals import SURE, Interval
 if TYPE_CHECKING:
     import numpy
 
-MIDDLE, SCALE = 1000.0, 400 / math.log(10)  # as chess has them: 400 points are odds of ten to one
-WEIGHT = 0.1  # wins that each system is given over each other, so that who always wins has a finite rating
+MIDDLE, SCALE = 1000.0, 400 / math.log(10)  # as in chess: 400 points are odds of ten to one
+WEIGHT = 0.1  # wins added for each system over each other, so that one that always wins has a finite rating
 RESAMPLES = 500
 
 
@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
 
 
 def ratings(systems: Sequence[str], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, tuple[float, Interval | None]]:
-    """Each system's rating, 1000 in the mean, with its interval by resampling prompts (None for fewer than two prompts).
+    """Each system's rating, on average 1000, with its interval by resampling prompts (None for fewer than two prompts).
 
     A tie is half a win for both.
     """
@@ -47,7 +47,7 @@ def ratings(systems: Sequence[str], verdicts: Sequence[Verdict], seed: int = 0) 
 
 
 def rated(wins: "numpy.ndarray") -> list[float]:
-    """The ratings that make the wins likeliest. `wins`: (systems, systems), of the row's over the column's."""
+    """The maximum-likelihood ratings. `wins`: (systems, systems), of the row's over the column's."""
     import choix
     import numpy
 

@@ -1,4 +1,4 @@
-"""All that a run of judge.py found as one HTML file that needs nothing beside it, with Markdown and CSV."""
+"""Everything that a run of judge.py found as one self-contained HTML file, with Markdown and CSV."""
 
 import base64
 import dataclasses
@@ -16,16 +16,16 @@ from utils.evaluation.tables import LABELS, Row, Table, marks
 from utils.files import replacing
 
 ALL = "*"
-WIDE = 1000  # pixels: a picture of more is read on a phone by moving it
+WIDE = 1000  # pixels; wider pictures are scrolled on a phone
 
 
 @dataclasses.dataclass
 class Findings:
-    """What one run found, to be shown: `tables` and `notes` as they were printed, `pictures` with their captions.
+    """What one run found: `tables` and `notes` as printed, `pictures` with their captions.
 
-    `questions`: each with `category`, `texts` (name and text of what was asked), `answers` (a text for each system) and
-    `remarks` (lines on it); `steps`: the systems that are a chain, in order; `folders`: names and folders that may have a
-    lineage; `how`: template and dtype of the answers.
+    `questions`: each with `category`, `texts` (name and text of its parts), `answers` (a text for each system) and
+    `remarks` (lines about it); `steps`: the systems that form a chain, in order; `folders`: names and folders that may have
+    a lineage; `how`: template and dtype of the answers.
     """
 
     tables: list[Table] = dataclasses.field(default_factory=list)
@@ -96,7 +96,7 @@ def write(folder: Path, title: str, command: str, findings: Findings) -> None:
 
 
 def page(title: str, command: str, findings: Findings) -> str:
-    """The whole page. Nothing in it but its own script runs, whatever stands in the answers."""
+    """The complete page. Only its own script can run in it, whatever is in the answers."""
     allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     parts = [
@@ -116,12 +116,12 @@ def page(title: str, command: str, findings: Findings) -> str:
 
 
 def text(value: Any) -> str:
-    """Anything as text that HTML shows as it is."""
+    """Anything as text escaped for HTML."""
     return html.escape(str(value).encode("utf-8", "replace").decode())
 
 
 def section(heading: str, parts: Sequence[str]) -> str:
-    """A heading with what stands under it; nothing where that is nothing."""
+    """A heading with its parts; nothing if there are none."""
     return f"<section><h2>{text(heading)}</h2>\n{''.join(parts)}</section>" if parts else ""
 
 
@@ -131,7 +131,7 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def grid(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, which are HTML already, the first of them the heading; it scrolls where the page is narrow."""
+    """A table of rows of HTML cells, the first row being the heading; it scrolls on narrow pages."""
     head = "".join(f"<th>{cell}</th>" for cell in rows[0])
     body = "".join(
         "<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:]
@@ -140,7 +140,7 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(one: Table) -> str:
-    """A table, the best values bold, the next ones starred, intervals small beside them."""
+    """A table with the best values in bold, the second best starred, and small intervals beside them."""
     rows = [["类别 category", "样本数 n", *map(text, one.systems)]]
     for row in one.rows:
         best, second = marks(row.values, one.digits) if one.marked else ([], [])
@@ -155,7 +155,7 @@ def cell(one: Table, row: Row, system: str, best: list[str], second: list[str]) 
 
 
 def chain_parts(findings: Findings) -> list[str]:
-    """For each table of a chain: the change at each step, and what was lost since the best earlier step."""
+    """For each table of a chain: the change at each step, and the loss since the best earlier step."""
     parts = []
     for one in findings.tables:
         steps = [step for step in findings.steps if step in one.systems]
@@ -181,15 +181,15 @@ def change(one: Table, value: float | None) -> str:
 
 
 def picture(caption: str, path: Path) -> str:
-    """A PNG, as a part of the page."""
+    """A PNG, embedded in the page."""
     content = path.read_bytes()
-    data, width = base64.b64encode(content).decode(), int.from_bytes(content[16:20])  # where a PNG has its width
+    data, width = base64.b64encode(content).decode(), int.from_bytes(content[16:20])  # the width field of a PNG
     image = f'<img alt="{text(caption)}"{" class=wide" if width > WIDE else ""} src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def lineage_parts(folders: dict[str, Path]) -> list[str]:
-    """How the systems that are adapters came to be, each chain once; and the losses of their trainings."""
+    """The lineage of systems that are adapters, each chain once; and their training losses."""
     chains: list[list[dict[str, Any]]] = []
     for folder in folders.values():
         if lineage.read(folder) is not None:
@@ -203,7 +203,7 @@ def lineage_parts(folders: dict[str, Path]) -> list[str]:
 
 
 def questions(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Every question with all answers side by side, and what finds them."""
+    """Every question with all answers side by side, and the search bar."""
     if not found:
         return []
     categories = dict.fromkeys(one["category"] for one in found)
@@ -217,7 +217,7 @@ def questions(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def question(number: int, one: dict[str, Any]) -> str:
-    """One question, folded up."""
+    """One question, folded."""
     category, first = one["category"], next(iter(one["texts"].values()))
     asked = "".join(f'<div class="asked"><h4>{text(name)}</h4>{text(value)}</div>' for name, value in one["texts"].items())
     answers = "".join(f"<div><h4>{text(name)}</h4>{text(value)}</div>" for name, value in one["answers"].items())

@@ -1,12 +1,12 @@
-"""Runs a Python program without network, with nothing of the disk but Python's libraries, and with bounds on what it takes.
+"""Runs a Python program without network, with no files but Python's libraries, and with limits on resources.
 
     python -I utils/evaluation/sandbox.py FOLDER SECONDS MEGABYTES < program.py
 
-The first line of standard input is a word that is printed if the program comes to its end. A program of its own, which imports
-nothing of this project. Linux takes its rights away first: it sees no network and no other processes (namespaces), a small
-disk of its own in memory beside Python's libraries (mounted read-only), is nobody, and has bounds (setrlimit). FOLDER is an
-empty one, where that disk is mounted, invisible outside. Exit status 97 means that the machine does not let it do that; nothing
-was run then.
+The first line of standard input is a word that is printed if the program reaches its end. This is a separate program that
+imports nothing from this project. Linux takes its rights away first: it sees no network and no other processes (namespaces),
+only a small disk of its own in memory and Python's libraries (mounted read-only), runs as nobody, and has limits (setrlimit).
+FOLDER is an empty folder where that disk is mounted, invisible from outside. Exit status 97 means that the machine does not
+allow this; then nothing was run.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ def main() -> None:
     if libc is None:
         print("namespaces: this is not Linux", file=sys.stderr)
         sys.exit(REFUSED)
-    import resource  # here, since the module is also imported where there is none
+    import resource  # here, since this module is also imported where it does not exist
 
     folder, seconds, megabytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     word, _, program = sys.stdin.read().partition("\n")
@@ -40,14 +40,14 @@ def main() -> None:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{was[0]} {was[0]} 1"), ("gid_map", f"{was[1]} {was[1]} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-    first = os.fork()  # the first process of its namespace: whatever is started in there ends with it
+    first = os.fork()  # the first process of its namespace: all others in it end with it
     if first:
         pass_on(first)
-    os.setsid()  # out of the process group that a signal to "all of my group" would reach
+    os.setsid()  # leaves the process group, so that the program cannot signal it
     change_root(folder)
     become_nobody(was_root)
     libc.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
-    libc.prctl(DUMPABLE, 0, 0, 0, 0)  # so that the program cannot take this process over
+    libc.prctl(DUMPABLE, 0, 0, 0, 0)  # so that the program cannot attach to this process
     second = os.fork()
     if second:
         pass_on(second, ran=True)
@@ -59,13 +59,13 @@ def main() -> None:
 
 
 def pass_on(child: int, ran: bool = False) -> None:
-    """Wait for a child, and end as it did; what has run the program does not say that it was refused."""
+    """Wait for a child, and end with its status; once the program `ran`, REFUSED becomes 1."""
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
     os._exit(1 if ran and status == REFUSED else status)
 
 
 def change_root(folder: str) -> None:
-    """Have this process and its children see a small disk in memory alone, with Python's libraries in it, read-only."""
+    """Show this process and its children only a small disk in memory, with Python's libraries read-only in it."""
     mount(None, "/", PRIVATE | RECURSIVE)
     mount("tmpfs", folder, NO_SUID | NO_DEV, "tmpfs", f"size={DISK_BYTES},nr_inodes={DISK_FILES},mode=755")
     wanted = {os.path.realpath(path) for path in (*sys.path, *LIBRARIES) if os.path.isdir(path)}
@@ -77,7 +77,7 @@ def change_root(folder: str) -> None:
     for path in LIBRARIES:
         if os.path.islink(path):
             os.symlink(os.path.realpath(path), folder + path)
-    os.makedirs(f"{folder}/tmp", exist_ok=True)  # it is there where Python's libraries are in it
+    os.makedirs(f"{folder}/tmp", exist_ok=True)  # it exists if Python's libraries are in it
     os.chmod(f"{folder}/tmp", 0o777)
     os.chdir(folder)
     mount(".", "/", MOVE)
@@ -86,14 +86,14 @@ def change_root(folder: str) -> None:
 
 
 def mount(what: "str | None", where: str, flags: int, kind: "str | None" = None, settings: "str | None" = None) -> None:
-    """Mount something; ends this program where that is not allowed."""
+    """Mount something; ends this program if that is not allowed."""
     texts = [None if text is None else text.encode() for text in (what, where, kind, settings)]
     assert libc is not None
     check("mounting", libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3]))
 
 
 def become_nobody(was_root: bool) -> None:
-    """Give up all that this process may do more than others, for good."""
+    """Drop all privileges of this process, for good."""
     if was_root:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)

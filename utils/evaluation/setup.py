@@ -1,4 +1,4 @@
-"""What judge.py does with its options, stage by stage: find the systems, have them judged, compared, measured or scored."""
+"""The stages of judge.py: find the systems, then have them judged, compared, measured or scored."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ Options = Any  # judge.Options; modules import no scripts
 
 
 def service(options: Options, model: str = "") -> "ModelServer":
-    """A model behind the API, the first one named unless another is. Raises UserError if the address is none, or a key is
-    missing."""
+    """The model behind the API: `model`, or the one named by the options. Raises UserError if the address is invalid, or a key
+    is missing."""
     from utils.inference.openai_client import ModelServer
 
     model = model or options.answer_with or options.judge_model
@@ -26,23 +26,23 @@ def service(options: Options, model: str = "") -> "ModelServer":
 
 
 def terms(options: Options) -> "RequestLimits":
-    """The options about the number of requests and their price."""
+    """The limits on requests and their cost, from the options."""
     from utils.inference.requests import RequestLimits
 
     return RequestLimits(options.concurrency, options.budget, options.price_in, options.price_out, options.max_cost)
 
 
 def read_prompts(options: Options) -> list["Record"]:
-    """The prompts to answer, or to take categories and references from."""
+    """The prompts to answer, or the source of categories and references."""
     from utils.datasets.prompts import read_prompts
 
     return read_prompts(options.test_input_path or [str(TEST_DATA)])
 
 
 def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The answer files of all systems by name, and the folders of those that are the steps of the chain, in order.
+    """The answer files of all systems by name, and the folders of the chain's steps, in order.
 
-    Where steps have no answers yet, and nothing asks for them, there are no files.
+    If steps have no answers yet, and no option needs them, there are no files.
     """
     from utils.datasets.prompts import RESULT, result_files
     from utils.evaluation.answers import answer_files
@@ -60,12 +60,12 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
         asked = options.judge_model or options.votes or options.metrics or options.run_code or options.answers
         asked = asked or options.refusals
         if missing and (asked or (len(missing) < len(steps) and not options.held_out)):
-            raise UserError(f"{','.join(missing)}: without a {RESULT}; make it with {command}")
+            raise UserError(f"{','.join(missing)}: has no {RESULT}; make it with {command}")
         if missing:
-            say(f"steps without a {RESULT}: what was forgotten is measured, and no answers are compared ({command} makes them)")
+            say(f"steps have no {RESULT}: only forgetting is measured, no answers are compared ({command} makes them)")
             return files, steps
         for name in files.keys() & steps.keys():
-            raise UserError(f"--answers {name}=…: also the name of a step of the chain; choose another")
+            raise UserError(f"--answers {name}=…: is also the name of a step of the chain; choose another")
     files |= answer_files([f"{name}={folder}" for name, folder in steps.items()])
     compares = options.votes or options.pairwise or (options.judge_model and not options.refusals)
     if compares and not 2 <= len(files) <= 8:
@@ -73,15 +73,15 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
     return files, steps
 
 
-def told(tables: list["Table"], findings: "Findings") -> list["Table"]:
-    """Tables as they are shown: the samples of a system as one, and how the answers were made."""
+def completed(tables: list["Table"], findings: "Findings") -> list["Table"]:
+    """Tables as shown: with the samples of a system as one column, and how the answers were made."""
     from utils.evaluation.answers import over_samples
 
     return [over_samples(one).telling(findings.how) for one in tables]
 
 
 def have_judged(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
-    """Score the answers; write the scores and the picture, and print how even the judge was."""
+    """Score the answers; write the scores and their chart, and print notes on the judge."""
     from utils.evaluation import aggregate, tables
     from utils.evaluation.charts import draw
     from utils.evaluation.judging import judge_all
@@ -96,7 +96,7 @@ def have_judged(options: Options, findings: "Findings", prompts: list["Record"],
         )
     each = aggregate.tabulate(f"scores by {options.judge_model}", prompts, list(answers), judgements)
     notes = aggregate.notes(prompts, each, judgements)
-    (table,) = told([each], findings)
+    (table,) = completed([each], findings)
     write_json(folder / "judgements.json", [aggregate.as_record(one, prompts[one.prompt]) for one in judgements])
     tables.write(folder / "scores", [table], notes, aggregate.facts(prompts, list(answers), judgements))
     draw(table, folder / "scores.png")
@@ -110,7 +110,7 @@ def have_judged(options: Options, findings: "Findings", prompts: list["Record"],
 
 
 def judged_header(prompts: list["Record"], answers: dict[str, list[str]], with_references: bool) -> dict[str, Any]:
-    """What a judge's journal is for."""
+    """The header of a judge's journal: what it belongs to."""
     from utils.evaluation.answers import key_of
     from utils.files import digest
 
@@ -119,7 +119,7 @@ def judged_header(prompts: list["Record"], answers: dict[str, list[str]], with_r
 
 
 def have_compared(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
-    """Compare every two systems by each judge, people's votes among them; write and print ratings, and how far judges
+    """Compare each pair of systems by each judge, including people's votes; write and print ratings, and how far judges
     agree."""
     from utils.evaluation import pairwise, tables
     from utils.files import write_json
@@ -135,7 +135,7 @@ def have_compared(options: Options, findings: "Findings", prompts: list["Record"
             judges[model] = pairwise.compare_all(endpoint, prompts, answers, with_references)
     found, notes = [], pairwise.agreement(judges)
     for judge, comparisons in judges.items():
-        found += told(pairwise.tabulate(judge, prompts, list(answers), comparisons), findings)
+        found += completed(pairwise.tabulate(judge, prompts, list(answers), comparisons), findings)
         notes += pairwise.notes(judge, prompts, answers, comparisons)
         for one in comparisons:
             findings.questions[one.prompt]["remarks"] += [pairwise.shown(one, judge), *one.answers[-1:]]
@@ -148,7 +148,7 @@ def have_compared(options: Options, findings: "Findings", prompts: list["Record"
 
 
 def have_found_refusals(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
-    """Count the prompts that are refused, as the judge says, or by the answers' wordings; write the shares by category."""
+    """Count refused prompts, by the judge or by the answers' wording; write the shares by category."""
     from utils.evaluation import refusals, tables
     from utils.inference.requests import asking
 
@@ -160,7 +160,7 @@ def have_found_refusals(options: Options, findings: "Findings", prompts: list["R
     else:
         verdicts = refusals.by_wordings(answers)
     table, notes = refusals.tabulate(prompts, verdicts, judge)
-    found = told([table], findings)
+    found = completed([table], findings)
     tables.write(folder / "refusals", found, notes)
     say("\n".join(notes))
     findings.tables += found
@@ -177,14 +177,14 @@ def have_measured(
     answers: dict[str, list[str]],
     files: dict[str, Path],
 ) -> None:
-    """Compute what needs no judge, and write it; print how many prompts have a reference."""
+    """Compute and write the metrics that need no judge; print how many prompts have a reference."""
     from utils.evaluation import tables
     from utils.evaluation.answers import by_category, samples
     from utils.evaluation.metrics import measure
 
     members = by_category(prompts)
     measured, differences = measure(prompts, members, answers)
-    found = told(measured, findings)
+    found = completed(measured, findings)
     referenced = sum("reference" in prompt for prompt in prompts)
     notes = [f"{referenced} of {len(prompts)} prompts have a reference; intervals are 95 %", *differences]
     folders = {name: files[name].parent for name in samples(list(files))}
@@ -206,14 +206,14 @@ def have_measured(
 
 
 def have_run(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
-    """Run the code in the answers against the problems' tests; write the shares that pass."""
+    """Run the code in the answers against the problems' tests; write pass@k."""
     from utils.datasets.prompts import prompt_files
     from utils.evaluation import code, tables
 
     tasks = code.read_tasks([str(file) for file in prompt_files(options.test_input_path)])
     results = code.run_all(prompts, answers, tasks)
     counted, notes = code.tabulate(prompts, results)
-    found = told(counted, findings)
+    found = completed(counted, findings)
     tables.write(Path(options.output_dir) / "code", found, notes)
     say("\n".join(notes))
     findings.tables += found
@@ -225,8 +225,8 @@ def have_run(options: Options, findings: "Findings", prompts: list["Record"], an
 
 
 def have_remembered(options: Options, findings: "Findings", steps: dict[str, Path]) -> None:
-    """Measure each step on the held-out records of every step; write and draw the matrix. Raises UserError if there is nothing
-    to show at all."""
+    """Measure each step on the held-out records of every step; write and draw the matrix. Raises UserError if there is
+    nothing to show at all."""
     from utils.evaluation import forgetting, tables
     from utils.evaluation.charts import draw_matrix
 
@@ -244,7 +244,7 @@ def have_remembered(options: Options, findings: "Findings", steps: dict[str, Pat
 def start_findings(
     prompts: list["Record"], answers: dict[str, list[str]], files: dict[str, Path], steps: dict[str, Path]
 ) -> "Findings":
-    """What there is to show before anything is found: the prompts, and the systems with their answers."""
+    """The initial findings: the prompts, and the systems with their answers."""
     from utils.evaluation.answers import how_answered, samples
     from utils.evaluation.judging import question
     from utils.evaluation.report import Findings
@@ -262,7 +262,7 @@ def start_findings(
 
 
 def have_chosen(options: Options) -> "Findings":
-    """Score base model and adapters on choice records; write the tables, and every question with what was chosen."""
+    """Score base model and adapters on choice records; write the tables, and every question with the choices made."""
     from utils.datasets.choices import read_choices
     from utils.evaluation import choices, tables
     from utils.evaluation.chain import chain_folders
@@ -289,7 +289,7 @@ def have_chosen(options: Options) -> "Findings":
 
 
 def answer_prompts(options: Options) -> None:
-    """Let the model behind the API answer the prompts, into a test.json of its own."""
+    """Have the model behind the API answer the prompts, into its own test.json."""
     from utils.datasets.prompts import RESULT, answered
     from utils.evaluation.judging import question
     from utils.files import digest, locked
@@ -307,4 +307,4 @@ def answer_prompts(options: Options) -> None:
             replies = ask_all(endpoint, [messages(prompt) for prompt in prompts], "--max_tokens")
         records = [answered(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
         AnswerFile(folder / RESULT, header, {"template": SERVERS, "dtype": SERVERS}).finish(records)
-    say(f"{folder / RESULT}: {len(prompts)} answers of {options.answer_with}")
+    say(f"{folder / RESULT}: {len(prompts)} answers from {options.answer_with}")

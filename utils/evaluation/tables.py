@@ -1,4 +1,4 @@
-"""Tables of results: a row a category, a column a system, the best in bold, the second best starred."""
+"""Tables of results: one row per category, one column per system, the best in bold, the second best starred."""
 
 import csv
 import dataclasses
@@ -28,8 +28,7 @@ Values = dict[str, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One category: its number of samples, for each system a value, or None where there is none, and its 95 % interval,
-    where there is one."""
+    """One category: its number of samples, and for each system a value (or None) and its 95 % interval, if there is one."""
 
     category: str
     samples: int
@@ -44,9 +43,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of categories over columns of systems. `marked` is False where more is not better, so nothing is best.
+    """Rows of categories and columns of systems. `marked` is False if more is not better, so that nothing is best.
 
-    Values are compared as they are shown, with `digits` decimals: what looks equal is equal.
+    Values are compared as shown, with `digits` decimals: what looks equal is equal.
     """
 
     title: str
@@ -56,18 +55,18 @@ class Table:
     marked: bool = True
 
     def telling(self, how: str) -> "Table":
-        """The same table, its title telling how its numbers were made."""
+        """The same table, with a title that tells how its numbers were made."""
         return dataclasses.replace(self, title=f"{self.title} · {how}") if how else self
 
     def shown(self, value: float | None) -> str:
-        """A value as the table shows it: rounded, a whole number without decimals."""
+        """A value as shown: rounded, whole numbers without decimals."""
         if value is None:
             return NOTHING
         text = f"{rounded(value, self.digits):.{self.digits}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
 
     def doubt(self, row: Row, system: str) -> str:
-        """The interval of a value as the table shows it after that; "" where there is none."""
+        """The interval of a value as shown after it; "" if there is none."""
         known = row.intervals.get(system)
         return "" if known is None else f" [{self.shown(known[0])}, {self.shown(known[1])}]"
 
@@ -78,7 +77,7 @@ def rounded(value: float, digits: int) -> float:
 
 
 def marks(values: Values, digits: int = 1) -> tuple[list[str], list[str]]:
-    """The systems with the highest value, and those with the next lower one; all of them, where several are equal."""
+    """The systems with the highest value, and those with the next lower one; each may be several equal ones."""
     known = {system: rounded(value, digits) for system, value in values.items() if value is not None}
     ranks = [*sorted(set(known.values()), reverse=True), None, None]
     best, second = ([system for system, value in known.items() if value == rank] for rank in ranks[:2])
@@ -86,7 +85,7 @@ def marks(values: Values, digits: int = 1) -> tuple[list[str], list[str]]:
 
 
 def markdown(table: Table) -> str:
-    """The table as Markdown, bold and stars included."""
+    """The table as Markdown, with bold and stars."""
 
     def cells(row: Row) -> list[str]:
         best, second = marks(row.values, table.digits) if table.marked else ([], [])
@@ -101,7 +100,7 @@ def markdown(table: Table) -> str:
 
 
 def gains(table: Table) -> str:
-    """The table as Markdown where the systems are steps of a chain: each value with its change from the step before."""
+    """The table as Markdown for systems that are steps of a chain: each value with its change from the previous step."""
 
     def cells(row: Row) -> list[str]:
         texts: list[str] = []
@@ -119,15 +118,15 @@ def gains(table: Table) -> str:
 
 
 def grid(table: Table, cells: Callable[[Row], list[str]]) -> str:
-    """Markdown with a column for the categories, one for their numbers of samples, and one for each system."""
+    """Markdown with one column for the categories, one for their numbers of samples, and one for each system."""
     rows = [["类别", "样本数", *table.systems], ["---", *["---:"] * (len(table.systems) + 1)]]
     rows += [[row.label, str(row.samples), *cells(row)] for row in table.rows]
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n"
 
 
 def comma_separated(tables: list[Table]) -> str:
-    """Tables as CSV, one below the other: title, category, label, samples, a column a system, best and second best; then,
-    where there are intervals, two columns a system for these."""
+    """Tables as CSV, one below the other: title, category, label, samples, one column per system, best and second best; then,
+    if there are intervals, two columns per system for these."""
     systems = list(dict.fromkeys(system for table in tables for system in table.systems))
     doubtful = [system for system in systems if any(row.intervals.get(system) for table in tables for row in table.rows)]
     out = io.StringIO()
@@ -169,11 +168,11 @@ def write(base: Path, tables: list[Table], notes: Sequence[str] = (), facts: dic
 
 
 def write_gains(path: Path, tables: list[Table], steps: list[str]) -> str:
-    """Write, as Markdown, how the values of the systems `steps` change from each one to the next; returns the text."""
+    """Write, as Markdown, how the values of the systems `steps` change from one to the next; returns the text."""
     parts = []
     for table in tables:
         chain = dataclasses.replace(table, systems=[system for system in steps if system in table.systems])
-        parts.append(f"## {table.title}, and its change from the step before\n\n{gains(chain)}")
+        parts.append(f"## {table.title}, and its change from the previous step\n\n{gains(chain)}")
     with replacing(path) as aside:
         aside.write_text("\n".join(parts), "utf-8")
     return "\n".join(parts)

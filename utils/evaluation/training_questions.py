@@ -1,4 +1,4 @@
-"""What a model is asked at each evaluation of its training: a few prompts, and questions with choices."""
+"""What a model is asked at each evaluation during training: a few prompts, and multiple-choice questions."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from utils.files import sha256
 
 @dataclasses.dataclass(frozen=True)
 class TrainingQuestions:
-    """The prompts and the questions with choices that `files` hold."""
+    """The prompts and the multiple-choice questions in `files`."""
 
     prompts: list[Record]
     questions: list[Choice]
@@ -24,7 +24,7 @@ class TrainingQuestions:
         return bool(self.prompts or self.questions)
 
     def scores(self) -> list[str]:
-        """The names of the scores that these give: of answers only where each prompt has a reference."""
+        """The names of the scores available: those of answers only if each prompt has a reference."""
         references = [reference_of(record) for record in self.prompts]
         found = ["eval_choices"] if self.questions else []
         if references and all(references):
@@ -37,26 +37,28 @@ class TrainingQuestions:
 
 
 def read(options: Any) -> TrainingQuestions:
-    """What the options of finetune.py name. Raises UserError if a file cannot be read or holds nothing to ask, or the best
-    adapter cannot be chosen by it."""
+    """The questions that the options of finetune.py name. Raises UserError if a file cannot be read or holds nothing to ask,
+    or the best adapter cannot be chosen by them."""
     prompts = read_prompts([options.eval_answers]) if options.eval_answers else []
     questions = read_choices([options.eval_choices], "--eval_choices") if options.eval_choices else []
     found = TrainingQuestions(prompts, questions, prompt_files(filter(None, (options.eval_answers, options.eval_choices))))
     best_metric(options.metric_for_best_model, found, bool(options.val_set_size))
     if options.metric_for_best_model and not options.load_best_model_at_end:
-        raise UserError("--metric_for_best_model: chooses the best adapter, and --load_best_model_at_end is False; give one")
+        raise UserError(
+            "--metric_for_best_model: chooses the best adapter, but --load_best_model_at_end is False; give only one"
+        )
     return found
 
 
 def reference_of(record: Record) -> str:
-    """What a prompt should be answered with; "" where that is not known."""
+    """The expected answer to a prompt; "" if unknown."""
     return record.get("reference") or record.get("output") or ""
 
 
 def best_metric(wanted: str, questions: TrainingQuestions, validates: bool) -> str:
-    """The name in the log of what the best adapter is chosen by; "" if nothing is measured that it could be.
+    """The name in the log of the metric that chooses the best adapter; "" if none is measured.
 
-    `wanted` is a name with or without `eval_`, or "". Raises UserError if that is not measured.
+    `wanted` is a name with or without `eval_`, or "". Raises UserError if it is not measured.
     """
     measured = [*(["eval_loss"] if validates else []), *questions.scores()]
     if not wanted:
