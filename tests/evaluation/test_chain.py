@@ -67,7 +67,7 @@ def test_a_chain_is_compared_step_by_step(script, chain, tmp_path):
     assert "3 of 3 prompts have a reference" in out
     tables = {table["title"]: table for table in json.loads((tmp_path / "out/metrics.json").read_text("utf-8"))["tables"]}
     assert tables["chrF · template alpaca, dtype float32"]["systems"] == ["f1", "f2"]
-    likelihood = tables["log-likelihood of the reference (nats a token; own template, float32)"]
+    likelihood = tables["log-likelihood of the reference (nats per token; own template, float32)"]
     assert likelihood["systems"] == ["base", "f1", "f2"]
     values = likelihood["rows"][0]["values"]
     for step in ("base", "f1", "f2"):
@@ -77,9 +77,9 @@ def test_a_chain_is_compared_step_by_step(script, chain, tmp_path):
     text = (tmp_path / "out/chain.md").read_text("utf-8")
     gained = round(values["f1"], 3) - round(values["base"], 3)
     assert f"(+{gained:.3f}".rstrip("0") in text
-    assert "chrF · template alpaca, dtype float32, and its change from the step before" in text
+    assert "chrF · template alpaca, dtype float32, and its change from the previous step" in text
     assert out.count("| 01qa |") + out.count("| 知识问答 |") == len(tables)  # each table is printed once
-    assert "log-likelihood of the reference (nats a token; own template, float32), and its change from the step before" in out
+    assert "log-likelihood of the reference (nats per token; own template, float32), and its change from the previous step" in out
     assert (tmp_path / "out/chain.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -93,7 +93,7 @@ def test_a_system_beside_the_chain_is_shown_with_it(script, chain, tmp_path):
     options = ["--answers", f"other={chain}/f1", "--test_input_path", chain / "prompts", "--likelihood", False]
     out = script("judge.py", "--chain", chain / "f2", *options, "--output_dir", tmp_path / "out").ok()
     assert "| 类别 | 样本数 | other | f1 | f2 |" in out
-    assert "chrF · template alpaca, dtype float32, and its change from the step before" in out
+    assert "chrF · template alpaca, dtype float32, and its change from the previous step" in out
 
 
 def test_steps_are_found_where_a_chain_was_moved_to(script, chain, tmp_path):
