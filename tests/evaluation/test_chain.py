@@ -79,7 +79,7 @@ def test_a_chain_is_compared_step_by_step(script, chain, tmp_path):
     assert f"(+{gained:.3f}".rstrip("0") in text
     assert "chrF · template alpaca, dtype float32, and its change from the previous step" in text
     assert out.count("| 01qa |") + out.count("| 知识问答 |") == len(tables)  # each table is printed once
-    assert "log-likelihood of the reference (nats per token; own template, float32), and its change from the previous step" in out
+    assert "of the reference (nats per token; own template, float32), and its change from the previous step" in out
     assert (tmp_path / "out/chain.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

@@ -318,7 +318,7 @@ def test_prompts_in_another_order_are_put_side_by_side(script, serve, systems, t
         (["--answers", "={}/one.json", "--metrics", "--output_dir", "{}/out"], "not NAME=PATH"),
         (["--answers", "a={}/none.json", "--metrics", "--output_dir", "{}/out"], "none.json"),
         (["--answers", "a={}/empty.json", "--metrics", "--output_dir", "{}/out"], "empty.json"),
-        (["--answers", f"a={ROOT}/test_data/01qa.json", "--metrics", "--output_dir", "{}/out"], "holds prompts without outputs"),
+        (["--answers", f"a={ROOT}/test_data/01qa.json", "--metrics", "--output_dir", "{}/out"], "without outputs"),
         (["--answers", "a={}/cut.json", "--metrics", "--output_dir", "{}/out"], "cut.json"),
         (["--answers", "a={}/one.json", "--judge_model", "m", "--api_base", "http://a:1", "--output_dir", "{}/out"], "2 to 8"),
         (["--answers", "a={}/one.json", "--judge_model", "m", "--output_dir", "{}/out"], "OPENAI_API_KEY: not set"),
