@@ -5,7 +5,7 @@
     python finetune.py --base_model models/llama-7b --tokenizer models/chinese-tokenizer \\
         --modules_to_save '[embed_tokens,lm_head]' …
 
-Where the base has a tokenizer.model, new pieces are added to it with score 0; where it has a byte-level BPE, they are
+Where the base has a tokenizer.model, new pieces are added to it with score 0; if it has a byte-level BPE, they are
 added as tokens. The base's own tokens keep their numbers.
 """
 
@@ -24,8 +24,8 @@ class Options:
     base_model: str = option(help="base model (or its tokenizer): a folder, or a name on the Hugging Face hub")
     output_dir: str = option(help="folder for the extended tokenizer")
     sp_model: str = option("", "SentencePiece model with the new pieces")
-    text: str = option("", "instead of one: a text to learn pieces from (.txt, or the texts in .json or .jsonl)")
-    vocab_size: int = option(20000, "pieces to learn from the text, at most", least=1)
+    text: str = option("", "instead of a model: a text to learn pieces from (.txt, or the texts in .json or .jsonl)")
+    vocab_size: int = option(20000, "maximum number of pieces to learn from the text", least=1)
     overwrite: bool = option(False, "replace the output folder")
 
 
@@ -51,9 +51,11 @@ def main(options: Options) -> None:
 
 
 def check_together(options: Options) -> None:
-    """Raises UserError if the options do not go together, or the output exists."""
+    """Raises UserError if the options contradict each other, or the output exists."""
     if bool(options.sp_model) == bool(options.text):
-        raise UserError("--sp_model and --text: give one of them, a model with the new pieces or a text to learn them from")
+        raise UserError(
+            "--sp_model and --text: give one of them, either a model with the new pieces or a text to learn them from"
+        )
     check_folder(options.output_dir)
     output = Path(options.output_dir)
     if output.resolve() == Path(options.base_model).resolve():

@@ -44,39 +44,39 @@ class Options:
     lora_model: list[str] = option(
         [], "folder with LoRA weights; several, in their order: a,b, or with weights: a*0.7,b*0.3 (none: convert only)"
     )
-    combine: str = option("", "how adapters with weights become one (cat, their exact sum)", choices=("", *METHODS))
+    combine: str = option("", "how to combine weighted adapters (cat, their exact sum)", choices=("", *METHODS))
     density: float | None = option(None, "share of values that ties, dare and magnitude_prune keep (0.5)")
     rank: int | None = option(None, "rank of the combined adapter by svd (the highest of theirs)", least=1)
-    seed: int = option(42, "random seed of what dare drops")
+    seed: int = option(42, "random seed of dare")
     output_type: str = option(
-        "huggingface", "layout to write, or adapter: the combined adapter alone", choices=("huggingface", "pth", "adapter")
+        "huggingface", "layout to write, or adapter: only the combined adapter", choices=("huggingface", "pth", "adapter")
     )
     dtype: str | None = option(
         None, "dtype of the merged weights (the base model's)", choices=("float16", "bfloat16", "float32")
     )
     hub: str = option("huggingface", "where a base model's name is looked up", choices=HUBS)
     merge_into: str = option("full", "weights that a QLoRA is added to", choices=("full", "dequantized"))
-    max_shard_size: str = option("5GB", "maximum size of a weight file, such as 500MB")
+    max_shard_size: str = option("5GB", "maximum size of a weight file, e.g. 500MB")
     verify: bool = option(False, "compare with base plus adapters on a few prompts (loads both models, one after the other)")
-    export: str = option("", "write a file for llama.cpp and Ollama, too, and compare it", choices=("", "gguf"))
-    quantize: str = option("", "type of that file (f16)", choices=("", "q8_0", "q4_k_m"))
-    test_input_path: list[str] = option([], "what that file is asked to compare it [test_data]")
+    export: str = option("", "also write a file for llama.cpp and Ollama, and compare it with the model", choices=("", "gguf"))
+    quantize: str = option("", "data type of that file (f16)", choices=("", "q8_0", "q4_k_m"))
+    test_input_path: list[str] = option([], "prompts to compare that file with [test_data]")
     overwrite: bool = option(False, "replace the model in the output folder")
     offload_dir: str | None = option(None, "accepted for old scripts; nothing needs to be offloaded")
 
 
 def main(options: Options) -> None:
-    """Check that everything goes together, then compute, write, read back, describe, and only then name the folder."""
+    """Check that everything fits together, then compute, write, read back, describe, and only then name the folder."""
     began = time.time()
     options = dataclasses.replace(options, base_model=named_on(options.hub, options.base_model))
     check_folder(options.output_dir)
     questions = check_export(options)
-    gc.set_threshold(100_000)  # looking for garbage among all that is imported took a tenth of a merge's time
+    gc.set_threshold(100_000)  # scanning all imported objects for garbage took a tenth of a merge's time
     from utils.merging import merge
     from utils.merging.plan import check_output, plan_merge
 
     if options.offload_dir:
-        say("--offload_dir: not needed any more, tensors are merged one by one; nothing is written there")
+        say("--offload_dir: no longer needed, since tensors are merged one by one; nothing is written there")
     with locked(options.output_dir), contextlib.ExitStack() as aside:
         combination, adapters = prepare_combination(options)
         if combination and options.output_type == "adapter":
@@ -107,7 +107,7 @@ def main(options: Options) -> None:
 
 
 def prepare_combination(options: Options) -> "tuple[Combination | None, list[str]]":
-    """The combination that the options ask for (None: adapters as they are, one after the other), and the adapters."""
+    """The combination that the options ask for (None: adapters are merged one after the other), and the adapters."""
     from utils.merging.combination import plan_combination
 
     weights = read_weights(options.lora_model)
@@ -115,7 +115,7 @@ def prepare_combination(options: Options) -> "tuple[Combination | None, list[str
     asked["--output_type adapter"] = options.output_type == "adapter"
     given = [name for name, value in asked.items() if value]
     if not weights and given:
-        raise UserError(f"{given[0]}: is for adapters, and there are none; give them as --lora_model a*0.7,b*0.3")
+        raise UserError(f"{given[0]}: is for adapters, but there are none; give them as --lora_model a*0.7,b*0.3")
     if not given and not any(weights.values()):
         return None, list(weights)
     rule = rule_of(options.combine, options.density, options.rank, options.seed, len(weights))
@@ -123,7 +123,7 @@ def prepare_combination(options: Options) -> "tuple[Combination | None, list[str
 
 
 def write_adapter(combination: "Combination", options: Options, began: float) -> None:
-    """Write the combined adapter alone. Raises UserError if options are given that are for whole models."""
+    """Write only the combined adapter. Raises UserError if options for whole models are given."""
     from utils.merging.plan import check_output
     from utils.models.weights import base_folder
 
@@ -140,13 +140,13 @@ def write_adapter(combination: "Combination", options: Options, began: float) ->
 
 
 def check_export(options: Options) -> "list[Record]":
-    """What an exported file is asked; nothing without --export. Raises UserError if the options for it do not agree."""
+    """The prompts for comparing an exported file; none without --export. Raises UserError if its options contradict."""
     if not options.export:
         if options.quantize or options.test_input_path:
             raise UserError("--quantize and --test_input_path: are for --export gguf; add it, or leave them out")
         return []
     if options.output_type != "huggingface":
-        raise UserError("--export gguf: is made of Hugging Face's layout; leave --output_type out")
+        raise UserError("--export gguf: is made from Hugging Face's layout; leave --output_type out")
     from utils.datasets.prompts import read_prompts
     from utils.merging.gguf_export import check_packages
 

@@ -1,9 +1,9 @@
-"""Fill in what docs/ computes: the options of each script, and the memory that training takes.
+"""Update computed tables in docs/: the options of each script, and the memory that training takes.
 
     python scripts/readme_tables.py
 
-A table stands between `<!-- options of finetune.py -->` (or `<!-- memory -->`) and `<!-- end -->`. options_zh.json holds
-the Chinese of each line of help; a line that is not there stays English; that is printed.
+A table stands between `<!-- options of finetune.py -->` (or `<!-- memory -->`) and `<!-- end -->`. options_zh.json has the
+Chinese for each line of help; missing lines stay English, which is printed.
 """
 
 import functools
@@ -37,7 +37,7 @@ def tables() -> list[tuple[Path, str]]:
 
 
 def filled(text: str, language: str) -> str:
-    """A file with its tables as they should be."""
+    """The text of a file with its tables updated."""
 
     def table(match: re.Match[str]) -> str:
         body = options_table(match[2], language) if match[2] else memory_table(language)
@@ -47,7 +47,7 @@ def filled(text: str, language: str) -> str:
 
 
 def options_table(script: str, language: str) -> str:
-    """The options of one script, as its --help has them."""
+    """The options of one script, as in its --help."""
     chinese = json.loads((ROOT / "scripts" / "options_zh.json").read_text("utf-8")) if language == "zh" else {}
 
     def word(text: str) -> str:

@@ -1,9 +1,9 @@
 """How a script starts: typed options, typos refused before anything heavy is imported, user errors as one line.
 
-Options are the fields of a dataclass, each made by `option`; they are written in any of Fire's ways
-(`--x 1`, `--x=1`, `--flag`, `--flag False`, `--noflag`, `--x '[a,b]'`). Of an option given twice the last
-counts, so that a shell script can pass "$@" on; an option made with `many=True` collects. `--config run.yaml` reads
-options from a file; those on the command line win.
+Options are the fields of a dataclass, each made by `option`; they can be written in any of Fire's ways (`--x 1`, `--x=1`,
+`--flag`, `--flag False`, `--noflag`, `--x '[a,b]'`). If an option is given twice, the last counts, so that a shell script
+can pass "$@" on; an option made with `many=True` collects all. `--config run.yaml` reads options from a file; those on the
+command line win.
 """
 
 import dataclasses
@@ -68,9 +68,9 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     script = Path(sys.argv[0]).name
     show_any_character()
     module = sys.modules[main.__module__]
-    # threads that wait without spinning: many times faster where other programs use the processor too; set before torch
+    # threads wait without spinning: much faster if other programs use the CPU; must be set before torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it speaks of kernels that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns about kernels that nobody asked for
     try:
         if {"--help", "-h"} & set(argv):
             print(help_text(options, module.__doc__ or ""), flush=True)
@@ -80,11 +80,11 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     except UserError as error:
         problem = str(error)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it would end in a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it would print a traceback
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads the output has seen enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still to be flushed
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in NO_PLACE:
@@ -98,11 +98,11 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
             if found is None or int(found[1]) not in NO_PLACE:
                 raise
             problem = f"output: {os.strerror(int(found[1]))}; {OTHER_PLACE}"
-    fail(script, problem)  # here, where the error is gone, and with it what it held open: progress bars, on the same line
+    fail(script, problem)  # here, since the error and the progress bars it kept open are gone by now
 
 
 def show_any_character() -> None:
-    """Print what a terminal's encoding (GBK, Latin-1, ASCII) lacks as an escape instead of failing."""
+    """Print characters that a terminal's encoding (GBK, Latin-1, ASCII) lacks as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -111,10 +111,9 @@ def show_any_character() -> None:
 
 
 def read_names_as_utf8() -> None:
-    """Start again with names of files read as UTF-8, as they are on all disks of today, where the locale has another encoding.
+    """Restart with file names read as UTF-8, as on all current systems, if the locale has another encoding.
 
-    What is printed keeps the encoding of the locale, which is the terminal's.
-    """
+    Output keeps the encoding of the locale, which is the terminal's."""
     if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode or not sys.stdout:
         return
     os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
@@ -212,9 +211,9 @@ def _read_config(path: str, fields: dict) -> typing.Iterator[tuple[str, str]]:
     except OSError as error:
         raise UserError(f"--{CONFIG} {path}: cannot be read ({error.strerror}); name a YAML file of options") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--{CONFIG} {path}: is not YAML ({reason(error)}); write one option a line, name: value") from None
+        raise UserError(f"--{CONFIG} {path}: is not YAML ({reason(error)}); write one option per line, name: value") from None
     if not isinstance(options, dict):
-        raise UserError(f"--{CONFIG} {path}: holds no options; write one a line, name: value")
+        raise UserError(f"--{CONFIG} {path}: holds no options; write one per line, name: value")
     for name, value in options.items():
         if name not in fields:
             raise UserError(_no_such_option(f"{path}: {name!s:.80}", str(name), fields, ""))
@@ -260,7 +259,7 @@ def _convert(name: str, raw: str, kind: Any, bounds: typing.Mapping[str, Any]) -
 
 
 def _read_as(kind: Any, raw: str) -> Any:
-    """`raw` as one plain type, or None where it is not of that type."""
+    """`raw` as one plain type, or None if it is not of that type."""
     if kind is str:
         return raw
     if kind is bool:
@@ -298,7 +297,7 @@ PLACEHOLDERS = {str: "TEXT", bool: "true|false", int: "N", float: "X", list[str]
 
 
 def describe(options: type) -> list[tuple[str, str, str, str, str]]:
-    """One row an option: heading (or ""), name, kind of value, default as written, help."""
+    """One row per option: heading (or ""), name, kind of value, default as written, help."""
     rows = []
     kinds = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
@@ -316,7 +315,7 @@ def describe(options: type) -> list[tuple[str, str, str, str, str]]:
 
 
 def help_text(options: type, docstring: str) -> str:
-    """The script's docstring and its options, a line or two each, as wide as the terminal but not over 100 columns."""
+    """The script's docstring and its options, a line or two each, as wide as the terminal but at most 100 columns."""
     width = max(60, min(100, shutil.get_terminal_size().columns))
     lines = [docstring.strip()]
     config = ("Options", f"--{CONFIG}", "FILE.yaml", "", "read options from a file; those on the command line win")

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-TERMINALS = [number for number in (1, 2) if os.isatty(number)]  # once one has hung up, it cannot be told any more
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and the ends of lines
+TERMINALS = [number for number in (1, 2) if os.isatty(number)]  # checked early, since a closed terminal cannot tell
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and line breaks
 
 
 class UserError(Exception):
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says; where it says nothing, its kind."""
+    """The first line of an error's message; if it has none, the error's type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -31,17 +31,17 @@ def is_main_process() -> bool:
 
 
 def harmless(text: str) -> str:
-    """A text with its control characters and lone surrogates escaped: files, too, decide what is printed."""
+    """A text with its control characters and lone surrogates escaped, since files also determine what is printed."""
     return CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], text)
 
 
 def wants_color() -> bool:
-    """True if standard output is a terminal that shows colors; NO_COLOR says no (https://no-color.org)."""
+    """True if standard output is a terminal that shows colors; NO_COLOR turns them off (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def leave_terminal() -> None:
-    """Write to nowhere from now on where the output is a terminal: one that has hung up refuses all that is written."""
+    """Discard all further output if it goes to a terminal: one that has hung up refuses everything."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in TERMINALS:
         os.dup2(nowhere, number)
@@ -56,7 +56,7 @@ def say(text: str) -> None:
 
 @functools.cache
 def say_once(text: str) -> None:
-    """Print one notice, the first time only: a file may be read several times in a run."""
+    """Print a notice only the first time: a file may be read several times in a run."""
     say(text)
 
 

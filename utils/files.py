@@ -1,4 +1,4 @@
-"""Files that other programs read: written aside, renamed into place when whole, locked while in use."""
+"""Files that other programs read: written aside, renamed into place when complete, locked while in use."""
 
 import contextlib
 import errno
@@ -24,14 +24,14 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what network disks without locks say
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of network disks without locks
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it becomes `path` only if the block ends without an error.
 
-    Leftovers of killed processes of this machine are removed first.
+    Leftovers of killed processes on this machine are removed first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +51,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Take no Ctrl-C while the block runs, which clears up after one: pressed twice, it would leave half a file."""
-    if threading.current_thread() is not threading.main_thread():  # which alone hears of it
+    """Ignore Ctrl-C while the block cleans up after one: pressed twice, it would leave a partial file."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives it
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -64,7 +64,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; it becomes `path` (the old one goes) if the block ends without an error.
+    """Yield an empty folder beside `path`; it replaces `path` if the block ends without an error.
 
     Leftovers of an earlier, killed attempt are removed first.
     """
@@ -95,18 +95,18 @@ def is_running(process: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Flush the bytes of `path` to disk, readable as other new files are, before its name says that it is complete."""
+    """Flush `path` to disk, with the usual permissions of new files, before its name says that it is complete."""
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors leaves its files to their owner alone
+    path.chmod(0o666 & ~umask)  # safetensors makes files readable only by their owner
     with open(path, "rb+" if os.name == "nt" else "rb") as file:
         os.fsync(file.fileno())
 
 
 def check_plain(path: str | Path) -> None:
-    """Raises UserError if `path` is a pipe, a device or the like, which may give no end, or nothing ever."""
+    """Raises UserError if `path` is a pipe, a device or the like, which may never end, or never give anything."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(f"{path}: is not a plain file; save what it gives to a file first")
+        raise UserError(f"{path}: is not a regular file; save its output to a file first")
 
 
 def read_json(path: str | Path) -> Any:
@@ -149,7 +149,7 @@ def digest(value: Any) -> str:
 
 
 def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
-    """Raises UserError if `folder`, which `option` names, cannot be one: it is a file, under one, or may not be made."""
+    """Raises UserError if `folder`, which `option` names, cannot be one: it is a file, below one, or cannot be created."""
     if not str(folder):
         raise UserError(f"{option}: is empty; name a folder")
     path = Path(folder).absolute()
@@ -163,7 +163,7 @@ def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
 
 
 def check_names(*paths: str) -> None:
-    """Raises UserError if a path is not UTF-8, as those out of archives from Chinese Windows are: no record could hold it."""
+    """Raises UserError if a path is not UTF-8, as from archives made on Chinese Windows: no JSON file could hold it."""
     for path in paths:
         try:
             path.encode()
@@ -173,9 +173,9 @@ def check_names(*paths: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keep `folder` (which need not exist yet) for this process while the block runs.
+    """Lock `folder` (which need not exist yet) for this process while the block runs.
 
-    The lock is the kernel's, on a file beside the folder, so it ends with the process, however that ends. Of several
+    The lock is the kernel's, on a file beside the folder, so it is released with the process, however that ends. Of several
     processes that train together only the main one holds it. Folders created for it are removed if they stay empty.
     Raises UserError, naming the other's host and process id, where another run holds it; also where the file is another
     machine's, since not every shared folder passes the kernel's locks on.
@@ -204,7 +204,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def lock(file: IO[str], folder: str | Path) -> bool:
-    """Take the kernel's lock on an opened file; False if there are none here. Raises BlockingIOError if another has it."""
+    """Take the kernel's lock on an open file; False if locks are unsupported. Raises BlockingIOError if it is taken."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,7 +225,7 @@ def take(file: IO[str], folder: str | Path, name: Path) -> None:
     try:
         has_locks = lock(file, folder)
         if not (name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat())):
-            raise BlockingIOError  # its holder removed the name between our two calls
+            raise BlockingIOError  # its holder removed the file between our two calls
     except BlockingIOError:
         file.seek(0)
         raise UserError(f"{folder}: in use by {file.read() or 'another run'}; wait for it, or choose another folder") from None

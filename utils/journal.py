@@ -9,7 +9,7 @@ from utils.console import UserError
 
 
 class Journal:
-    """An append-only JSON Lines file, `{"key": …, "value": …}` a line, below a header that names its run.
+    """An append-only JSON Lines file with `{"key": …, "value": …}` per line, after a header that identifies its run.
 
     A line that was cut off by a kill is dropped when the file is opened again.
     Raises UserError if the file on disk belongs to a run with another `header`; the differing entries are named.
@@ -47,7 +47,7 @@ class Journal:
         return whole
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        """One line as the object that it is."""
+        """One line as an object."""
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Where a folder comes from: `lineage.json`, and the chain it tells.
+"""Where a folder comes from: `lineage.json`, and the chain it describes.
 
 python -m utils.lineage output/rerun-2-alpaca-13b-3
 """
@@ -19,22 +19,22 @@ from utils.console import UserError
 from utils.files import digest, read_json, sha256, write_json
 
 FILE = "lineage.json"
-FORMAT = 1  # of the file; one without a number, as older versions wrote it, has the same form
+FORMAT = 1  # of the file; older versions wrote no number, but the same form
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 SAMPLED_TENSORS, SAMPLED_VALUES = 8, 4
-TOLERANCE = 0.0045  # of a value that was rounded to bfloat16 (2^-8) in one and to float16 (2^-11) in the other
-MOST_TENSORS = 512  # that values are compared of exactly
+TOLERANCE = 0.0045  # for values rounded to bfloat16 (2^-8) in one and float16 (2^-11) in the other
+MOST_TENSORS = 512  # whose values are compared exactly
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 def fingerprint(base_model: str) -> dict[str, Any]:
-    """What tells one base model from another, in milliseconds whatever its size.
+    """What distinguishes one base model from another, in milliseconds whatever its size.
 
-    The architecture, the tokenizer's hash, the number of tensors with their names and shapes (hashed), a few values of
-    a few tensors, and, hashed, a few of nearly all and the types. Other shards leave it the same, and another dtype
-    within `TOLERANCE`; in the same dtype values are compared exactly.
+    The architecture, the tokenizer's hash, the number of tensors with their names and shapes (hashed), a few values of a
+    few tensors, and, hashed, a few of nearly all and the types. It does not depend on the shards, and another dtype changes
+    it within `TOLERANCE`; in the same dtype values are compared exactly.
     """
     from utils.models.meta_layout import open_model
     from utils.models.weights import base_folder
@@ -58,7 +58,7 @@ def fingerprint(base_model: str) -> dict[str, Any]:
 
 
 def sample(weights: Any, name: str) -> list[float]:
-    """`SAMPLED_VALUES` values of a tensor, from all over it; zeros for one without values, which is not a model's."""
+    """`SAMPLED_VALUES` values from all over a tensor; zeros for an empty one, which no model has."""
     size, width = math.prod(weights.shape(name)), max(1, math.prod(weights.shape(name)[1:]))
     if not size:
         return [0.0] * SAMPLED_VALUES
@@ -67,13 +67,13 @@ def sample(weights: Any, name: str) -> list[float]:
 
 
 def identity(base: dict[str, Any]) -> str:
-    """The hash by which a checkpoint knows its base: of what fingerprints had from the first version on."""
+    """The hash by which a checkpoint knows its base: of the entries that fingerprints had from the first version on."""
     known = {key: base["fingerprint"][key] for key in ("architecture", "tokenizer", "shapes", "samples")}
     return digest(base | {"fingerprint": known})
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words; empty where they are of the same model."""
+    """The differences between two fingerprints, in words; empty if they are of the same model."""
     found = []
     for key in one["architecture"].keys() | other["architecture"].keys():
         a, b = one["architecture"].get(key), other["architecture"].get(key)
@@ -104,11 +104,11 @@ def check_same_base(lineage: dict[str, Any] | None, base: dict[str, Any], adapte
 
 
 def describe(kind: str, options: Any, began: float, **facts: Any) -> dict[str, Any]:
-    """The lineage of one step: what was run (`kind`, the command, all options) and its `facts`.
+    """The lineage of one step: what was run (`kind`, command, all options) and its `facts`.
 
-    Facts are `base` ({"name", "fingerprint"}), `parent` ({"name", "sha256", "lineage"}), `data`, `results` and
-    whatever else the kind of step knows. `began` is a time of time.time(); only `time` differs between two runs of
-    the same command, and holds the seconds since then.
+    Facts are `base` ({"name", "fingerprint"}), `parent` ({"name", "sha256", "lineage"}), `data`, `results` and whatever
+    else the kind of step records. `began` is a time of time.time(); only `time` differs between two runs of the same
+    command, and holds the seconds since then.
     """
     return {
         "kind": kind,
@@ -123,13 +123,13 @@ def describe(kind: str, options: Any, began: float, **facts: Any) -> dict[str, A
 
 
 def toolkit() -> dict[str, str | None]:
-    """The version of this toolkit, and the commit where it is a clone."""
+    """The version of this toolkit, and the commit if it is a clone."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     return {"version": version, "commit": commit() if (ROOT / ".git").exists() else None}
 
 
 def commit() -> str | None:
-    """The commit of the files here, with "-dirty" where some were changed since; None where git cannot tell."""
+    """The commit of these files, with "-dirty" if some have changed since; None if git cannot tell."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -144,7 +144,7 @@ def write(folder: str | Path, lineage: dict[str, Any]) -> None:
 
 
 def read(folder: str | Path) -> dict[str, Any] | None:
-    """The lineage of a folder, or None where it has none, as published models have.
+    """The lineage of a folder, or None if it has none, like published models.
 
     Raises UserError if the file is there but is not a lineage, or is of a format that only a newer version reads.
     """
@@ -163,20 +163,20 @@ def read(folder: str | Path) -> dict[str, Any] | None:
 
 
 def parents_of(step: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a step started from, each with its `name`, `sha256` and `lineage`: none, a parent, or several that were combined."""
+    """What a step started from, each with `name`, `sha256` and `lineage`: nothing, a parent, or several combined ones."""
     return [step["parent"]] if step.get("parent") else step.get("parents") or []
 
 
 def template_of(lineage: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The template that an adapter learned questions and answers with: its `name` and `texts`; None if none is recorded."""
+    """The template with which an adapter was trained: its `name` and `texts`; None if none is recorded."""
     data = (lineage or {}).get("data") or {}
     return None if lineage is None or data.get("stage") == "text" else data.get("template") or lineage.get("template")
 
 
 def is_step(step: Any) -> bool:
-    """True if what others read of a step, and of its base and parent, has the form that `describe` gives it.
+    """True if the parts of a step, its base and its parent that are read elsewhere have the form that `describe` gives.
 
-    By hand: with pydantic, `python -m utils.lineage` takes 1.8 times the processor time to start.
+    Checked by hand: with pydantic, `python -m utils.lineage` takes 1.8 times the CPU time to start.
     """
     if not isinstance(step, dict) or not isinstance(step.get("options"), dict) or "kind" not in step:
         return False
@@ -225,7 +225,7 @@ def chain(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def until(step: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps that led to this one, and itself at the end; before a combination come the chains of all its parents."""
+    """The steps that led to this one, ending with it; before a combination come the chains of all its parents."""
     found: list[dict[str, Any]] = []
     for parent in parents_of(step):
         found += [earlier for earlier in until(parent["lineage"]) if earlier not in found] if parent.get("lineage") else []
@@ -233,13 +233,13 @@ def until(step: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def parents_text(step: dict[str, Any]) -> str:
-    """The names of what a step started from, with their weights where several were combined; of its base where of none."""
+    """The names of a step's parents, with their weights if several were combined; without parents, its base's name."""
     parents = parents_of(step) or [step.get("base") or {"name": "—"}]
     return ", ".join(Path(p["name"]).name + (f"*{p['weight']:g}" if "weight" in p else "") for p in parents)
 
 
 def table_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
-    """A chain as rows of cells, the names of the columns first: step, data, records, tokens, losses, time, parent."""
+    """A chain as rows of cells after a header: step, data, records, tokens, losses, time, parent."""
     rows = [["step", "data", "records", "tokens", "train loss", "val loss", "minutes", "parent"]]
     for step in steps:
         results, data, spent = (step.get(part) or {} for part in ("results", "data", "time"))

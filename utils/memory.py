@@ -1,4 +1,4 @@
-"""How much memory a device has left, and the errors that say it has come to its end; torch is not imported for these."""
+"""How much memory a device has left, and which errors mean that it ran out; torch is not imported for that."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for what Python, torch or a library of CUDA raises if a device, or the machine, has no more memory to give."""
+    """True for the errors of Python, torch or CUDA libraries if a device, or the machine, is out of memory."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
         and (type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in OUT_OF_MEMORY))
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory() -> int:
-    """The most main memory, in bytes, that this process has held so far."""
+    """The peak main memory of this process so far, in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -36,7 +36,7 @@ def peak_memory() -> int:
 
 
 def free_memory(device: "torch.device") -> int:
-    """Bytes that can still be allocated on a device, those that torch keeps for later tensors included."""
+    """Bytes that can still be allocated on a device, including those that torch caches."""
     if device.type in ("cuda", "npu"):
         import torch
 

@@ -1,4 +1,4 @@
-"""The way in for other programs: `utils.tokenizer.load_tokenizer(folder)` gives the ids that a model was trained with."""
+"""The entry point for other programs: `utils.tokenizer.load_tokenizer(folder)` gives the ids that a model was trained with."""
 
 from utils.models.tokenizer import load_tokenizer
 

@@ -109,7 +109,7 @@ def refusals(base, folder):
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "changed by loftq"),
         ({"init_lora_weights": "lora_ga"}, "changed by lora_ga"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers"),
-        ({"alora_invocation_tokens": [5]}, "active in parts of a text"),
+        ({"alora_invocation_tokens": [5]}, "active only in parts of a text"),
         ({"velora_config": {"groups": 4}}, "keeps compressed activations"),
         ({"kasa_config": {}}, "truncates the base's weights"),
         ({"monteclora_config": {}}, "are sampled"),

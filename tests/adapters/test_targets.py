@@ -31,7 +31,7 @@ def llama():
     [
         (["x_proj"], [], "has no layer x_proj; its linear layers are q_proj, k_proj"),
         (["proj"], [], "has no layer proj"),
-        (["norm"], [], "model.norm is a LlamaRMSNorm, on which no LoRA can go"),
+        (["norm"], [], "model.norm is a LlamaRMSNorm, which cannot have a LoRA"),
         (["self_attn"], [], "is a LlamaAttention"),
         (["model.layers.0"], [], "is a LlamaDecoderLayer"),
         (["layers"], [], "is a ModuleList"),

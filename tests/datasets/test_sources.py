@@ -46,7 +46,7 @@ def test_file_names_with_commas_and_colons(tmp_path):
         ("{folder}/god.json", "no such file; did you mean {folder}/good.json?"),
         ("{folder}/sub/good.json", "no such file; check the path"),
         ("{folder}/link.json", "is a broken link"),
-        ("{folder}/pipe", "is not a plain file"),
+        ("{folder}/pipe", "is not a regular file"),
         ("data/nowhere.json", "data/nowhere.json: no such file"),
         ("datasets/firefly", "not available from the hub"),
         ("./owner/name", "no such file"),

@@ -268,7 +268,7 @@ def test_prompts_are_measured_before_the_weights_are_loaded(models, place, tmp_p
     line = ("--lora_weights", place / "a", "--base_model", base, "--output_path", tmp_path / "out.json")
     with pytest.raises(UserError, match="the model's window is"):
         run(*line, "--test_input_path", long)
-    with pytest.raises(UserError, match=r"cut/model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"cut/model\.safetensors: not a complete safetensors file"):
         run(*line, "--test_input_path", place / "prompts.json")
     assert not list(tmp_path.glob("*out.json*"))
 

@@ -156,7 +156,7 @@ REFUSED = {
     "twice": ("{a}*0.3,{a}", [], "named twice"),
     "a folder that is not there": ("{a}*0.3,nowhere*2", [], "nowhere: "),
     "other ranks": ("{a}*0.3,{rank}", ["--combine", "linear"], "rank has rank 2; use cat or svd"),
-    "ties of one": ("{a}*0.3", ["--combine", "ties"], "compares adapters, and there is 1"),
+    "ties of one": ("{a}*0.3", ["--combine", "ties"], "compares adapters, but there is 1"),
     "a density that nothing reads": ("{a}*0.3,{b}", ["--density", "0.3"], "cat drops nothing"),
     "a density of nothing": ("{a}*0.3,{b}", ["--combine", "ties", "--density", "0"], "above 0, at most 1"),
     "a density that is not a number": ("{a}*0.3,{b}", ["--combine", "ties", "--density", "nan"], "."),
@@ -169,7 +169,7 @@ REFUSED = {
     "another base": ("{a}*0.3,{wide}", [], "another size of model"),
     "a base of other values": ("{a}*0.3,{told}", [], "told: was trained on another base"),
     "a type": ("{a}*0.3,{b}", ["--output_type", "adapter", "--dtype", "float16"], "--dtype: is for whole models"),
-    "nothing to combine": ("", ["--combine", "ties"], "--combine: is for adapters, and there are none"),
+    "nothing to combine": ("", ["--combine", "ties"], "--combine: is for adapters, but there are none"),
 }
 
 

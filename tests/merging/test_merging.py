@@ -121,7 +121,7 @@ def test_biases_for_layers_without_one(base, tmp_path, targets, capsys):
     config, switches = json.loads((tmp_path / "out" / "config.json").read_text()), ("attention_bias", "mlp_bias")
     on = [name for name in switches if config[name]]
     assert len(on) == 1 + (targets == ["o_proj", "up_proj"])
-    assert f"{', '.join(on)} is true from now on" in capsys.readouterr().out
+    assert f"{', '.join(on)} becomes true" in capsys.readouterr().out
     with pytest.raises(UserError, match="has a bias, the base's has none"):
         merge(base, adapter, tmp_path / "pth", "--output_type", "pth")
 

@@ -90,7 +90,7 @@ def test_chinese_llama_then_chinese_alpaca(published, tmp_path, capsys):
     for name in ("tokenizer.model", "special_tokens_map.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (published / "alpaca" / name).read_bytes()
     said = capsys.readouterr().out
-    assert "config.json: eos_token_id 1 becomes 2, as the tokenizer has it" in said
+    assert "config.json: eos_token_id 1 becomes 2, the tokenizer's" in said
     assert f"{len(load_tokenizer(llama))} tokens in the base, {len(tokenizer)} in the merged model" in said
     assert same_logits(loaded(out), with_resized(llama, *stages), atol=0.05)
 
@@ -253,7 +253,7 @@ def test_the_last_line_and_old_options(base, adapter, tmp_path, script):
         "merge_weights.py", "--base_model", base, "--lora_model", adapter, "--output_dir", tmp_path / "out",
         "--offload_dir", tmp_path / "offload", "--output_type", "huggingface",
     )  # fmt: skip
-    assert "--offload_dir: not needed any more" in ended.ok() and not (tmp_path / "offload").exists()
+    assert "--offload_dir: no longer needed" in ended.ok() and not (tmp_path / "offload").exists()
     last = ended.out.strip().splitlines()[-1]
     assert last.startswith("done: ") and " GB in " in last and " MB/s, peak memory " in last
 
@@ -279,7 +279,7 @@ def test_verify_compares_logits(base, adapter, tmp_path, capsys):
     assert "verified on 4 prompts: scores differ by 0.00%" in capsys.readouterr().out
     plan = plan_merge(str(base), [str(adapter)], None, "huggingface", "5GB")
     compare_logits(plan, out)
-    with pytest.raises(UserError, match="is not what base and adapters are together"):
+    with pytest.raises(UserError, match="does not match base and adapters"):
         compare_logits(plan, base)
 
 

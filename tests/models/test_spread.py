@@ -65,7 +65,7 @@ def test_training_with_layers_on_the_disk_gives_the_same_adapter(script, deep, d
     changes = {"lora_target_modules": "all-linear", "max_steps": 4, "save_steps": 2, "val_set_size": 4}
     script("finetune.py", *options(deep, data, tmp_path / "one", **changes)).ok()
     out = script("finetune.py", *options(deep, data, tmp_path / "spread", device_map="auto", **changes)).ok()
-    assert re.search(r"GB in main memory, [\d.]+ GB on the disk; what is not on a device that computes is read", out)
+    assert re.search(r"GB in main memory, [\d.]+ GB on the disk; weights that are not on a computing device are read", out)
     assert "--gradient_checkpointing is on" in out
     (tmp_path / "spread" / "lineage.json").unlink()
     for file in (tmp_path / "spread").glob("adapter_*"):

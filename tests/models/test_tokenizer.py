@@ -280,7 +280,7 @@ def test_errors_are_one_line(folders, tmp_path):
     with pytest.raises(UserError, match="holds neither tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes((folders["llama"] / "tokenizer.model").read_bytes()[:3000])
-    with pytest.raises(UserError, match="not a whole SentencePiece model"):
+    with pytest.raises(UserError, match="not a complete SentencePiece model"):
         load_tokenizer(tmp_path)
 
 

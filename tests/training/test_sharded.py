@@ -89,7 +89,7 @@ def test_a_configuration_that_would_train_wrongly_is_refused(monkeypatch):
     for key, value in (("VERSION", "1"), ("STATE_DICT_TYPE", "SHARDED_STATE_DICT"), ("CPU_RAM_EFFICIENT_LOADING", "false")):
         with monkeypatch.context() as changed:
             changed.setenv(f"FSDP_{key}", value)
-            with pytest.raises(UserError, match=f"FSDP: fsdp_{key.lower()} is {value}, and has to be"):
+            with pytest.raises(UserError, match=f"FSDP: fsdp_{key.lower()} is {value}, but must be"):
                 place(False, False)
 
 

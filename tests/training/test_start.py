@@ -261,7 +261,7 @@ def test_two_processes_give_what_one_gives(bases, data, tmp_path):
 def test_fsdp_that_would_quietly_be_something_else_is_refused(script, bases, data, tmp_path):
     argv = options(bases["llama"], data, tmp_path / "out")
     full = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    for version, words in (("1", "fsdp_version is 1, and has to be 2"), ("2", "FSDP was asked for")):
+    for version, words in (("1", "fsdp_version is 1, but must be 2"), ("2", "FSDP was asked for")):
         assert words in script("finetune.py", *argv, ACCELERATE_USE_FSDP="true", FSDP_VERSION=version, **full).error
 
 

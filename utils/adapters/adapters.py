@@ -18,7 +18,7 @@ from utils.models.weights import Weights
 if TYPE_CHECKING:  # peft takes seconds to import, and reading an adapter's files does not need it
     from peft import LoraConfig, PeftModel
 
-warnings.filterwarnings("ignore", module="peft")  # of what merging prints, or is checked here
+warnings.filterwarnings("ignore", module="peft")  # warnings about what merging prints, or what is checked here
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NONE = torch.empty(0)
 FULL_CHECKPOINT = "pytorch_model.bin"  # what alpaca-lora's runs of 2023 left in their checkpoints
@@ -36,7 +36,7 @@ def find_weights(folder: str | Path) -> Path:
 
 
 def open_tensors(folder: str | Path) -> tuple[Weights, dict[str, str]]:
-    """An adapter's tensors, not read yet, and their names: as peft saves them, without an adapter's -> as in the file.
+    """An adapter's tensors, not read yet, and their names: as peft saves them, without the adapter's name -> as in the file.
 
     Raises UserError if the file is broken, holds no LoRA weights, or is the untouched shell of a failed save.
     """
@@ -48,24 +48,24 @@ def open_tensors(folder: str | Path) -> tuple[Weights, dict[str, str]]:
         if not is_base and ".original_module." not in name:
             plain = re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name).replace("modules_to_save.", "")
             if plain in names:
-                raise UserError(f"{file}: {names[plain]} and {name} are one tensor; delete the one that is not meant")
+                raise UserError(f"{file}: {names[plain]} and {name} are the same tensor; delete one of them")
             if not weights.dtype(name).is_floating_point:
                 kind = str(weights.dtype(name)).removeprefix("torch.")
-                raise UserError(f"{file}: {name} is of {kind}, and a LoRA of floating-point numbers; download it again")
+                raise UserError(f"{file}: {name} is {kind}, but a LoRA has floating-point numbers; download it again")
             names[plain] = name
     if not any("lora_" in name for name in names):
-        raise UserError(f"{file}: holds no LoRA weights ({len(weights.names)} tensors); the save failed, or it is another file")
+        raise UserError(f"{file}: holds no LoRA weights ({len(weights.names)} tensors); saving failed, or this is another file")
     return weights, names
 
 
 def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """An adapter's tensors by the names peft saves them under, without an adapter's name in them; raises as above."""
+    """An adapter's tensors by the names under which peft saves them, without the adapter's name; raises as above."""
     weights, names = open_tensors(folder)
     return {plain: weights.tensor(name) for plain, name in names.items()}
 
 
 def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
-    """A fresh adapter on `model`: its weights in float32, the only ones that train, which is checked.
+    """A fresh adapter on `model`, with weights in float32; checks that only these train.
 
     Raises UserError if a target or a module to save is not in the model, or peft refuses it.
     """
@@ -74,7 +74,9 @@ def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
     from utils.models.layers import linear_layers
 
     targets, layers = config.target_modules, ", ".join(linear_layers(model))
-    no_values = config.init_lora_weights == "mica" and model.get_input_embeddings().weight.is_meta  # it starts from these
+    no_values = (
+        config.init_lora_weights == "mica" and model.get_input_embeddings().weight.is_meta
+    )  # the adapter starts from these
     try:
         with shown_where_computed(model):
             wrapped = get_peft_model(model, config, low_cpu_mem_usage=no_values)
@@ -87,15 +89,15 @@ def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
         config.target_modules = targets  # peft replaces "all-linear" by hundreds of names
     if config.target_parameters:
         experts = ", ".join(sorted(config.target_parameters))
-        say(f"the experts' weights get a LoRA, too ({experts})")
+        say(f"the experts' weights also get a LoRA ({experts})")
     train_in_float32(wrapped)
     check_trainable(wrapped)
     return wrapped
 
 
 def train_in_float32(model: "PeftModel") -> None:
-    """Have the weights that train in float32; embeddings among them still give the type that the base computes in,
-    since all layers would compute in float32 otherwise, or refuse to."""
+    """Put the trained weights into float32; trained embeddings still output the base's dtype, since otherwise all layers
+    would compute in float32, or refuse to."""
     embeddings = model.get_base_model().get_input_embeddings()
     dtype = next(embeddings.parameters()).dtype
     for parameter in model.parameters():
@@ -106,9 +108,9 @@ def train_in_float32(model: "PeftModel") -> None:
 
 
 def load(model: nn.Module, folder: str | Path, config: "LoraConfig") -> "PeftModel":
-    """The adapter of `folder` on `model`, with the settings `config`, to be trained on.
+    """The adapter in `folder` on `model`, with the settings `config`, to be trained further.
 
-    Raises UserError, naming the first differences, where its tensors are not those that `config` asks for on this model.
+    Raises UserError, naming the first differences, if its tensors are not those that `config` requires on this model.
     """
     wrapped = add(model, config)
     fill(wrapped, read_tensors(folder), Path(folder))
@@ -119,7 +121,7 @@ def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path, ada
     """Put `tensors` into the adapter of `model` called `adapter`. Raises UserError if names or shapes differ."""
     from peft import set_peft_model_state_dict
 
-    # not the base's own, saved along; of two LoRAs on the parameters of one layer, the first is in the second's base layer
+    # not the base's own weights; if a layer's parameters have two LoRAs, the first is in the second's base_layer
     tensors = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name or ".lora_" in name}
     wanted = {name: tuple(tensor.shape) for name, tensor in state(model, adapter=adapter).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -130,14 +132,14 @@ def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path, ada
     ]
     if differences:
         raise UserError(
-            f"{source}: the adapter does not fit this base model and these options in {len(differences)} tensors "
+            f"{source}: {len(differences)} of the adapter's tensors do not fit this base model and these options "
             f"({'; '.join(differences[:3])}); use the base it was trained on"
         )
     set_peft_model_state_dict(model, tensors | dict.fromkeys(rows_of_others(model, adapter), NONE), adapter_name=adapter)
 
 
 def rows_of_others(model: "PeftModel", adapter: str) -> list[str]:
-    """Names of tensors that only other adapters have, single rows of the embeddings, and peft (0.21) wants of each."""
+    """Names of tensors of single embedding rows that only other adapters have; peft (0.21) demands them of every adapter."""
     from peft.utils.other import TrainableTokensWrapper
 
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper)]
@@ -146,7 +148,7 @@ def rows_of_others(model: "PeftModel", adapter: str) -> list[str]:
 
 
 def check_trainable(model: "PeftModel") -> None:
-    """Raises RuntimeError if other weights would be trained than the adapter's own: a bug in this program."""
+    """Raises RuntimeError if other weights than the adapter's own would be trained: a bug in this program."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -159,7 +161,7 @@ def check_trainable(model: "PeftModel") -> None:
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     frozen = {id(parameter) for parameter in own} - trainable
     if model.peft_config["default"].init_lora_weights == "mica":
-        frozen = set()  # it trains one of the two matrices
+        frozen = set()  # only one of the two matrices trains
     if not trainable or frozen or trainable - {id(parameter) for parameter in own}:
         raise RuntimeError(f"{len(trainable)} tensors would be trained, the adapter has {len(own)}")
 
@@ -180,13 +182,13 @@ def save(tensors: dict[str, torch.Tensor], config: "LoraConfig", folder: str | P
     write_json(folder / FILE, settings)
     read = read_tensors(folder)
     if read.keys() != tensors.keys() or any(not torch.equal(read[name], tensor) for name, tensor in tensors.items()):
-        raise UserError(f"{folder / WEIGHTS[0]}: what was read back differs from what was saved; check the disk")
+        raise UserError(f"{folder / WEIGHTS[0]}: the file read back differs from what was saved; check the disk")
 
 
 def state(model: "PeftModel", state_dict: dict[str, Any] | None = None, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """The adapter's tensors, by the names they are saved under; the frozen embeddings of the base are not among them.
+    """The adapter's tensors, by their names in the saved file, without the base's frozen embeddings.
 
-    `state_dict` is the whole model's, and is given where the model itself is sharded.
+    `state_dict` is that of the whole model, and given if the model is sharded.
     """
     from peft import get_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""The settings of the adapter to train: what the options ask for, what its parent has, and the defaults."""
+"""The settings of the adapter to train: from the options, its parent, and the defaults."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ DEFAULT_R, DEFAULT_ALPHA = 8, 16
 
 
 def lora_config(model: "nn.Module", wanted: dict[str, Any], parent: Path | None, every_layer: bool = False) -> "LoraConfig":
-    """The settings of the adapter to train: those `wanted` (None: not given), the rest the parent's, or the defaults.
+    """The settings of the adapter to train: those `wanted` (None: not given), else the parent's or the defaults.
 
-    With `every_layer` a fresh adapter goes by default on all linear layers, as new knowledge asks for.
+    With `every_layer` a fresh adapter is by default on all linear layers, as new knowledge requires.
     """
     from peft import LoraConfig
 
@@ -54,13 +54,13 @@ def lora_config(model: "nn.Module", wanted: dict[str, Any], parent: Path | None,
 
 
 def given(wanted: dict[str, Any]) -> dict[str, Any]:
-    """The wanted settings that were given and that a parent has, too: all but dropout, which is each run's own."""
+    """The wanted settings that were given and must match a parent's: all but dropout, which each run chooses."""
     return {name: value for name, value in wanted.items() if name != "lora_dropout" and value not in (None, [])}
 
 
 def settings_of(parent: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """A parent's settings under the options' names; those of a checkpoint of alpaca-lora, which has weights alone, as
-    these show them."""
+    """A parent's settings under the options' names; for an alpaca-lora checkpoint, which has only weights, as these show
+    them."""
     if (parent / FILE).is_file():
         settings = read_settings(parent)
         return {
@@ -85,5 +85,5 @@ def as_set(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A setting as one writes it on the command line."""
+    """A setting as written on the command line."""
     return f"[{','.join(sorted(value))}]" if isinstance(value, (list, set, tuple)) else str(value)

@@ -1,4 +1,4 @@
-"""An adapter's settings (`adapter_config.json`): the one reader for training, merging, answering and the page."""
+"""An adapter's settings (`adapter_config.json`): one reader for training, merging, answering and the page."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ if TYPE_CHECKING:  # peft takes seconds to import, and merging does not need it
     from peft import LoraConfig
 
 FILE = "adapter_config.json"
-UNSUPPORTED = {  # settings under which an adapter is more than a change of weights, or changes other weights on loading
+UNSUPPORTED = {  # settings with which an adapter is more than a change of weights, or changes other weights on loading
     "layer_replication": "it repeats layers",
-    "alora_invocation_tokens": "it is active in parts of a text only",
+    "alora_invocation_tokens": "it is active only in parts of a text",
     "use_qalora": "it groups inputs for a quantized base",
     "use_bdlora": "its matrices are block-diagonal",
     "kasa_config": "it truncates the base's weights on loading",
@@ -25,9 +25,9 @@ UNSUPPORTED = {  # settings under which an adapter is more than a change of weig
     "megatron_config": "it belongs to Megatron's layers",
     "velora_config": "it keeps compressed activations beside its matrices",
 }
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights, or their beginnings
-KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")  # those that only choose an adapter's first values
-OTHER_SETTINGS = {  # that peft knows and that change nothing of a saved adapter
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights, or prefixes of them
+KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")  # these only choose an adapter's initial values
+OTHER_SETTINGS = {  # known to peft, without effect on a saved adapter
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
 }
@@ -35,10 +35,9 @@ TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "F
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """An adapter's settings; those that are null are left out, since peft's defaults are meant, and whole numbers are int.
-
-    Settings that are not known here are left out, too, and printed if they are on. Raises UserError if the file is
-    missing, describes no LoRA, has a value that no LoRA has, or describes a LoRA that works on a changed base.
+    """An adapter's settings; null ones are left out, since they mean peft's defaults, and whole numbers are int. Unknown
+    settings are also left out, and printed if they are on. Raises UserError if the file is missing, describes no LoRA, has
+    an invalid value, or describes a LoRA for a changed base.
     """
     path = Path(folder) / FILE
     settings = read_json(path)
@@ -47,15 +46,15 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     settings = {name: as_written(value) for name, value in settings.items()}
     wrong = wrong_setting(settings)
     if wrong:
-        raise UserError(f"{path}: {wrong} is {str(settings.get(wrong))[:80]}, which no LoRA has; download the file again")
+        raise UserError(f"{path}: invalid value {str(settings.get(wrong))[:80]} for {wrong}; download the file again")
     for setting, why in UNSUPPORTED.items():
-        if settings.get(setting) not in (None, False, []):  # {} is on, with the defaults of what it configures
+        if settings.get(setting) not in (None, False, []):  # {} means on, with default settings
             raise UserError(f"{folder}: cannot be used here, since {why} ({setting}); use it through peft")
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise UserError(
             f"{folder}: belongs to a base changed by {start}; save it with peft's path_initial_model_for_weight_conversion, "
-            "which makes it one for the base as it is"
+            "which converts it to one for the unchanged base"
         )
     unknown = sorted(name for name in settings.keys() - KINDS.keys() - UNSUPPORTED.keys() - OTHER_SETTINGS if settings[name])
     if unknown:
@@ -65,14 +64,14 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def as_written(value: Any) -> Any:
-    """A value with 8.0 read as 8, also in a mapping: other programs than Python write whole numbers like that."""
+    """A value with 8.0 read as 8, also in a mapping: programs not in Python write whole numbers like that."""
     if isinstance(value, dict):
         return {key: as_written(inner) for key, inner in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def wrong_setting(settings: dict[str, Any]) -> str:
-    """The name of a setting that is not of the kind that a LoRA has; "" if all are."""
+    """The name of a setting with an invalid value; "" if there is none."""
     if settings.get("target_modules") == [] and not any(map(settings.get, ("target_parameters", "trainable_token_indices"))):
         return "target_modules"
     for name, is_right in KINDS.items():
@@ -93,7 +92,7 @@ def is_rank(value: Any) -> bool:
 
 
 def is_amount(value: Any) -> bool:
-    """True for a number that an alpha can be."""
+    """True for a valid alpha."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
@@ -127,7 +126,7 @@ def patterns_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def is_start(value: Any) -> bool:
-    """True for the name of a way to choose an adapter's first values."""
+    """True for the name of an initialization of adapters."""
     return isinstance(value, str) and (value.lower() in KEEPS_BASE or value.lower().startswith(CHANGES_BASE))
 
 
@@ -157,14 +156,11 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def read_config(folder: str | Path) -> "LoraConfig":
-    """An adapter's settings for peft.
-
-    Raises UserError as `read_settings` does, and if peft refuses the settings together.
-    """
+    """An adapter's settings for peft. Raises UserError like `read_settings`, and if peft refuses their combination."""
     from peft import LoraConfig
 
     settings = read_settings(folder)
-    known = {field.name for field in dataclasses.fields(LoraConfig)}  # those of an older peft are fewer
+    known = {field.name for field in dataclasses.fields(LoraConfig)}  # an older peft has fewer
     try:
         return LoraConfig(**{key: value for key, value in settings.items() if key in known})
     except (ValueError, TypeError, ImportError) as error:
@@ -172,9 +168,9 @@ def read_config(folder: str | Path) -> "LoraConfig":
 
 
 def refuse_biases(settings: dict[str, Any], folder: str | Path, base_model: str) -> None:
-    """Raises UserError if an adapter holds the base's own biases, which would change the base for all others on it."""
+    """Raises UserError if an adapter has biases of the base, which would change the base for all other adapters on it."""
     if settings.get("bias", "none") != "none":
         raise UserError(
-            f"{folder}: changes the base's biases too (bias: {settings['bias']}), which cannot be switched; merge it first: "
+            f"{folder}: also changes the base's biases (bias: {settings['bias']}), which cannot be switched; merge it first: "
             f"python merge_weights.py --base_model {base_model} --lora_model {folder} --output_dir MERGED"
         )

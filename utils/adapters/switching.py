@@ -20,7 +20,7 @@ FULL = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attach(model: PreTrainedModel, folders: dict[str, Path], base_model: str, wrapped: PeftModel | None = None) -> PeftModel:
-    """Attach the adapters of `folders`, by name, on `model`, frozen; `wrapped` is the model with those it has already.
+    """Attach the adapters in `folders`, by name, to `model`, frozen; `wrapped` is the model with those it already has.
 
     Raises UserError if one is broken, was trained on another kind of model, or brings a larger vocabulary.
     """
@@ -28,14 +28,14 @@ def attach(model: PreTrainedModel, folders: dict[str, Path], base_model: str, wr
         config, tensors = read_config(folder), read_tensors(folder)
         check_rows(model, tensors, folder, base_model)
         config.inference_mode = True
-        config.init_lora_weights = True  # all values are filled in, so that none need be computed
+        config.init_lora_weights = True  # all values are loaded, so none need be initialized
         try:
             with shown_where_computed(model):
                 if wrapped is None:
                     wrapped = PeftModel(model, config, adapter_name=key_of(name))
                 else:
                     wrapped.add_adapter(key_of(name), config)
-        except ValueError as error:  # what peft raises for layers that are not there
+        except ValueError as error:  # what peft raises for missing layers
             layers = ", ".join(linear_layers(model))
             raise UserError(
                 f"{folder}: does not fit {base_model} ({reason(error)}), whose layers are {layers}; "
@@ -47,12 +47,12 @@ def attach(model: PreTrainedModel, folders: dict[str, Path], base_model: str, wr
 
 
 def key_of(name: str) -> str:
-    """A name as peft allows it: without dots, and nothing that occurs in a tensor's name."""
+    """A name that peft allows: without dots, and unlike anything in a tensor's name."""
     return f"adapter_{name.encode().hex()}"
 
 
 def check_rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor], folder: Path, base_model: str) -> None:
-    """Raises UserError if an adapter has embeddings of another vocabulary than the base, as Chinese-LLaMA's has."""
+    """Raises UserError if an adapter's embeddings have another vocabulary than the base, like Chinese-LLaMA's."""
     rows = model.get_input_embeddings().weight.shape[0]
     names = tuple(f"{name}.weight" for name in embedding_names(model))
     for name, tensor in tensors.items():
@@ -64,7 +64,7 @@ def check_rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor], folder:
 
 
 def activate(model: PeftModel, name: str | None) -> None:
-    """Compute with the adapter `name` from here on; with None, as the base alone."""
+    """Compute with the adapter `name` from now on; with None, as the base alone."""
     if name is None:
         model.base_model.disable_adapter_layers()
         return
@@ -74,7 +74,7 @@ def activate(model: PeftModel, name: str | None) -> None:
 
 
 def can_merge(layer: LoraLayer, key: str) -> bool:
-    """False for a layer whose weights are quantized or not on the device, and for one without a bias that the adapter has."""
+    """False for a layer whose weights are quantized or not on the device, or that lacks a bias that the adapter has."""
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     is_plain = type(weight) is nn.Parameter and getattr(weight, "dtype", None) in FULL and not getattr(weight, "is_meta", True)
@@ -82,21 +82,20 @@ def can_merge(layer: LoraLayer, key: str) -> bool:
 
 
 def layers_to_merge(model: PeftModel, name: str) -> list[LoraLayer]:
-    """The layers into whose weights the adapter `name` can be added."""
+    """The layers into whose weights the adapter `name` can be merged."""
     return [layer for layer in model.modules() if isinstance(layer, LoraLayer) and can_merge(layer, key_of(name))]
 
 
 def merged_bytes(model: PeftModel, name: str) -> int:
-    """What the sums of weights take that `merged` makes."""
+    """The bytes of the merged weights that `merged` creates."""
     return sum(layer.get_base_layer().weight.nbytes for layer in layers_to_merge(model, name))
 
 
 @contextlib.contextmanager
 def merged(model: PeftModel, name: str) -> Iterator[None]:
-    """While the block runs, the weights of the adapter `name` are added into the base's, where a layer can take them.
-
-    Afterwards the base's own tensors are back, untouched (subtracting would leave rounding behind). A layer's
-    sum is a new tensor, so that a weight which two layers share changes in the one that was trained only.
+    """While the block runs, the adapter `name` is merged into the base's weights, in layers that allow it. Afterwards the
+    base's own tensors are back, untouched (subtracting would leave rounding errors). A merged weight is a new tensor, so
+    that a weight shared by two layers changes only in the trained one.
     """
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     layers = layers_to_merge(model, name)

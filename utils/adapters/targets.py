@@ -1,4 +1,4 @@
-"""The layers that an adapter goes on: what the options name, checked against the model, and the defaults."""
+"""The target layers of an adapter: those that the options name, checked against the model, or the defaults."""
 
 import re
 
@@ -9,23 +9,24 @@ from utils.console import UserError, say
 from utils.models.layers import LINEAR, linear_layers, on_language_part
 
 ALL_LINEAR = "all-linear"
-TRAINABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d)  # what a LoRA can go on
-DEFAULTS = (  # the first of these that a model has
+TRAINABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d)  # layers that can have a LoRA
+DEFAULTS = (  # the first of these that a model has is used
     ["q_proj", "v_proj"],
     ["q_b_proj", "kv_b_proj"],  # DeepSeek's latent attention, and its smaller models
     ["q_b_proj", "kv_proj"],
     ["q_proj", "kv_b_proj"],
     *([name] for name in ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "att_proj")),  # BLOOM, Phi-3, GPT-2, MPT, …
     ["Wq", "Wv"],  # CTRL
-    ["in_proj", "x_proj"],  # Mamba, whose out_proj and conv1d are computed by kernels that leave a LoRA out
+    ["in_proj", "x_proj"],  # Mamba, whose kernels for out_proj and conv1d would ignore a LoRA
     ["in_proj"],
 )
 
 
 def check_layers(model: nn.Module, targets: list[str] | str | None, modules_to_save: list[str] | None) -> None:
-    """Raises UserError if --lora_target_modules or --modules_to_save names what is not in the model, or cannot be trained so.
+    """Raises UserError if --lora_target_modules or --modules_to_save names layers that the model lacks, or that cannot be
+    trained that way.
 
-    A target is the end of a layer's name, from a dot on, or (a text) a pattern for whole names; "all-linear" is always there.
+    A target is the end of a layer's name after a dot or, if a text, a pattern for whole names; "all-linear" always exists.
     """
     modules = dict(model.named_modules())
     layers = f"its linear layers are {', '.join(linear_layers(model))}"
@@ -44,18 +45,18 @@ def check_layers(model: nn.Module, targets: list[str] | str | None, modules_to_s
         wrong = next((key for key in found if not isinstance(modules[key], TRAINABLE)), "")
         if wrong:
             kind = type(modules[wrong]).__name__
-            raise UserError(f"--lora_target_modules {target}: {wrong} is a {kind}, on which no LoRA can go; {layers}")
+            raise UserError(f"--lora_target_modules {target}: {wrong} is a {kind}, which cannot have a LoRA; {layers}")
         if any(is_named(part, name) for key in found for part in parts_of(key) for name in modules_to_save or []):
             raise UserError(f"--lora_target_modules and --modules_to_save: {target} is in both; name it in one of them")
 
 
 def is_named(key: str, name: str) -> bool:
-    """True if `name` is a layer's whole name or its end from a dot on."""
+    """True if `name` is a layer's whole name, or its end after a dot."""
     return key == name or key.endswith(f".{name}")
 
 
 def parts_of(key: str) -> list[str]:
-    """A layer's name and those of all that it is in."""
+    """The names of a layer and of all modules that contain it."""
     parts = key.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
@@ -76,10 +77,10 @@ def as_targets(names: list[str]) -> list[str] | str:
 
 
 def choose_targets(model: nn.Module, named: list[str] | str, every_layer: bool) -> list[str] | str:
-    """The targets `named`, or else q_proj and v_proj, or what a family has in their place, which is printed.
+    """The targets `named`, or else q_proj and v_proj or the family's equivalents, which are printed.
 
-    By `every_layer` the default is all linear layers. In a model that sees or hears, too, defaults and "all-linear" are
-    layers of its language model.
+    With `every_layer` the default is all linear layers. In a multimodal model, defaults and "all-linear" mean layers of its
+    language model.
     """
     layers = linear_layers(model)
     if named:

@@ -1,4 +1,4 @@
-"""What an adapter changes in a base model: which tensors, and how, in the order in which peft would do it.
+"""What an adapter changes in a base model: which tensors, and how, in peft's order.
 
 rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 """
@@ -28,7 +28,7 @@ HEADS = ("lm_head", "embed_out")
 class Adapter:
     """An adapter folder: its `settings`, its tensors (not read yet), and the base's tensors that they change.
 
-    Raises UserError if it is not a LoRA, or one that cannot be merged, and the reason.
+    Raises UserError, with the reason, if it is not a LoRA, or cannot be merged.
     """
 
     def __init__(self, folder: str | Path):
@@ -51,7 +51,7 @@ class Adapter:
         for module, parts in self.modules.items():
             if not {"A", "B"} <= parts.keys():
                 raise UserError(
-                    f"{folder}: {module} has no lora_{'B' if 'A' in parts else 'A'}; the save failed, train it again"
+                    f"{folder}: {module} has no lora_{'B' if 'A' in parts else 'A'}; saving it failed, train it again"
                 )
 
     @functools.cached_property
@@ -60,7 +60,7 @@ class Adapter:
         return {file.name: sha256(file) for file in (*self.weights.files, self.folder / "adapter_config.json")}
 
     def is_trained_copy(self, name: str) -> bool:
-        """True if a whole tensor is of a module in `modules_to_save`: then the base's own stays beside it, where it is tied."""
+        """True if a whole tensor belongs to a module in `modules_to_save`: if the base's own is tied, it stays beside it."""
         module = name.rpartition(".")[0]
         return any(module == saved or module.endswith(f".{saved}") for saved in self.settings.get("modules_to_save") or [])
 
@@ -89,9 +89,7 @@ class Adapter:
         parts = self.modules[module]
         a, b = self.weights.shape(parts["A"]), self.weights.shape(parts["B"])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            raise UserError(
-                f"{self.folder}: {module} has lora_A {a} and lora_B {b}, which do not go together; download it again"
-            )
+            raise UserError(f"{self.folder}: {module} has lora_A {a} and lora_B {b}, which do not match; download it again")
         straight, turned = (b[0], a[1]), (a[1], b[0])
         is_embedding = "lora_embedding" in parts["A"]
         if shape not in (straight, turned) or (is_embedding and shape != turned):
@@ -103,10 +101,10 @@ class Adapter:
         return Add(self.weights, parts["A"], parts["B"], self.scaling(module, a[0]), magnitude, columns)
 
     def changes(self, kinds: dict[str, Kind], find: "Finder") -> dict[str, list[Change]]:
-        """The base's tensors that change, by name, and their changes in order; `kinds` are the tensors as they are so far.
+        """The base's tensors that change, by name, and their changes in order; `kinds` are the current tensors.
 
-        A replacement may have more rows than what it replaces (new tokens), never fewer. Raises UserError if a
-        tensor of the adapter belongs to no tensor of the base, or does not fit it.
+        A replacement may have more rows than what it replaces (new tokens), never fewer. Raises UserError if a tensor of
+        the adapter matches no tensor of the base, or does not fit it.
         """
         found: dict[str, list[Change]] = {}
         shapes = {name: kind[0] for name, kind in kinds.items()}
@@ -164,10 +162,10 @@ class Adapter:
 class Finder:
     """Finds the base's name for the name that a tensor has in the model that transformers builds.
 
-    Files of some families leave out the first part of every name (`h.0.…` for BLOOM's `transformer.h.0.…`), and those of
-    others have older names, for which the library is asked. An output layer that is tied to the embeddings is in no file,
-    but may be in an adapter; it is then a new tensor, `tied_head`. GPT-NeoX's is called embed_out in files, and lm_head in
-    the model. `embedding` and `stored_head` are the base's names of its embeddings and its output layer, "" if it has none.
+    Files of some families omit the first part of every name (`h.0.…` for BLOOM's `transformer.h.0.…`), and others have
+    older names, which the library knows. A tied output layer is in no file, but may be in an adapter; it is then a new
+    tensor, `tied_head`. GPT-NeoX's is called embed_out in files, and lm_head in the model. `embedding` and `stored_head`
+    are the base's names of its embeddings and its output layer, "" if it has none.
     """
 
     def __init__(self, names: list[str], config: dict[str, Any]):
@@ -191,11 +189,11 @@ class Finder:
 
     @functools.cached_property
     def _asked(self) -> ModelNames:
-        """What the library says; only asked if names are not found as they are, since it takes seconds."""
+        """The library's names; only loaded if names are not found directly, since it takes seconds."""
         return ask_library(self.config, sorted(self._names))
 
     def __call__(self, name: str) -> str:
-        """The base's name, or "" if it has no such tensor, or several that could be meant."""
+        """The base's name, or "" if it has no such tensor or several candidates."""
         if name in self._names:
             return name
         if self._has_parts and name in self._asked.stored:
@@ -211,7 +209,7 @@ class Finder:
         return self._asked.stored.get(name, "")
 
     def joined(self, name: str) -> list[list[str]]:
-        """The base's names of the tensors that the library joins to `name`, one list an expert; [] if it does not."""
+        """The base's names of the tensors that the library joins into `name`, one list per expert; [] if it does not."""
         return self._asked.joined.get(name, [])
 
 
@@ -224,7 +222,7 @@ def of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> An
 
 
 def misfit(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...], is_embedding: bool = False) -> UserError:
-    """The error for a tensor of another shape than the base's, with what usually is the reason."""
+    """The error for a tensor whose shape differs from the base's, with the usual reason."""
     text = f"{folder}: {name} is {' x '.join(map(str, found))}, the base's is {' x '.join(map(str, wanted))}"
     if is_embedding and found[1:] == wanted[1:]:
         return UserError(

@@ -1,4 +1,4 @@
-"""Biases that an adapter brings to layers without one: zeros in the base, where its configuration has a switch for them."""
+"""Biases of adapters on layers without one: zeros in the base, if its configuration has a switch for them."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ SWITCHES = ("attention_bias", "mlp_bias")
 
 
 class WithBiases(Weights):
-    """The tensors of `stored`, and the biases `zeros` of their shapes, as they are before anything is learned."""
+    """The tensors of `stored`, plus biases of the shapes in `zeros`, all zero."""
 
     def __init__(self, stored: Weights, zeros: dict[str, tuple[int, ...]]):
         self.folder, self.files, self.stored, self.zeros = stored.folder, stored.files, stored, zeros
@@ -25,11 +25,11 @@ class WithBiases(Weights):
         return self.zeros.get(name) or self.stored.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of one tensor; a bias has its weight's."""
+        """The dtype of one tensor; a bias has its weight's."""
         return self.stored.dtype(self._in_file(name))
 
     def file_of(self, name: str) -> Path:
-        """The file that one tensor, or its weight, lies in."""
+        """The file that holds one tensor, or a bias's weight."""
         return self.stored.file_of(self._in_file(name))
 
     def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class WithBiases(Weights):
 
 
 def add_missing(config: dict[str, Any], weights: Weights, adapters: list[Adapter]) -> tuple[dict[str, Any], Weights]:
-    """Configuration and weights with the biases that adapters have and the base has not, where that makes a model; printed."""
+    """Configuration and weights with biases that adapters have and the base lacks, if that is a valid model; printed."""
     find = Finder(weights.names, config)
     wanted = {f"{module}.bias" for adapter in adapters for module, parts in adapter.modules.items() if "bias" in parts}
     missing = {name for name in wanted if not find(name)}
@@ -53,7 +53,7 @@ def add_missing(config: dict[str, Any], weights: Weights, adapters: list[Adapter
     if not missing or not on:
         return config, weights
     before = skeleton_of(config).state_dict().keys()
-    for switches in (*({name: True} for name in on), on):  # as few as do
+    for switches in (*({name: True} for name in on), on):  # as few switches as suffice
         built = {
             name: tuple(value.shape)
             for name, value in skeleton_of(config | switches).state_dict().items()
@@ -61,6 +61,6 @@ def add_missing(config: dict[str, Any], weights: Weights, adapters: list[Adapter
         }
         if missing <= built.keys() and all(find(name.removesuffix("bias") + "weight") for name in built):
             layers = ", ".join(sorted({name.split(".")[-2] for name in missing}))
-            say(f"the base has no biases on {layers}, the adapter has; {', '.join(switches)} is true from now on")
+            say(f"the base has no biases on {layers}, but the adapter does; {', '.join(switches)} becomes true")
             return config | switches, WithBiases(weights, built)
     return config, weights

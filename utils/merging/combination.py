@@ -1,4 +1,4 @@
-"""Combining adapters of one base model: a weighted sum, or what TIES, DARE and magnitude pruning keep of each.
+"""Combining adapters of one base model: a weighted sum, or by TIES, DARE or magnitude pruning.
 
 The rules are peft's (`add_weighted_adapter`), computed from the adapters' files without loading the base model.
 Task arithmetic: Ilharco et al. 2023, https://arxiv.org/abs/2212.04089. TIES: Yadav et al. 2023,
@@ -30,7 +30,7 @@ from utils.models.weights import Weights, base_folder
 if TYPE_CHECKING:  # peft takes seconds to import
     from peft import LoraConfig
 
-NOT_ADDED = {  # settings of what has no weighted sum
+NOT_ADDED = {  # settings that rule out a weighted sum
     "use_dora": "its magnitudes do not add up",
     "trainable_token_indices": "it replaces rows of the embeddings",
     "lora_bias": "it has biases",
@@ -42,7 +42,7 @@ Factors = tuple[torch.Tensor, torch.Tensor, float]  # lora_A (rank, inputs), lor
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """Adapters that go together: on which base model (`base_model` as the user named it), each with its weight.
+    """Adapters to combine: their base model (`base_model` as the user named it), and each adapter's weight.
 
     `modules` are the layers that any of them changes, in the model's order, and say whether the layer is an embedding.
     """
@@ -66,7 +66,7 @@ class Combination:
 
     @property
     def size(self) -> int:
-        """Bytes of the combined adapter's tensors, at most."""
+        """The most bytes that the combined adapter's tensors take."""
         return 4 * sum(math.prod(a.weights.shape(name)) for a in self.adapters for name in a.names.values())
 
     def write(self, folder: Path, options: Any, began: float) -> int:
@@ -90,13 +90,13 @@ class Combination:
 
     @contextlib.contextmanager
     def written_aside(self, options: Any, began: float) -> Iterator[str]:
-        """The combined adapter in a folder of its own while the block runs, to be merged into the base."""
+        """While the block runs, the combined adapter in a temporary folder, to be merged into the base."""
         with tempfile.TemporaryDirectory(prefix="dreamergpt-") as folder:
             self.write(Path(folder), options, began)
             yield folder
 
     def facts(self) -> dict[str, Any]:
-        """What a lineage says of the adapters that went in, and how."""
+        """What a lineage records about the combined adapters, and the rule."""
         return {
             "base": {"name": self.base_model, "fingerprint": self.fingerprint},
             "parents": [
@@ -113,9 +113,9 @@ class Combination:
 
 
 def plan_combination(base_model: str, weights: dict[str, float | None], rule: Rule) -> Combination:
-    """Check that adapters go together and with the base; one without a weight has 1. Nothing is computed or written.
+    """Check that adapters fit each other and the base; without a weight one counts 1. Nothing is computed or written.
 
-    Raises UserError if one belongs to another base model, holds what has no weighted sum, or has a rank that does not fit.
+    Raises UserError if one belongs to another base model, holds what has no weighted sum, or has an unsuitable rank.
     """
     base = base_folder(base_model)
     config, stored = meta_layout.open_model(base)
@@ -136,7 +136,7 @@ def plan_combination(base_model: str, weights: dict[str, float | None], rule: Ru
     if rule.method.endswith("svd") and not rule.rank:
         highest = max(rank_of(adapter, module) for adapter in adapters for module in adapter.modules)
         rule = dataclasses.replace(rule, rank=highest)
-    if "dare" in rule.method:  # drops at random, so that the order of the layers counts
+    if "dare" in rule.method:  # drops values at random, so the order of layers matters
         order = {name: number for number, name in enumerate(ask_library(config, stored.names).in_order)}
         names = dict(sorted(names.items(), key=lambda item: order.get(f"{item[0]}.weight", len(order))))
     parts = [part for adapter in adapters for part in adapter.modules.items()]
@@ -148,7 +148,7 @@ def plan_combination(base_model: str, weights: dict[str, float | None], rule: Ru
 
 
 def drop_copies(adapter: Adapter, find: Finder, stored: Weights) -> None:
-    """Leave out the base's own weights that peft has saved beside the LoRA of an embedding, where they are unchanged."""
+    """Leave out the base's own weights that peft saved beside an embedding's LoRA, if they are unchanged."""
     for name, in_file in list(adapter.replaced.items()):
         target = find(name)
         if ".base_layer." in in_file and target in stored.names:
@@ -159,7 +159,7 @@ def drop_copies(adapter: Adapter, find: Finder, stored: Weights) -> None:
 
 
 def refuse_what_has_no_sum(adapter: Adapter) -> None:
-    """Raises UserError if an adapter holds more than the products that can be weighed and added."""
+    """Raises UserError if an adapter holds more than products, which can be weighted and added."""
     why = next((f"{reason} ({setting})" for setting, reason in NOT_ADDED.items() if adapter.settings.get(setting)), "")
     if adapter.settings.get("bias", "none") != "none":
         why = f"it holds the base's biases (bias: {adapter.settings['bias']})"
@@ -173,15 +173,15 @@ def refuse_what_has_no_sum(adapter: Adapter) -> None:
 
 
 def tell_other_bases(adapters: list[Adapter]) -> None:
-    """Print it where adapters name different base models, and no lineage could be compared."""
+    """Print if adapters name different base models, and no lineages could be compared."""
     named = {str(adapter.settings.get("base_model_name_or_path") or ""): adapter for adapter in adapters}
     unknown = [adapter for adapter in adapters if lineage.read(adapter.folder) is None]
     if unknown and len({Path(name).name for name in named if name}) > 1:
-        say(f"the adapters name different base models ({', '.join(named)}); that they are one model is taken on trust")
+        say(f"the adapters name different base models ({', '.join(named)}), which are assumed to be the same model")
 
 
 def check_ranks(adapters: list[Adapter], rule: Rule, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises UserError if the rule needs equal ranks and they differ, or the rank asked for is more than there can be."""
+    """Raises UserError if the rule needs equal ranks and they differ, or the requested rank is too high."""
     for module in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         ranks = {str(a.folder): rank_of(a, module) for a in adapters if module in a.modules}
         if rule.method in HALVES and len(set(ranks.values())) > 1:
@@ -198,16 +198,16 @@ def rank_of(adapter: Adapter, module: str) -> int:
 
 
 def short_names(modules: list[str], stored: list[str]) -> list[str]:
-    """Names for `target_modules` that mean exactly these layers: the last parts where they do, else the whole names."""
+    """Names for `target_modules` that mean exactly these layers: their last parts if that is unambiguous, else whole names."""
     ends = sorted({name.rpartition(".")[2] for name in modules})
     meant = sum(name.removesuffix(".weight").rpartition(".")[2] in ends for name in stored if name.endswith(".weight"))
     return ends if meant == len(modules) else sorted(modules)
 
 
 def combine(plan: Combination) -> tuple[dict[str, torch.Tensor], int]:
-    """The tensors of the combined adapter, by the names peft saves, and its rank, with a scale of 1.
+    """The tensors of the combined adapter, by peft's names, and its rank, with a scale of 1.
 
-    Layers of a lower rank are filled up with zeros, as peft does. Raises UserError if a value is not finite.
+    Layers of a lower rank are padded with zeros, as in peft. Raises UserError if a value is not finite.
     """
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     kept = [0.0, 0.0]
@@ -245,10 +245,10 @@ def factors_of(adapter: Adapter, module: str) -> Factors:
 def combine_layer(
     parts: list[Factors], weights: list[float], rule: Rule, turned: bool, kept: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A (rank, inputs) and lora_B (outputs, rank) of the combination, whose product is what is added.
+    """lora_A (rank, inputs) and lora_B (outputs, rank) of the combination, whose product is the combined change.
 
-    `turned`: the layer stores its weight as (inputs, outputs), in which order random numbers are drawn. Where an SVD
-    cuts the rank, the squared norms of what is kept and of all are added to `kept`.
+    `turned`: the layer stores its weight as (inputs, outputs), in which order random numbers are drawn. If an SVD cuts the
+    rank, the squared norms of the kept part and of the whole are added to `kept`.
     """
     scales = [weight * scale for (_, _, scale), weight in zip(parts, weights, strict=True)]
     if rule.method in ("cat", "svd"):
@@ -276,9 +276,8 @@ def apply_rule(tensors: list[torch.Tensor], weights: torch.Tensor, rule: Rule) -
 
 
 def cut_product(a: torch.Tensor, b: torch.Tensor, rank: int, kept: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best approximation of b @ a by a product of `rank`, by way of two small QR decompositions.
-
-    The SVD of the whole product, which peft computes, gives the same: 4096 x 4096 values instead of the ranks' sum squared.
+    """The best approximation of b @ a by a product of `rank`, through two small QR decompositions. peft's SVD of the whole
+    product gives the same, but on 4096 x 4096 values instead of the squared sum of ranks.
     """
     (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
@@ -293,7 +292,7 @@ def cut(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, rank: int, kept: list
 
 
 def config_of(plan: Combination, rank: int) -> "LoraConfig":
-    """The settings of the combined adapter: alpha equal to the rank, so that its scale is 1, without rsLoRA."""
+    """The settings of the combined adapter: alpha equal to the rank, for a scale of 1, without rsLoRA."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -304,11 +303,11 @@ def config_of(plan: Combination, rank: int) -> "LoraConfig":
 
 
 def tell_templates(adapters: list[Adapter]) -> dict[str, Any] | None:
-    """The template that the combined adapter is asked with, the first that is known; printed where others differ."""
+    """The template for the combined adapter: the first that is recorded; prints which adapters have another."""
     known = {str(a.folder): lineage.template_of(lineage.read(a.folder)) for a in adapters}
     found = {folder: template for folder, template in known.items() if template}
     first = next(iter(found), "")
     others = [folder for folder, template in found.items() if template["texts"] != found[first]["texts"]]
     if others:
-        say(f"{', '.join(others)}: learned with another template than {first}, whose {found[first]['name']} is kept")
+        say(f"{', '.join(others)}: trained with another template than {first}, whose {found[first]['name']} is kept")
     return found[first] if first else None

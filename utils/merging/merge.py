@@ -1,4 +1,4 @@
-"""Merging: tensors are computed, written and read back block by block, and never is the whole model in memory."""
+"""Merging: tensors are computed, written and read back block by block; the whole model is never in memory."""
 
 import collections
 import math
@@ -22,11 +22,11 @@ from utils.merging.tensor_recipes import Recipe
 from utils.models.tokenizer_files import FILES
 
 BLOCK = 2**19  # values computed at once: fits the CPU cache, yet amortizes Python overhead
-KEPT = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # what travels with a base beside its tensors
+KEPT = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # copied with a base besides its tensors
 
 
 def write_model(plan: MergePlan, folder: Path) -> None:
-    """Write a whole model folder. Raises UserError if a check of its tensors fails."""
+    """Write a complete model folder. Raises UserError if a check of its tensors fails."""
     with ThreadPoolExecutor(1) as beside:
         rest = beside.submit(write_rest, plan, folder)  # imports transformers, which takes as long as a gigabyte of tensors
         hashes = beside.submit(lambda: [adapter.hashes for adapter in plan.adapters])  # for the lineage
@@ -65,7 +65,7 @@ def write_tensors(plan: MergePlan, folder: Path) -> None:
 
 
 def blocks(plan: MergePlan, parts: dict[str, Part], pool: ThreadPoolExecutor, ahead: int, bar: Any) -> Iterator[Block]:
-    """The values of all tensors of a file in order; `ahead` blocks are computed before they are asked for."""
+    """The values of all tensors of a file in order; up to `ahead` blocks are computed in advance."""
     waiting: collections.deque[Future[Block]] = collections.deque()
     for name, part in parts.items():
         rows = part.kind[0][0] if part.kind[0] else 1
@@ -85,38 +85,40 @@ def compute(name: str, recipe: Recipe, index: slice | torch.Tensor, columns: sli
 
 
 def finished(waiting: "collections.deque[Future[Block]]", bar: Any) -> Block:
-    """The next block, when it is there."""
+    """The next block, once it is computed."""
     block = waiting.popleft().result()
     bar.update(len(block.data))
     return block
 
 
 def check_changed(plan: MergePlan) -> None:
-    """Say how many tensors come out as in the base in spite of adapters. Raises UserError if all do."""
+    """Print how many tensors equal the base's despite adapters. Raises UserError if all do."""
     touched = [recipe for recipe in plan.recipes.values() if recipe.changes]
     changed = sum(recipe.changed for recipe in touched)
     if touched and not changed:
-        raise UserError("the merged model is the base: no adapter changes anything after rounding; were they trained?")
+        raise UserError("the merged model equals the base: no adapter changes anything after rounding; were they trained?")
     if changed < len(touched):
         lost = len(touched) - changed
-        say(f"{lost} of {len(touched)} tensors with adapters come out as the base's: the changes are lost in rounding")
+        say(f"{lost} of {len(touched)} tensors with adapters equal the base's: their changes are lost in rounding")
 
 
 def write_rest(plan: MergePlan, folder: Path) -> None:
-    """Write what makes a folder of tensors a model: its tokenizer, configuration, and what else travelled with the base."""
+    """Write what a model folder has besides tensors: tokenizer, configuration, and other files of the base."""
     config, tokenizer = plan.config, None
     if plan.tokenizer:
         from utils.models.tokenizer import read_tokenizer, save_tokenizer
 
         tokenizer = read_tokenizer(plan.tokenizer)
-        save_tokenizer(tokenizer, plan.tokenizer, folder)  # before config.json, which has transformers import much more
+        save_tokenizer(
+            tokenizer, plan.tokenizer, folder
+        )  # before config.json exists, which makes transformers import much more
         set_special_ids(config, tokenizer, "config.json")
     if any(file.endswith(".pth") for file in plan.files):
         write_json(folder / "params.json", meta_writer.params_of(config))
     else:
         write_json(folder / "config.json", config)
     trained = lineage.template_of(lineage.read(plan.adapters[-1].folder)) if plan.adapters else None
-    if tokenizer is not None and trained:  # after config.json, by which transformers chooses the tokenizer
+    if tokenizer is not None and trained:  # after config.json, from which transformers chooses the tokenizer
         from utils.datasets.jinja_export import write_chat_template
 
         write_chat_template(trained["name"], trained["texts"], tokenizer, folder)
@@ -128,9 +130,9 @@ def write_rest(plan: MergePlan, folder: Path) -> None:
 
 
 def write_generation_config(folder: Path, config: dict[str, Any], tokenizer: Any, template: dict[str, Any]) -> None:
-    """Have `generation_config.json` name all tokens that end answers: the tokenizer's, and those that a chat template taught.
+    """List in `generation_config.json` all tokens that end answers: the tokenizer's, and those learned from a chat template.
 
-    Without the latter, other programs go on where an answer has ended. A base without the file gets one only for these.
+    Without the latter, other programs continue past the end of an answer. A base without the file gets one only for these.
     """
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -143,21 +145,21 @@ def write_generation_config(folder: Path, config: dict[str, Any], tokenizer: Any
     if more:
         settings["eos_token_id"] = [*ends, *more]
         names = " ".join(tokenizer.convert_ids_to_tokens(more))
-        say(f"{path.name}: {names} ends answers, too, as the adapter learned with its chat template")
+        say(f"{path.name}: {names} also ends answers, as the adapter learned with its chat template")
     if settings:
         write_json(path, settings)
 
 
 def set_special_ids(config: dict[str, Any], tokenizer: Any, name: str) -> None:
-    """Take the ids of `<s>`, `</s>` and padding from the tokenizer, and say what that changes."""
+    """Take the ids of `<s>`, `</s>` and padding from the tokenizer, and print changes."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found, right = config.get(key), getattr(tokenizer, key)
-        if isinstance(found, list):  # of end tokens: all that the tokenizer has stay
+        if isinstance(found, list):  # keeps those end tokens that the tokenizer has
             kept = [token for token in found if isinstance(token, int) and 0 <= token < len(tokenizer)]
             right = kept if right is None or right in kept else [right, *kept]
         if right not in (None, []) and found != right:
             if found is not None:
-                say(f"{name}: {key} {found} becomes {right}, as the tokenizer has it")
+                say(f"{name}: {key} {found} becomes {right}, the tokenizer's")
             config[key] = right
         elif right is None and isinstance(found, int) and not 0 <= found < len(tokenizer):
             say(f"{name}: {key} {found} is not a token of the tokenizer; removed")
@@ -165,7 +167,7 @@ def set_special_ids(config: dict[str, Any], tokenizer: Any, name: str) -> None:
 
 
 def write_lineage(plan: MergePlan, folder: Path, options: Any, began: float, combined: dict[str, Any]) -> None:
-    """Say in `lineage.json` what went in, with hashes; `combined` are the facts of adapters that became one before."""
+    """Record in `lineage.json` what was merged, with hashes; `combined`: facts about adapters that were combined before."""
     adapters = [
         {
             "name": str(adapter.folder),
@@ -188,6 +190,6 @@ def write_lineage(plan: MergePlan, folder: Path, options: Any, began: float, com
 
 
 def summary(plan: MergePlan, output_dir: str, seconds: float) -> str:
-    """The last line: how much was written, how fast, and with how much memory."""
+    """Print the last line: how much was written, how fast, and with how much memory."""
     speed = f"{plan.size / 1e9:.2f} GB in {seconds:.1f} s, {plan.size / 1e6 / seconds:.0f} MB/s"
     return f"done: {output_dir}, {speed}, peak memory {peak_memory() / 1e6:.0f} MB"

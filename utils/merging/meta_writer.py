@@ -1,4 +1,4 @@
-"""Writing a LLaMA in Meta's own layout: `params.json` and `consolidated.*.pth`, as torch.save would, without holding them."""
+"""Writes a LLaMA in Meta's layout: `params.json` and `consolidated.*.pth`, like torch.save, but never all in memory."""
 
 import collections
 import io
@@ -19,19 +19,19 @@ from utils.models.meta_layout import COLUMNS, ROWS, WHOLE, names_in_meta
 from utils.models.weights import Kind
 
 STORAGES = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
-FILES_BY_HIDDEN_SIZE = {4096: 1, 5120: 2, 6656: 4, 8192: 8}  # 7B, 13B, 33B, 65B and 70B; all else in one file
+FILES_BY_HIDDEN_SIZE = {4096: 1, 5120: 2, 6656: 4, 8192: 8}  # 7B, 13B, 33B, 65B and 70B; others are one file
 
 
 def params_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Meta's `params.json` for a configuration of Hugging Face's.
+    """Meta's `params.json` for a Hugging Face configuration.
 
-    Meta's code computes the size of the feed-forward layers from `multiple_of`; LLaMA's own is 256, and for other sizes
-    it is chosen so that the size comes out right. Raises UserError for models that are not LLaMA's architecture.
+    Meta's code computes the size of the feed-forward layers from `multiple_of`; LLaMA's own is 256; for other sizes it is
+    chosen to give the right size. Raises UserError for models that do not have LLaMA's architecture.
     """
     family = config.get("model_type")
     if family != "llama":
         raise UserError(
-            f"--output_type pth: Meta's layout is for LLaMA, and this model is of the family {family}; leave it out"
+            f"--output_type pth: Meta's layout is for LLaMA, but this model is of the family {family}; leave it out"
         )
     inner, dim = config["intermediate_size"], config["hidden_size"]
     least = int(8 * dim / 3)
@@ -42,7 +42,7 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UserError(f"--output_type pth: Meta's layout is for LLaMA, and this model {reason}; leave it out")
+            raise UserError(f"--output_type pth: Meta's layout is for LLaMA, but this model {reason}; leave it out")
     params = {
         "dim": dim,
         "multiple_of": 256 if math.ceil(least / 256) * 256 == inner else inner,
@@ -62,7 +62,7 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
 def plan_meta(kinds: dict[str, Kind], config: dict[str, Any]) -> dict[str, dict[str, Part]]:
     """Divide tensors as Meta does: file name -> Meta's name -> which part of which tensor.
 
-    Rows that cannot be shared out evenly, such as 49953 tokens in two files, go to the last file.
+    Rows that cannot be divided evenly, such as 49953 tokens in two files, go to the last file.
     Raises UserError for models that Meta's layout cannot hold.
     """
     params_of(config)
@@ -85,7 +85,7 @@ def plan_meta(kinds: dict[str, Kind], config: dict[str, Any]) -> dict[str, dict[
 
 
 def rows_in_meta(name: str, count: int, config: dict[str, Any]) -> torch.Tensor:
-    """Which of Hugging Face's rows each of Meta's is."""
+    """For each of Meta's rows, the index in Hugging Face's order."""
     rows = torch.arange(count)
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         size = config["hidden_size"] // config["num_attention_heads"]
@@ -94,14 +94,14 @@ def rows_in_meta(name: str, count: int, config: dict[str, Any]) -> torch.Tensor:
 
 
 class StorageOf:
-    """Stands for a tensor's bytes while the file's table of contents is pickled."""
+    """Stands in for a tensor's bytes while the file's table of contents is pickled."""
 
     def __init__(self, key: str, kind: Kind):
         self.key, self.kind = key, kind
 
 
 class TensorOf:
-    """Stands for a tensor; it is pickled as torch.save does it."""
+    """Stands in for a tensor; it is pickled like in torch.save."""
 
     def __init__(self, storage: StorageOf):
         self.storage = storage
@@ -113,10 +113,10 @@ class TensorOf:
 
 
 class ContentsPickler(pickle.Pickler):
-    """Pickles names and tensors; the tensors' bytes are left to entries of the file that are named by their keys."""
+    """Pickles names and tensors; the tensors' bytes go into separate entries of the file, named by their keys."""
 
     def persistent_id(self, obj: Any) -> Any:
-        """torch.load's way to name a storage."""
+        """The reference to a storage that torch.load expects."""
         if not isinstance(obj, StorageOf):
             return None
         shape, dtype = obj.kind
@@ -124,7 +124,7 @@ class ContentsPickler(pickle.Pickler):
 
 
 def write_pth(file: Path, kinds: dict[str, Kind], blocks: Iterable[Block]) -> list[Piece]:
-    """Write what torch.save would, without ever holding it; `blocks` are the values in the order of `kinds`, in any parts.
+    """Write what torch.save would, without holding it in memory; `blocks` are the values in the order of `kinds`, in any parts.
 
     The format is a zip file without compression: `data.pkl` and an entry for each tensor, which begins at a multiple
     of 64 bytes.

@@ -1,4 +1,4 @@
-"""Planning a merge: what goes together with what, how each tensor of the merged model comes about, and in which file."""
+"""Planning a merge: what fits together, how each tensor of the merged model is computed, and in which file it goes."""
 
 import dataclasses
 import re
@@ -20,15 +20,15 @@ from utils.models.weights import Weights, base_folder, size_of, tell_adapter
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STAGES = "32000 tokens belong to LLaMA, 49953 to Chinese-LLaMA, 49954 to Chinese-Alpaca"
-PADDING = 8  # vocabularies are padded to a multiple of this, or of a multiple of it; LLaMA's and its children's are not
+PADDING = 8  # vocabularies are padded to multiples of this; those of LLaMA and its descendants are not
 
 
 @dataclasses.dataclass
 class MergePlan:
-    """All that is known before the first byte is written.
+    """Everything known before the first byte is written.
 
     `fingerprint` is the base's (see lineage.py), `config` the merged model's. `recipes` are the tensors of the merged
-    model by name, and `files` say which parts of them go where. `rows` are the embeddings' rows of the base, and after
+    model by name, and `files` says which parts of them go where. `rows` are the embeddings' rows of the base, and after
     each adapter. `tokenizer` is the folder of the merged model's tokenizer (None: there is none).
     """
 
@@ -60,7 +60,7 @@ def plan_merge(
     max_shard_size: str = "5GB",
     merge_into: str = "full",
 ) -> MergePlan:
-    """Read what there is to merge and check that it goes together; nothing is written.
+    """Read what is to be merged and check that it fits together; nothing is written.
 
     Raises UserError for a quantized base, an adapter of another model or stage, a tokenizer of another stage.
     """
@@ -70,9 +70,9 @@ def plan_merge(
     tell_adapter(base)
     config, weights = dequantized(base, config, weights)
     if meta_layout.is_meta(base):
-        say(f"{base}: Meta's layout; max_position_embeddings is taken to be {config['max_position_embeddings']}")
+        say(f"{base}: Meta's layout; max_position_embeddings is assumed to be {config['max_position_embeddings']}")
     adapters, fingerprint = [Adapter(base_folder(name)) for name in lora_models], lineage.fingerprint(base_model)
-    for adapter in adapters[:1]:  # those after it were trained on what the first makes of the base
+    for adapter in adapters[:1]:  # later ones were trained on the result of the first
         lineage.check_same_base(lineage.read(adapter.folder), fingerprint, str(adapter.folder), base_model)
     if output_type != "pth":  # Meta's layout has no place for biases
         config, weights = biases.add_missing(config, weights, adapters)
@@ -85,7 +85,7 @@ def plan_merge(
         if dtype and recipe.kind[1].is_floating_point:
             recipe.kind = recipe.kind[0], FLOATS[dtype]
     untie(recipes, find, config, keep_head=output_type == "pth")
-    for part in (config, config.get("text_config")):  # the latter of a model that sees or hears, too
+    for part in (config, config.get("text_config")):  # the latter for multimodal models
         if find.embedding and isinstance(part, dict) and "vocab_size" in part:
             part["vocab_size"] = recipes[find.embedding].kind[0][0]
     describe_dtype(config, recipes)
@@ -95,7 +95,7 @@ def plan_merge(
 
 
 def dequantized(base: Path, config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
-    """Configuration and weights of a base as those of a full model, which is printed if its weights are quantized."""
+    """Configuration and weights of a base, dequantized if necessary, which is printed."""
     found = quantized.full(base, config, weights)
     if isinstance(found, quantized.Dequantized):
         kind = str(found.full).removeprefix("torch.")
@@ -106,14 +106,13 @@ def dequantized(base: Path, config: dict[str, Any], weights: Weights) -> tuple[d
 
 
 def beside_quantized(weights: Weights, find: Finder, adapters: list[Adapter], merge_into: str) -> Weights:
-    """The weights to merge into: the base's, or those that quantizing leaves of them, beside which an adapter was trained.
-
-    By how much the two differ is measured on some tensors, and printed. Raises UserError if `merge_into` is
-    "dequantized" and no adapter's lineage says that its base was quantized.
+    """The weights to merge into: the base's, or their quantized and dequantized values, with which an adapter was trained.
+    Their difference is measured on some tensors, and printed. Raises UserError if `merge_into` is "dequantized" and no
+    adapter's lineage says that its base was quantized.
     """
     read = [(adapter, lineage.read(adapter.folder) or {}) for adapter in adapters]
     learned = [(adapter, parent.get("lineage") or {}) for adapter, step in read for parent in step.get("parents") or []]
-    for adapter, step in read + learned:  # the latter where it is a combination
+    for adapter, step in read + learned:  # the latter for a combination
         options = step.get("options", {})
         way = "4-bit" if options.get("load_4bit") else "8-bit" if options.get("load_8bit") else ""
         if not way or isinstance(weights, quantized.Dequantized):
@@ -123,7 +122,7 @@ def beside_quantized(weights: Weights, find: Finder, adapters: list[Adapter], me
         share, count = left.difference()
         into, other = ("full", "dequantized") if merge_into == "full" else ("dequantized", "full")
         say(
-            f"{adapter.folder}: was trained beside {way} weights, which differ from the full ones by {share:.2%} (root mean "
+            f"{adapter.folder}: was trained with {way} weights, which differ from the full ones by {share:.2%} (root mean "
             f"square over {count} tensors); merged into the {into} ones (--merge_into {other}: into the {other} ones)"
         )
         return weights if merge_into == "full" else left
@@ -133,7 +132,7 @@ def beside_quantized(weights: Weights, find: Finder, adapters: list[Adapter], me
 
 
 def plan_recipes(weights: Weights, find: Finder, adapters: list[Adapter]) -> tuple[dict[str, Recipe], list[int]]:
-    """How each tensor comes about, and the embeddings' rows: the base's, and after each adapter.
+    """How each tensor is computed, and the embeddings' rows: the base's, and after each adapter.
 
     An output layer that is tied to the embeddings starts as these. What an adapter changes in the embeddings also
     changes it where peft would do so: when the embeddings were resized and saved, or with `ensure_weight_tying`.
@@ -170,10 +169,8 @@ def plan_recipes(weights: Weights, find: Finder, adapters: list[Adapter]) -> tup
 
 
 def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> Path | None:
-    """The folder of the tokenizer that belongs to the merged model, None where there is none.
-
-    It is that of the last adapter which brings other tokens, else the base's. Raises UserError if the number of its
-    tokens does not go with the embeddings' rows at its stage.
+    """The folder of the merged model's tokenizer, or None: that of the last adapter with other tokens, else the base's.
+    Raises UserError if the number of its tokens does not match the embeddings' rows at its stage.
     """
     homes = [base, base.parent] if meta_layout.is_meta(base) else [base]
     chosen = next((home for home in homes if has_tokenizer(home)), None)
@@ -197,10 +194,10 @@ def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> Pa
                 f"{folder}: its tokenizer has {own} tokens, the model at this stage {after} embedding rows; {STAGES}: "
                 "use the base, adapters and tokenizers of one chain, in its order"
             )
-        if own != count:  # where it is the same, the base's files are the original, and these were saved anew by training
+        if own != count:  # if equal, the base's files are the original, and these were saved again by training
             chosen, count = folder, own
     if chosen is None:
-        say(f"{base}: holds no tokenizer, nor does an adapter; the merged folder will have none")
+        say(f"{base}: has no tokenizer, nor has any adapter; the merged folder will have none")
     elif rows[-1] > rows[0]:
         say(f"vocabulary: {rows[0]} tokens in the base, {rows[-1]} in the merged model")
     if rows[:2] == [32000, 49954] and adapters[0].settings.get("r") == 64:  # the plain Chinese-Alpaca's rank is 8
@@ -221,7 +218,7 @@ def count_all(folder: Path) -> int:
 
 
 def grow_missing_rows(recipes: dict[str, Recipe], find: Finder, base: Path, tokenizer: Path | None) -> None:
-    """Where an adapter holds one of the two embeddings with new tokens, give the other its rows as training did."""
+    """If an adapter holds only one of the two embeddings with new tokens, extend the other as training did."""
     names = [name for name in find.embeddings if name in recipes]
     most = max((recipes[name].kind[0][0] for name in names), default=0)
     grown = any(isinstance(change, Replace) for name in names for change in recipes[name].changes)
@@ -239,17 +236,17 @@ def grow_missing_rows(recipes: dict[str, Recipe], find: Finder, base: Path, toke
             pieces = pieces_of_new_tokens(read_tokenizer(base), read_tokenizer(tokenizer))
             recipe.kind = (most, width), recipe.kind[1]
             recipe.changes.insert(0, Grow(recipe.base, recipe.source, most, pieces))
-            say(f"{name}: {most - rows} rows for new tokens are in no adapter; each is the mean of what it replaces")
+            say(f"{name}: {most - rows} rows for new tokens are in no adapter; each is the mean of the rows it replaces")
 
 
 def untie(recipes: dict[str, Recipe], find: Finder, config: dict[str, Any], keep_head: bool) -> None:
-    """Have the output layer in the merged model where it must be, and `tie_word_embeddings` say whether it is tied."""
+    """Put the output layer into the merged model if necessary, and set `tie_word_embeddings` to whether it is tied."""
     if find.tied_head in recipes:
         if same_changes(recipes[find.embedding].changes, recipes[find.tied_head].changes):
             if not keep_head:
                 del recipes[find.tied_head]
         else:
-            say(f"{find.tied_head} differs from {find.embedding} from now on: tie_word_embeddings is false")
+            say(f"{find.tied_head} now differs from {find.embedding}: tie_word_embeddings becomes false")
             config["tie_word_embeddings"] = False
     elif (
         find.stored_head
@@ -260,14 +257,14 @@ def untie(recipes: dict[str, Recipe], find: Finder, config: dict[str, Any], keep
 
 
 def describe_dtype(config: dict[str, Any], recipes: dict[str, Recipe]) -> None:
-    """Set the configuration's type of weights to that of the largest tensor."""
+    """Set the configuration's dtype to that of the largest tensor."""
     largest = max(recipes.values(), key=lambda recipe: size_of(recipe.kind))
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(largest.kind[1]).removeprefix("torch.")
 
 
 def in_order(recipes: dict[str, Recipe], weights: Weights) -> list[str]:
-    """Names in the order of the base's files, layer 2 before layer 10; what is new comes last."""
+    """Names in the order of the base's files, layer 2 before layer 10; new ones come last."""
 
     def place(name: str) -> tuple[str, list[Any]]:
         file = weights.file_of(name).name if name in weights.names else "~"
@@ -277,7 +274,7 @@ def in_order(recipes: dict[str, Recipe], weights: Weights) -> list[str]:
 
 
 def check_output(sources: list[Path], size: int, output_dir: str, overwrite: bool) -> None:
-    """Raises UserError if the output would overwrite a source or anything unasked, or there is no room for `size` bytes."""
+    """Raises UserError if the output would overwrite a source, or anything without --overwrite, or lacks disk space."""
     output = Path(output_dir).absolute()
     for folder in sources:
         if output.resolve() == folder.resolve() or output.resolve() in folder.resolve().parents:
@@ -289,5 +286,5 @@ def check_output(sources: list[Path], size: int, output_dir: str, overwrite: boo
             raise UserError(f"--output_dir {output_dir}: holds no model that could be overwritten; choose another folder")
     free = shutil.disk_usage(next(parent for parent in output.parents if parent.is_dir())).free
     if free < size * 1.01:
-        needed = f"{size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free"
+        needed = f"{size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
         raise UserError(f"--output_dir {output_dir}: {needed}; make room, or choose another disk")

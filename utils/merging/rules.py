@@ -1,4 +1,4 @@
-"""By which rule adapters become one, and with which weights, as options name them."""
+"""The rule and the weights for combining adapters, from the options."""
 
 import dataclasses
 import math
@@ -6,15 +6,15 @@ import os
 
 from utils.console import UserError
 
-HALVES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # rules on lora_A and lora_B apart
+HALVES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # rules on lora_A and lora_B separately
 FULL = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")  # the same rules on their product
 METHODS = ("cat", "svd", *HALVES, *FULL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How adapters are combined: one of METHODS; `density` is the share of values that pruning keeps, `rank` that of the
-    result of an SVD (0: the highest of the adapters'), `seed` rules what DARE drops."""
+    """How adapters are combined: one of METHODS; `density` is the share of values that pruning keeps, `rank` that of an
+    SVD's result (0: the highest of the adapters'), `seed` determines what DARE drops."""
 
     method: str = "cat"
     density: float = 0.5
@@ -41,12 +41,12 @@ def read_weights(lora_model: list[str]) -> dict[str, float | None]:
 
 
 def rule_of(method: str, density: float | None, rank: int | None, seed: int, count: int) -> Rule:
-    """The rule that options ask for, for `count` adapters. Raises UserError if they do not go together."""
+    """The rule that the options ask for, for `count` adapters. Raises UserError if they contradict each other."""
     method = method or "cat"
     prunes = method in HALVES[1:] or method in FULL
     if count < 2 and prunes:
         raise UserError(
-            f"--combine {method}: compares adapters, and there is {count}; name several, as in --lora_model a*0.7,b*0.3"
+            f"--combine {method}: compares adapters, but there is {count}; name several, as in --lora_model a*0.7,b*0.3"
         )
     if density is not None and not prunes:
         raise UserError(

@@ -21,7 +21,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a tensor of a file is: rows (all, or these in this order) and columns of the model's tensor `source`."""
+    """What a tensor in a file consists of: rows (all, or these in this order) and columns of the model's tensor `source`."""
 
     source: str
     kind: Kind
@@ -43,7 +43,7 @@ def read_size(text: str) -> int:
 
 
 def plan_shards(kinds: dict[str, Kind], most: int) -> dict[str, dict[str, Part]]:
-    """Share out tensors, in their order, to files of at most `most` bytes (or one tensor): file name -> its tensors."""
+    """Distribute tensors, in order, over files of at most `most` bytes (or one tensor): file name -> its tensors."""
     shards: list[dict[str, Part]] = [{}]
     room = most
     for name, kind in kinds.items():
@@ -59,7 +59,7 @@ def plan_shards(kinds: dict[str, Kind], most: int) -> dict[str, dict[str, Part]]
 
 
 def write_index(folder: Path, shards: dict[str, dict[str, Part]]) -> None:
-    """Write the index that tells in which shard each tensor lies."""
+    """Write the index of which shard holds each tensor."""
     total = sum(size_of(part.kind) for shard in shards.values() for part in shard.values())
     homes = {name: file for file, shard in shards.items() for name in shard}
     write_json(folder / f"{SAFETENSORS}.index.json", {"metadata": {"total_size": total}, "weight_map": homes})
@@ -76,7 +76,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Where in a file a block was written: to be read back."""
+    """Where in a file a block was written, to be read back."""
 
     name: str
     offset: int
@@ -85,7 +85,7 @@ class Piece:
 
 
 def block_of(name: str, values: torch.Tensor) -> Block:
-    """The values as they lie in a file, without a copy where they are contiguous."""
+    """The values as bytes in a file, without a copy if they are contiguous."""
     data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
     return Block(name, data, xxhash.xxh3_64_intdigest(data))
 
@@ -114,7 +114,7 @@ def write_safetensors(file: Path, kinds: dict[str, Kind], blocks: Iterable[Block
 
 
 def read_back(file: Path, kinds: dict[str, Kind], pieces: list[Piece]) -> None:
-    """Have a file on the disk, read it, and compare it with what was computed. Raises UserError if it differs."""
+    """Flush a file to disk, read it, and compare it with what was computed. Raises UserError if it differs."""
     with open(file, "rb", buffering=0) as opened:
         os.fsync(opened.fileno())
         buffer = memoryview(bytearray(max((piece.length for piece in pieces), default=0)))
@@ -122,7 +122,9 @@ def read_back(file: Path, kinds: dict[str, Kind], pieces: list[Piece]) -> None:
             opened.seek(piece.offset)
             part = buffer[: piece.length]
             if opened.readinto(part) != piece.length or xxhash.xxh3_64_intdigest(part) != piece.checksum:
-                raise UserError(f"{file.name}: {piece.name} is not read as it was written; check the disk, and merge again")
+                raise UserError(
+                    f"{file.name}: {piece.name} reads back differently from what was written; check the disk, and merge again"
+                )
     found = Weights(file.parent, [file])
     if {name: (found.shape(name), found.dtype(name)) for name in found.names} != kinds:
-        raise UserError(f"{file.name}: holds other tensors than were written; check the disk, and merge again")
+        raise UserError(f"{file.name}: holds other tensors than those written; check the disk, and merge again")

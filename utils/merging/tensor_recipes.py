@@ -39,7 +39,7 @@ class Add:
     magnitude: str | None = None
     outputs_are_columns: bool = False
 
-    @functools.lru_cache(maxsize=8)  # the tensors in work; all of a large adapter's would fill the memory  # noqa: B019
+    @functools.lru_cache(maxsize=8)  # the tensors in use; all of a large adapter's would fill the memory # noqa: B019
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """left (rows, rank) and right (rank, columns), whose product is added, and the magnitude (outputs,); float32."""
         names = (self.a, self.b, self.magnitude) if self.magnitude else (self.a, self.b)
@@ -75,7 +75,7 @@ class AddExperts(Add):
 
 @dataclasses.dataclass(frozen=True)
 class ReplaceRows:
-    """Row `index[n]` becomes row n of a tensor, as where single tokens were trained."""
+    """Row `index[n]` becomes row n of a tensor, as when single tokens were trained."""
 
     weights: Weights
     name: str
@@ -115,11 +115,10 @@ Change = Replace | ReplaceRows | Grow | Add | Shift
 
 
 class Recipe:
-    """How one tensor of a merged model comes about: the base's tensor `source`, then `changes`, rounded once.
+    """How one tensor of a merged model is computed: the base's tensor `source`, then `changes`, rounded once.
 
-    Values are computed in float32 by `rows`, which is safe in threads and the same for any division into rows.
-    `kind` is what the tensor is in the end, `changed` tells whether any rows computed so far differ from the base's.
-    """
+    `rows` computes values in float32; it is thread-safe, and the result does not depend on the division into rows.
+    `kind` is the final shape and dtype; `changed` tells whether any rows computed so far differ from the base's."""
 
     def __init__(self, base: Weights, source: str, kind: Kind):
         self.base, self.source, self.kind = base, source, kind
@@ -205,7 +204,7 @@ def as_float32(stored: torch.Tensor, columns: slice) -> torch.Tensor:
 
 
 def same_changes(one: list[Change], other: list[Change]) -> bool:
-    """True if two tensors that began alike end alike: embeddings and output layer, which then may stay tied."""
+    """True if two initially equal tensors stay equal: embeddings and output layer may then stay tied."""
 
     def same(a: Change, b: Change) -> bool:
         if not isinstance(a, Replace) or not isinstance(b, Replace):

@@ -1,4 +1,4 @@
-"""Comparing a merged model with the base and the adapters that it was made of, by what they predict."""
+"""Compares a merged model with the base and the adapters it was made from, by their predictions."""
 
 from pathlib import Path
 
@@ -22,14 +22,18 @@ PROMPTS = (
     "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。",
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))",
 )
-MOST = {torch.float32: 0.001, torch.float16: 0.02, torch.bfloat16: 0.1}  # what rounding each weight once may do to the scores
+MOST = {
+    torch.float32: 0.001,
+    torch.float16: 0.02,
+    torch.bfloat16: 0.1,
+}  # the most that rounding each weight once may change the scores
 
 
 @torch.no_grad()
 def compare_logits(plan: MergePlan, folder: Path) -> None:
     """Compare the scores of the merged model in `folder` with those of base and adapters, both computed in float32.
 
-    Says by how much they differ (root mean square, relative to the scores' own spread). Raises UserError if that is
+    Prints by how much they differ (root mean square, relative to the scores' own spread). Raises UserError if that is
     more than rounding the weights explains.
     """
     if plan.tokenizer:
@@ -48,12 +52,12 @@ def compare_logits(plan: MergePlan, folder: Path) -> None:
     text = f"scores differ by {difference:.2%}, the next token is the same at {agreeing} of {len(expected)} places"
     largest = max((part.kind for parts in plan.files.values() for part in parts.values()), key=size_of)
     if not difference <= MOST.get(largest[1], 0.1):
-        raise UserError(f"--verify: {text}; the merged model is not what base and adapters are together, nothing was kept")
+        raise UserError(f"--verify: {text}; the merged model does not match base and adapters, nothing was kept")
     say(f"verified on {len(prompts)} prompts: {text}")
 
 
 def with_adapters(plan: MergePlan) -> PreTrainedModel | PeftModel:
-    """The base with its adapters as peft loads them, all but the last merged by it."""
+    """The base with its adapters loaded by peft, which merges all but the last."""
     model: PreTrainedModel | PeftModel = load_float32(plan.base)
     for adapter, rows in zip(plan.adapters, plan.rows[1:], strict=True):
         if isinstance(model, PeftModel):

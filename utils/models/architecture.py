@@ -1,4 +1,4 @@
-"""What a model is by its config.json, before any weight is read: its layers without their values, and its window."""
+"""What config.json says about a model before any weight is read: its layers without values, and its window."""
 
 import os
 import warnings
@@ -38,13 +38,13 @@ REFUSED = {  # families that could be trained, and not asked by what the library
 
 
 def read_architecture(folder: Path) -> PreTrainedConfig:
-    """What `config.json` says. Raises UserError if it is missing, of an unknown family, or wants its own code to be run."""
+    """The configuration in `config.json`. Raises UserError if it is missing, of an unknown family, or requires its own code."""
     path = folder / "config.json"
     settings = read_json(path)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise UserError(f"{path}: names no model_type; is it the config of a language model?")
     if settings.get("auto_map") and settings["model_type"] not in transformers.CONFIG_MAPPING:
-        raise UserError(f"{path}: asks for code of its own to be run, which is refused; use a family that transformers knows")
+        raise UserError(f"{path}: requires its own code to be run, which is refused; use a family that transformers knows")
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:
@@ -66,12 +66,12 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
-    """The longest text, in tokens, that a model was made for; None where it has no such limit, as BLOOM."""
+    """The longest text, in tokens, that a model was made for; None if it has no such limit, like BLOOM."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def meta_model(base_model: str) -> "PreTrainedModel":
-    """The model without its weights: its layers and their shapes alone. Raises UserError as `read_architecture` does."""
+    """The model without its weights: only its layers and their shapes. Raises UserError like `read_architecture`."""
     config = read_architecture(base_folder(base_model))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

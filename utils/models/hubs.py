@@ -7,12 +7,12 @@ from pathlib import Path
 from utils.console import UserError, reason, say
 
 HUBS = ("huggingface", "modelscope")
-PREFIX = "modelscope:"  # of names there, also in lineage.json, so that later steps find the same model
+PREFIX = "modelscope:"  # prefix of names there, also in lineage.json, so that later steps find the same model
 NOT_WEIGHTS = ["*.msgpack", "*.h5", "*.onnx", "*.gguf", "original/*"]
 
 
 def named_on(hub: str, base_model: str) -> str:
-    """The base model's name with that of its `hub`; folders, and names that have it already, stay as they are.
+    """The base model's name with its `hub`'s prefix; folders, and names that already have it, are unchanged.
 
     Raises UserError if the package for ModelScope is not installed.
     """
@@ -24,7 +24,7 @@ def named_on(hub: str, base_model: str) -> str:
 
 
 def from_modelscope(name: str) -> Path:
-    """The folder of a model of ModelScope, fetched once, then cached; with HF_HUB_OFFLINE=1 only the cache is asked.
+    """The folder of a model from ModelScope, fetched once, then cached; with HF_HUB_OFFLINE=1 only the cache is used.
 
     Raises UserError if the package is not installed, or neither cache nor ModelScope gives the model.
     """
@@ -38,8 +38,8 @@ def from_modelscope(name: str) -> Path:
         folder = snapshot_download(
             name.removeprefix(PREFIX), local_files_only=is_offline_mode(), ignore_file_pattern=NOT_WEIGHTS
         )
-    except Exception as error:  # of the network, of the service, of the name, of the cache: each of a class of its own
-        raise UserError(f"{name}: ModelScope does not give this model now ({reason(error)}); check the name") from None
+    except Exception as error:  # network, service, name and cache errors each have their own class
+        raise UserError(f"{name}: not available from ModelScope now ({reason(error)}); check the name") from None
     return Path(folder)
 
 
@@ -50,4 +50,4 @@ def from_huggingface(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=NOT_WEIGHTS))
     except (OSError, ValueError):  # what the hub's client raises for: no network, offline, no such name
-        raise UserError(f"{name}: neither a folder nor a model that the hub gives now; check the name") from None
+        raise UserError(f"{name}: neither a folder nor a model available on the hub now; check the name") from None

@@ -1,4 +1,4 @@
-"""The layers of a model, asked of the model itself: its embeddings, output layer and linear layers, and its language part."""
+"""Finds a model's layers by asking the model itself: embeddings, output layer, linear layers, and the language part."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def name_of(model: nn.Module, layer: nn.Module | None) -> str:
 
 
 def output_layer(model: Any) -> nn.Module | None:
-    """The layer that computes the scores of the next token, where the model names it."""
+    """The layer that computes the scores of the next token, if the model names it."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
@@ -25,7 +25,7 @@ def embedding_names(model: Any) -> list[str]:
 
 
 def language_part(model: Any) -> str:
-    """The beginning, with its dot, of the names of all layers of the language model in a model that sees or hears, too."""
+    """The common prefix, with its dot, of the names of the language model's layers in a multimodal model."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or isinstance(decoder, LINEAR):
         return ""  # ModernBERT calls its output layer the decoder
@@ -41,7 +41,8 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def on_language_part(model: nn.Module, names: list[str]) -> list[str] | str:
-    """`names` of linear layers, as a pattern for the language model's if other parts of the model have such layers, too."""
+    """`names` of linear layers, as a pattern for only the language model's if other parts of the model also have such
+    layers."""
     part = language_part(model)
     found = (name for name, module in model.named_modules() if isinstance(module, LINEAR) and name.split(".")[-1] in names)
     if all(name.startswith(part) for name in found):

@@ -1,4 +1,4 @@
-"""Loads a base model where and as its placement says, and fits its embeddings to a tokenizer."""
+"""Loads a base model according to its placement, and fits its embeddings to a tokenizer."""
 
 import contextlib
 import pickle
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase  # the first takes seconds to import
 
 NOTHING_MISSING: dict[str, Any] = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
-NO_ADAPTER = {"subfolder": "not-looked-for"}  # where the library looks for an adapter, which it would put on the base
+NO_ADAPTER = {"subfolder": "not-looked-for"}  # the library would load an adapter found here onto the base
 
 
 def load_base(
@@ -33,21 +33,21 @@ def load_base(
     """
     folder = base_folder(base_model)
     config = read_architecture(folder)
-    weight_files(folder)  # the library's own words for what is missing or cannot be read mislead
+    weight_files(folder)  # the library's own errors for missing or unreadable files mislead
     quantized.check(folder, config, str(placement.device))
     options: dict[str, Any] = {"dtype": placement.dtype, "device_map": {"": placement.device}}
     if wants_fsdp() and not placement.quantize:
-        options["device_map"] = {"": "cpu"}  # from where its parts go to the GPUs
+        options["device_map"] = {"": "cpu"}  # from there its parts go to the GPUs
     if placement.spread:
         options |= {"device_map": "auto", "max_memory": spread.room()}
     options["adapter_kwargs"] = NO_ADAPTER
     tell_adapter(folder)
-    options["ignore_mismatched_sizes"] = True  # so that they are told below, by name
+    options["ignore_mismatched_sizes"] = True  # so that they are reported below, by name
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     method = quantized.method_of(config.to_dict())
     if method:
-        say(f"{base_model}: its weights are quantized already ({method}), and stay so")
+        say(f"{base_model}: its weights are already quantized ({method}), and remain so")
     elif placement.quantize:
         options["quantization_config"] = quantization(placement)
     copied = bool(placement.quantize or method) or config.dtype != placement.dtype
@@ -59,14 +59,14 @@ def load_base(
                 model, report = sharding.without_weights(folder, placement.dtype), NOTHING_MISSING
     except pickle.UnpicklingError:
         raise UserError(
-            f"{base_model}: refused, its weights ask for code to be run on loading; get them as .safetensors"
+            f"{base_model}: refused, because loading its weights would run code; get them as .safetensors"
         ) from None
     except Exception as error:  # the library checks little, and fails wherever a file is not what it expects
         if is_out_of_memory(error):
             raise
         if placement.spread and "dispatched on the CPU or the disk" in str(error):
             raise UserError(
-                f"{base_model}: the GPUs have no room for all of it, and quantized layers cannot lie "
+                f"{base_model}: does not fit on the GPUs, and quantized layers cannot be "
                 "elsewhere; give --load_4bit, or --load_8bit False, which leaves layers in main memory"
             ) from None
         raise UserError(f"{base_model}: cannot be loaded ({reason(error)}); check the model folder") from None
@@ -90,14 +90,14 @@ def load_base(
 
 
 def prepare_4bit(model: "PreTrainedModel", placement: DeviceConfig) -> None:
-    """Have 4-bit layers compute in the type of `placement`, whatever their files name, and on a CPU with a backward pass."""
+    """Have 4-bit layers compute in the dtype of `placement`, whatever their files name, and with a backward pass on a CPU."""
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = placement.dtype, True
         if isinstance(module, Linear4bit) and placement.device.type == "cpu":
-            module.support_avx512bf16_for_cpu = False  # else an evaluation packs the weights for one that has none
+            module.support_avx512bf16_for_cpu = False  # otherwise an evaluation packs the weights for a kernel without one
 
 
 @contextlib.contextmanager
@@ -115,7 +115,7 @@ def reading_weights() -> Iterator[None]:
 
 
 def check_report(report: dict[str, Any], base_model: str) -> None:
-    """Say which tensors of the files found no place in the model that its configuration describes.
+    """Print which tensors in the files do not belong to the model that its configuration describes.
 
     Raises UserError if the model has tensors that the files lack, or have in another shape.
     """
@@ -130,7 +130,7 @@ def check_report(report: dict[str, Any], base_model: str) -> None:
         )
     if report["unexpected_keys"]:
         name = min(report["unexpected_keys"])
-        say(f"{base_model}: {len(report['unexpected_keys'])} tensors of its files are not part of the model ({name}, …)")
+        say(f"{base_model}: {len(report['unexpected_keys'])} tensors in its files are not part of the model ({name}, …)")
 
 
 def quantization(placement: DeviceConfig) -> BitsAndBytesConfig:
@@ -149,7 +149,7 @@ def quantization(placement: DeviceConfig) -> BitsAndBytesConfig:
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> None:
     """Raises UserError if the tokenizer has more ids than the model has embedding rows.
 
-    Fewer ids are right: BLOOM pads 250,680 of them to 250,880 rows.
+    Fewer ids are fine: BLOOM pads 250,680 of them to 250,880 rows.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -158,7 +158,7 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
             "32000 belong to LLaMA, 49953 to Chinese-LLaMA, 49954 to Chinese-Alpaca: use model and tokenizer of one stage"
         )
     if rows > len(tokenizer):
-        say(f"{base_model}: {rows} embedding rows, {len(tokenizer)} tokens in use")
+        say(f"{base_model}: {rows} embedding rows, of which {len(tokenizer)} have tokens")
 
 
 def fit_embeddings(
@@ -180,5 +180,5 @@ def fit_embeddings(
                 f"give --modules_to_save '[{','.join(layers)}]', or use a base and a tokenizer of one stage"
             )
         grow_embeddings(model, load_tokenizer(base_model), tokenizer)
-        say(f"{base_model}: {len(tokenizer) - rows} embedding rows added for new tokens, each the mean of what it replaces")
+        say(f"{base_model}: {len(tokenizer) - rows} embedding rows added for new tokens, each the mean of the rows it replaces")
     check_vocabulary(model, tokenizer, base_model)

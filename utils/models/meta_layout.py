@@ -1,8 +1,8 @@
 """The two layouts that base models come in: Hugging Face's, and Meta's own for LLaMA.
 
 Meta's is a folder with `params.json` and `consolidated.00.pth`, `.01.pth`, … Each of these files holds, under the same
-names, one part of every tensor: a part of its rows, or of its columns, or (norms) the whole of it. The rows of the
-query and key projections are in another order, for another way to compute rotary embeddings.
+names, one part of every tensor: some of its rows or columns, or (norms) all of it. The rows of the query and key
+projections are in a different order, for a different way to compute rotary embeddings.
 """
 
 import math
@@ -42,7 +42,7 @@ def is_meta(folder: Path) -> bool:
 
 
 def open_model(folder: Path) -> tuple[dict[str, Any], Weights]:
-    """A model's configuration and its tensors, both as in Hugging Face's layout, whichever its files are in.
+    """A model's configuration and tensors in Hugging Face's layout, whichever layout its files have.
 
     Raises UserError if files are missing or belong to no model.
     """
@@ -60,7 +60,7 @@ def open_model(folder: Path) -> tuple[dict[str, Any], Weights]:
 
 
 def names_in_meta(layers: int) -> dict[str, tuple[str, str]]:
-    """For each of Hugging Face's names Meta's name, and how the tensor is divided."""
+    """For each Hugging Face name, Meta's name and how the tensor is divided."""
     names = {ours: (theirs, division) for theirs, (ours, division) in TOP.items()}
     for layer in range(layers):
         for theirs, (ours, division) in LAYER.items():
@@ -92,7 +92,7 @@ class MetaWeights(Weights):
         self.config = config_of(self.params, self)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape, of the whole tensor."""
+        """The shape of one whole tensor."""
         theirs, division = self._homes_in_meta[name]
         shape = list(self.parts[0].shape(theirs))
         if division != WHOLE:
@@ -126,7 +126,7 @@ class MetaWeights(Weights):
         return gathered
 
     def _order(self, name: str) -> torch.Tensor:
-        """Where Meta has each of Hugging Face's rows."""
+        """Meta's index of each of Hugging Face's rows."""
         rows = torch.arange(self.shape(name)[0])
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = len(rows) * self.params["n_heads"] // self.params["dim"]
@@ -135,7 +135,7 @@ class MetaWeights(Weights):
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """Meta's `params.json`. Raises UserError if a number in it is missing, or cannot be one of a LLaMA."""
+    """Meta's `params.json`. Raises UserError if a number in it is missing, or implausible for a LLaMA."""
     params = read_json(path)
     if not isinstance(params, dict):
         raise UserError(f"{path}: is not an object of settings; download the file again")

@@ -1,4 +1,4 @@
-"""What transformers calls the tensors of a model's files once it is loaded: it renames those of many families."""
+"""The names of a model's tensors once transformers has loaded them: for many families they differ from the files'."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ def skeleton_of(config: dict[str, Any]) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory() as folder:  # read as a file, in which the library writes infinity in its own way
+    with tempfile.TemporaryDirectory() as folder:  # through a file, since the library has its own notation for infinity
         write_json(Path(folder) / "config.json", config)
         read = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -41,9 +41,9 @@ def skeleton_of(config: dict[str, Any]) -> "PreTrainedModel":
 
 
 def ask_library(config: dict[str, Any], names: list[str]) -> ModelNames:
-    """The names that transformers gives to the tensors `names` of a model's files; of a family that it does not know, none.
+    """The names that transformers gives to the tensors `names` of a model's files; none for an unknown family.
 
-    Tensors that it joins in another way than experts, or divides, have no name of their own in the model, and are left out.
+    Tensors that it joins otherwise than experts, or divides, have no name of their own in the model, and are left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -52,8 +52,8 @@ def ask_library(config: dict[str, Any], names: list[str]) -> ModelNames:
 
     try:
         model = skeleton_of(config)
-    except Exception:  # the library's own checks, of a family or of values that it does not know
-        say(f"transformers does not build a {config.get('model_type')}: tensors are found by the ends of their names")
+    except Exception:  # the library's own checks, for unknown families or values
+        say(f"transformers cannot build a {config.get('model_type')}: tensors are matched by the ends of their names")
         return ModelNames({}, "", "")
     known = model.state_dict()
     transforms = get_model_conversion_mapping(model)
@@ -76,13 +76,13 @@ def ask_library(config: dict[str, Any], names: list[str]) -> ModelNames:
 
 
 def stacks(converter: "WeightConverter") -> bool:
-    """True if it stacks one tensor an expert, after it has put several side by side, if there are several."""
+    """True if it stacks one tensor per expert, after concatenating several if there are several."""
     kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
     return kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
 def in_rows(parts: dict[tuple[int, int], str]) -> list[list[str]]:
-    """Names by expert and number as lists, one an expert; [] if one is missing."""
+    """Names by expert and number as lists, one per expert; [] if one is missing."""
     experts, numbers = (1 + max(place) for place in zip(*parts, strict=True))
     if len(parts) != experts * numbers:
         return []

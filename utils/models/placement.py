@@ -17,17 +17,17 @@ from utils.models.sharding import wants_fsdp
 from utils.models.weights import base_folder
 
 FLASH = "flash_attention_2"
-SMALL = 1024  # hidden size below which runs are short in float32, too, and then equal on all machines
+SMALL = 1024  # hidden size below which float32 runs are short anyway, and equal on all machines
 WORTH = 1.3  # times as fast as float32
-MEASURING = 0.05  # seconds after which no further product is timed
+MEASURING = 0.05  # seconds after which no more products are timed
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceConfig:
-    """Where and how a model is computed: its device, the type of its weights, "8bit", "4bit" or no quantization.
+    """Where and how a model is computed: its device, the dtype of its weights, "8bit", "4bit" or no quantization.
 
-    With `spread` its layers lie on as many devices as it takes, and `device` is the one that text goes in by. `kernel` is
-    the attention kernel, as transformers names it, where one was asked for.
+    With `spread` its layers are on as many devices as necessary, and `device` is the one with the input. `kernel` is the
+    attention kernel, if one was asked for, as transformers names it.
     """
 
     device: torch.device
@@ -41,17 +41,17 @@ class DeviceConfig:
 
     @property
     def numbers(self) -> str:
-        """What results are told to be computed with: the quantization, else the type."""
+        """What results say they were computed with: the quantization, else the dtype."""
         return self.quantize or self.dtype_name
 
     @property
     def dtype_name(self) -> str:
-        """The type as --dtype names it."""
+        """The dtype as --dtype names it."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def autocast_dtype(self) -> str | None:
-        """The type to compute in beside float32 weights that train; None for float32 throughout."""
+        """The dtype to compute in beside float32 weights in training; None for float32 throughout."""
         return None if self.dtype == torch.float32 or self.device.type == "mps" else self.dtype_name
 
 
@@ -95,21 +95,19 @@ def place(
     elif has_npu():
         device = torch.device("npu", cuda_index(gpu_id))
         fast = torch.bfloat16 if torch.npu.is_bf16_supported() else torch.float16
-        say(f"{device}: an Ascend NPU, found through torch_npu; this has not been tested on one")
+        say(f"{device}: an Ascend NPU, found through torch_npu; not tested on this hardware")
         if load_8bit or load_4bit:
-            raise UserError(
-                f"--load_{8 if load_8bit else 4}bit: not on an Ascend NPU, for which it has no kernels; leave it out"
-            )
+            raise UserError(f"--load_{8 if load_8bit else 4}bit: has no kernels for an Ascend NPU; leave it out")
     elif torch.backends.mps.is_available():
         device, fast = torch.device("mps"), torch.float16
     else:
         device, fast = torch.device("cpu"), torch.float32
     if device_map and device.type == "mps":
-        raise UserError("--device_map auto: Apple's GPU has all of the machine's memory; leave it out")
+        raise UserError("--device_map auto: Apple's GPU shares all of the machine's memory; leave it out")
     if dtype == "bfloat16" and device.type == "cuda" and fast != torch.bfloat16:
         raise UserError("--dtype bfloat16: this GPU has no instructions for it; give --dtype float16")
     if dtype == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16: a CPU does not compute in it; give --dtype bfloat16 or float32")
+        raise UserError("--dtype float16: not supported on a CPU; give --dtype bfloat16 or float32")
     if kernel == FLASH and not has_flash_attention(device):
         raise UserError(
             f"--attn_implementation {FLASH}: needs the package flash-attn and a GPU of compute capability 8.0 (Ampere) or "
@@ -151,12 +149,12 @@ def has_npu() -> bool:
 
 
 def with_dtype(placement: DeviceConfig, dtype: str) -> DeviceConfig:
-    """`placement` with another type, named as --dtype names it."""
+    """`placement` with another dtype, named as in --dtype."""
     return dataclasses.replace(placement, dtype=getattr(torch, dtype))
 
 
 def cuda_index(gpu_id: int | None) -> int:
-    """The number of this process's GPU or NPU. Raises UserError, naming what chose it, if this machine has no such one."""
+    """The number of this process's GPU or NPU. Raises UserError, naming what chose it, if this machine does not have it."""
     chosen_by = "LOCAL_RANK" if "LOCAL_RANK" in os.environ else "--gpu_id"
     cards = torch.cuda if torch.cuda.is_available() else torch.npu
     index, count = int(os.environ.get("LOCAL_RANK", gpu_id or 0)), cards.device_count()
@@ -167,10 +165,10 @@ def cuda_index(gpu_id: int | None) -> int:
 
 
 def measured(placement: DeviceConfig, base_model: str) -> DeviceConfig:
-    """`placement` with the half-precision type if a product of the sizes of this model's layers gains enough by it.
+    """`placement` with the half-precision dtype if matrix products of this model's sizes gain enough by it.
 
-    Its time is measured against that in float32, which takes less than a tenth of a second; what it gives is printed.
-    Small models are not measured, nor are quantized ones, which compute in a type of their own.
+    Its time is measured against float32's, which takes less than a tenth of a second; the result is printed. Small models
+    are not measured, nor are quantized ones, which have their own compute dtype.
     """
     config = read_architecture(base_folder(base_model)).get_text_config()
     width = config.hidden_size
@@ -186,10 +184,10 @@ def measured(placement: DeviceConfig, base_model: str) -> DeviceConfig:
 
 
 def half_precision_gain(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """How many times as fast as in float32 a matrix product of rows of `width` values is in `dtype`.
+    """How many times as fast a matrix product of rows of `width` values is in `dtype` as in float32.
 
-    The two types take turns, and the fastest run of each counts. On a CPU what is measured is one thread's own time,
-    in which neither other programs nor other threads have a part.
+    The two dtypes take turns, and the fastest run of each counts. On a CPU one thread's own time is measured, without other
+    programs and threads.
     """
     on_cpu = device.type == "cpu"
     clock, rows = (time.thread_time, 64) if on_cpu else (time.perf_counter, 2048)
@@ -204,7 +202,7 @@ def half_precision_gain(device: torch.device, dtype: torch.dtype, width: int) ->
         while runs < 2 or (clock() - began < MEASURING and runs < 20):  # the first run prepares the kernel
             for kind, (some, weight) in operands.items():
                 start = clock()
-                torch.nn.functional.linear(some, weight)[0, 0].item()  # which waits for a GPU
+                torch.nn.functional.linear(some, weight)[0, 0].item()  # waits for a GPU
                 fastest[kind] = min(fastest[kind], clock() - start)
             runs += 1
     finally:

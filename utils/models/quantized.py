@@ -10,7 +10,7 @@ import torch
 from utils.console import UserError, reason
 from utils.models.weights import Weights
 
-# tensors that only mean something beside quantized weights: of bitsandbytes, GPTQ and AWQ, fp8 and compressed-tensors, mxfp4
+# tensors of quantized weights: bitsandbytes, GPTQ and AWQ, fp8 and compressed-tensors, mxfp4
 SCALES = re.compile(
     r"\.(SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|qweight|qzeros|g_idx|weight_scale|weight_scale_inv"
     r"|weight_packed|weight_shape|weight_zero_point|input_scale|input_activation_scale)$|\.quant_state\.|_proj_(scales|blocks)$"
@@ -19,7 +19,7 @@ OTHER = "use the same model in float16 or bfloat16"
 
 
 def method_of(config: dict[str, Any]) -> str:
-    """How a model's weights are quantized, as its config.json says; "" if it says nothing."""
+    """The quantization method that config.json names; "" if none."""
     told = config.get("quantization_config") or config.get("compression_config")
     if not told:
         return ""
@@ -27,10 +27,10 @@ def method_of(config: dict[str, Any]) -> str:
 
 
 def check(folder: Path, config: Any, device: str = "cpu", training: bool = False) -> None:
-    """Raises UserError if a base's weights are quantized in a way that does not work here, or config.json does not name.
+    """Raises UserError if a base's weights are quantized in a way that is unsupported here, or not named by config.json.
 
-    `config` is transformers' configuration of the model. Files that are not there, as a dry run needs none, or that
-    cannot be opened are left to what loads them.
+    `config` is transformers' configuration of the model. Files that are missing (a dry run needs none) or unreadable are
+    left to the loader.
     """
     told = getattr(config, "quantization_config", None)
     if not told:
@@ -47,7 +47,7 @@ def check(folder: Path, config: Any, device: str = "cpu", training: bool = False
         quantizer = AutoHfQuantizer.from_config(told, pre_quantized=True)
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
         can_train = quantizer.is_trainable
-    except Exception as error:  # each method has checks of its own, of other packages, too
+    except Exception as error:  # each method has its own checks, also for other packages
         raise UserError(
             f"{folder}: its weights are quantized ({method}), which does not work here ({reason(error)}); {OTHER}"
         ) from None
@@ -56,7 +56,7 @@ def check(folder: Path, config: Any, device: str = "cpu", training: bool = False
 
 
 def refuse_scales(folder: Path, weights: Weights) -> None:
-    """Raises UserError if the files hold quantized weights, or what scales them, which would be used without being scaled."""
+    """Raises UserError if the files hold quantized weights or their scales, since the weights would be used unscaled."""
     strange = next((name for name in weights.names if SCALES.search(name)), "") or next(
         (name for name in weights.names if name.endswith("weight") and is_quantized(weights, name)), ""
     )
@@ -74,7 +74,7 @@ def is_quantized(weights: Weights, name: str) -> bool:
 
 
 def full(folder: Path, config: dict[str, Any], weights: Weights) -> Weights:
-    """A model's weights for merging: as they are, or dequantized by the library that quantized them.
+    """A model's weights for merging: unchanged, or dequantized by the library that quantized them.
 
     Raises UserError if they are quantized in a way that is not dequantized here, or does not say which.
     """
@@ -90,16 +90,16 @@ def full(folder: Path, config: dict[str, Any], weights: Weights) -> Weights:
 
 
 def full_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The type that config.json names for the model's weights, float16 if it names none."""
+    """The dtype that config.json names for the model's weights, float16 if it names none."""
     named = config.get("dtype") or config.get("torch_dtype") or "float16"
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1 else torch.float16
 
 
 class Dequantized(Weights):
-    """Tensors of a quantized model as the full ones that they stand for, in `dtype`; those beside them are not named."""
+    """A quantized model's tensors dequantized to `dtype`; their scales and other auxiliary tensors are not listed."""
 
-    helpers: tuple[str, ...]  # how names end, after that of the weight, of the tensors that scale it
+    helpers: tuple[str, ...]  # what the names of scales add to the weight's name
 
     def __init__(self, stored: Weights, dtype: torch.dtype):
         self.folder, self.files, self.stored, self.full = stored.folder, stored.files, stored, dtype
@@ -108,7 +108,7 @@ class Dequantized(Weights):
         lost = [name for name in self.quantized if not self.has_scales(name)]
         if lost:
             raise UserError(f"{self.folder}: {lost[0]} is quantized, and nothing says how it is scaled; copy the model again")
-        self.tensor_of = functools.lru_cache(maxsize=4)(self._dequantize)  # blocks of one tensor are asked for side by side
+        self.tensor_of = functools.lru_cache(maxsize=4)(self._dequantize)  # blocks of one tensor are requested in parallel
 
     def has_scales(self, name: str) -> bool:
         """True if the files hold what scales this tensor."""
@@ -139,9 +139,9 @@ class Dequantized(Weights):
 
 
 class Requantized(Weights):
-    """A full model's tensors, the `linear` ones as loading them in 4 or 8 bit (`way`) leaves them, in their own type.
+    """A full model's tensors, with the `linear` ones as they are after quantizing to 4 or 8 bit (`way`), in their own dtype.
 
-    `step` is the lineage of the adapter that was trained so, for the type that they were quantized from.
+    `step` is the lineage of the adapter trained that way, for the dtype they were quantized from.
     """
 
     MEASURED = 16  # tensors
@@ -169,7 +169,7 @@ class Requantized(Weights):
         return self.tensor_of(name)[index] if name in self.quantized else self.stored.rows(name, index)
 
     def difference(self) -> tuple[float, int]:
-        """By how much the quantized tensors differ from the full ones (root mean square, relative), and of how many it is."""
+        """By how much the quantized tensors differ from the full ones (relative root mean square), and over how many."""
         names = sorted(self.quantized)
         some = names[:: max(1, -(-len(names) // self.MEASURED))]
         apart = whole = 0.0
@@ -203,7 +203,7 @@ class Bits8(Dequantized):
 
 
 class Bits4(Dequantized):
-    """bitsandbytes' NF4 and FP4: two values a byte, and their scales in blocks, which may be quantized themselves."""
+    """bitsandbytes' NF4 and FP4: two values per byte, with scales per block, which may be quantized themselves."""
 
     helpers = ("weight.absmax", "weight.quant_map")
 

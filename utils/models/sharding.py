@@ -1,4 +1,4 @@
-"""FSDP: a base model of which each GPU holds a part. The first rank reads the weights, and accelerate deals them out."""
+"""FSDP: a base model of which each GPU holds a part. The first rank reads the weights, and accelerate distributes them."""
 
 import os
 from pathlib import Path
@@ -13,24 +13,24 @@ from utils.console import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEEDED = {  # what accelerate's configuration must say, as it reaches this program
+NEEDED = {  # required settings of accelerate, as environment variables
     "FSDP_VERSION": ("fsdp_version", "2"),  # the first one has rotary frequencies in bfloat16: 0.6 rad wrong at position 511
     "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),  # an adapter is saved as one file
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("fsdp_cpu_ram_efficient_loading", "true"),  # the first rank alone has weights
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("fsdp_cpu_ram_efficient_loading", "true"),  # only the first rank has weights
 }
 
 
 def wants_fsdp() -> bool:
-    """True where accelerate's configuration names FSDP."""
+    """True if accelerate's configuration names FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def check() -> None:
-    """Raises UserError if accelerate's configuration of FSDP is one that would train wrongly, or not at all."""
+    """Raises UserError if accelerate's FSDP configuration would train wrongly or not at all."""
     for variable, (name, wanted) in NEEDED.items():
         found = os.environ.get(variable, "")
         if found.lower() != wanted.lower():
-            raise UserError(f"FSDP: {name} is {found or 'missing'}, and has to be {wanted}; see scripts/accelerate/fsdp.yaml")
+            raise UserError(f"FSDP: {name} is {found or 'missing'}, but must be {wanted}; see scripts/accelerate/fsdp.yaml")
 
 
 def loads() -> bool:
@@ -39,9 +39,9 @@ def loads() -> bool:
 
 
 def without_weights(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """The model of `folder` as a rank has it that does not read the weights: zeros that take no memory in their place.
+    """The model in `folder` for a rank that does not read the weights: with zeros that take no memory in their place.
 
-    Buffers have their values: what rotary embeddings turn by is one, and in float32 whatever `dtype` is.
+    Buffers have their values, such as rotary frequencies, in float32 whatever `dtype` is.
     """
     from accelerate import init_empty_weights
 

@@ -15,14 +15,14 @@ from utils.models.layers import name_of, output_layer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # what it warns of is printed here
+logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # its warnings are replaced by our own notices
 
-SHARE = 0.8  # of what is free on a device: the rest is for activations, keys and values
+SHARE = 0.8  # of a device's free memory; the rest is for activations, keys and values
 PLACES = {"cpu": "in main memory", "disk": "on the disk"}
 
 
 def room() -> dict[int | str, int]:
-    """Bytes that weights may take on each GPU, by its number, and in main memory ("cpu"); the disk takes what is left."""
+    """Bytes that weights may take on each GPU, by number, and in main memory ("cpu"); the rest goes to disk."""
     cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     free: dict[int | str, int] = {card: torch.cuda.mem_get_info(card)[0] for card in cards}
     free["cpu"] = psutil.virtual_memory().available
@@ -30,7 +30,7 @@ def room() -> dict[int | str, int]:
 
 
 def place_of(name: str, device_map: dict[str, Any]) -> str:
-    """Where the map puts the tensor `name`, in words."""
+    """Where the device map puts the tensor `name`, in words."""
     parts = name.split(".")
     prefixes = (".".join(parts[:size]) for size in range(len(parts), -1, -1))
     device = next(device_map[prefix] for prefix in prefixes if prefix in device_map)
@@ -38,15 +38,15 @@ def place_of(name: str, device_map: dict[str, Any]) -> str:
 
 
 def tell(model: "PreTrainedModel", base_model: str) -> None:
-    """Print where the weights lie. Raises UserError if no device but the disk had room for the embeddings."""
+    """Print where the weights are. Raises UserError if only the disk had room for the embeddings."""
     device_map = getattr(model, "hf_device_map", None)
-    if device_map is None:  # the library keeps none where one device holds all
+    if device_map is None:  # the library keeps no map if one device holds everything
         return say(f"{base_model}: all of its weights are on {model.device}")
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         place = place_of(name, device_map)
         sizes[place] = sizes.get(place, 0) + parameter.numel() * parameter.element_size()
-    slow = "; what is not on a device that computes is read at each pass" if offloaded(model) else ""
+    slow = "; weights that are not on a computing device are read for each pass" if offloaded(model) else ""
     say(f"{base_model}: {', '.join(f'{size / 1e9:.2f} GB {place}' for place, size in sizes.items())}{slow}")
     if model.get_input_embeddings() in offloaded(model):
         raise UserError(f"{base_model}: no device has room for its embeddings; close other programs, or give --load_4bit")
@@ -58,16 +58,16 @@ def offloaded(model: nn.Module) -> list[nn.Module]:
 
 
 def hook_of(module: nn.Module) -> Any:
-    """What accelerate has put on a layer to bring weights and inputs together; None if nothing."""
+    """The hook with which accelerate brings a layer's weights and inputs together; None if there is none."""
     return getattr(module, "_hf_hook", None)
 
 
 @contextlib.contextmanager
 def shown_where_computed(model: nn.Module) -> Iterator[None]:
-    """While the block runs, weights that are read for each pass look as if they lay where they are computed with.
+    """While the block runs, weights that are read for each pass appear to be on the device that computes with them.
 
-    An adapter that is put on a layer is put where its weights are, and without this on no device at all. They hold no
-    values, nor do they take memory. Afterwards they are frozen.
+    An adapter is put on the device of its layer's weights, which otherwise would be none. The stand-ins have no values and
+    take no memory. Afterwards they are frozen.
     """
     kept = [(module, dict(module._parameters)) for module in offloaded(model)]
     for module, parameters in kept:
@@ -87,7 +87,9 @@ def check_adapter(model: "PreTrainedModel", trained_whole: list[str], use_dora: 
     """Raises UserError if an adapter would need the values of weights that are read for each pass, or train them."""
     layers = offloaded(model)
     if layers and use_dora:
-        raise UserError("--use_dora: needs weights that --device_map auto left in main memory or on the disk; leave one out")
+        raise UserError(
+            "--use_dora: needs weights that --device_map auto left in main memory or on disk; leave one of them out"
+        )
     whole = [name_of(model, layer) for layer in (model.get_input_embeddings(), output_layer(model)) if layer in layers]
     for name in whole:
         if name.split(".")[-1] in trained_whole:

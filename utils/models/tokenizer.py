@@ -1,8 +1,8 @@
 """Tokenizers: ids exactly as those a model was trained on.
 
-Where a folder holds a `tokenizer.model`, ids come from SentencePiece itself. What transformers makes of such a
-file (merges ranked by piece id) gives other ids for the pieces that Chinese vocabularies add, all of score 0, and
-for runs of spaces. Other folders keep their own `tokenizer.json`.
+If a folder has a `tokenizer.model`, ids come from SentencePiece itself. transformers' conversion of such a file (merges
+ranked by piece id) gives other ids for the pieces that Chinese vocabularies add, all with score 0, and for runs of spaces.
+Other folders keep their own `tokenizer.json`.
 """
 
 import functools
@@ -25,7 +25,7 @@ from utils.models.tokenizer_files import CONFIG, JSON, MODEL, check_numbers, cop
 from utils.models.weights import base_folder
 
 SPACE = "▁"  # how SentencePiece writes a space
-SAMPLES = (  # of what models are asked and answer: runs of spaces, rare characters, two languages in one line
+SAMPLES = (  # typical questions and answers: runs of spaces, rare characters, two languages in one line
     "世界的影响力正在改变，我们应该怎样面对未来的挑战？",
     "你好！很高兴认识你。请用一句话介绍一下你自己吧。",
     "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。",
@@ -49,7 +49,7 @@ PUT_IT = "put it into tokenizer_config.json"
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or of a model of the Hugging Face hub, which always has a padding token.
+    """The tokenizer of a folder, or of a model on the Hugging Face hub; it always has a padding token.
 
     Raises UserError if there is none, or its files are broken.
     """
@@ -57,8 +57,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
-            raise UserError(f"{name}: the tokenizer names no eos_token, with which answers end; {PUT_IT}")
-        say(f"{name}: the tokenizer names no padding token; {tokenizer.pad_token} ({tokenizer.pad_token_id}) pads")
+            raise UserError(f"{name}: the tokenizer names no eos_token to end answers with; {PUT_IT}")
+        say(f"{name}: the tokenizer names no padding token; {tokenizer.pad_token} ({tokenizer.pad_token_id}) is used")
     return tokenizer
 
 
@@ -73,15 +73,15 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if settings:
             return SentencePieceTokenizer(vocab_file=str(folder / MODEL), name_or_path=str(folder), **settings)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the libraries check nothing, and fail wherever a file is not what they expect
+    except Exception as error:  # the libraries check nothing, and may fail in any way on unexpected files
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason(error)}); download it again") from None
 
 
 def end_tokens(base_model: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end of sequence first, then those that the base's files name.
+    """The tokens that end an answer: the tokenizer's end of sequence first, then those named in the base's files.
 
-    Of these, the ones that the tokenizer does not know as control tokens are left out, as are `<s>` and `<unk>`:
-    published configurations have such numbers of other models.
+    Among the latter, those that the tokenizer does not know as control tokens are left out, as are `<s>` and `<unk>`:
+    published configurations have such ids from other models.
     """
     folder, found = base_folder(str(base_model)), [tokenizer.eos_token_id]
     for name in ("config.json", "generation_config.json"):
@@ -96,9 +96,9 @@ def end_tokens(base_model: str | Path, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def save_whole(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files into a folder that holds other things; none has its name before all are whole.
+    """Write a tokenizer's files into a folder that holds other things; none gets its name before all are complete.
 
-    Its chat template is left out: that of the folder is what was trained with, and is written after this.
+    Its chat template is left out, since the training template is written afterwards.
     """
     aside, template = folder / ".tokenizer", tokenizer.chat_template
     tokenizer.chat_template = None
@@ -114,9 +114,9 @@ def save_whole(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path, target: str | Path) -> None:
-    """Have in `target` the tokenizer of `source`: its files as they are, or rewritten where transformers needs that.
+    """Put the tokenizer of `source` into `target`: its files unchanged, or rewritten if transformers needs that.
 
-    Says where transformers, without this room, gives other ids than those the model was trained with.
+    Prints if transformers, without this module, gives other ids than those the model was trained with.
     """
     if not (Path(source) / CONFIG).is_file():
         tokenizer.save_pretrained(target)
@@ -137,14 +137,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path, targe
 
 
 def count_differences(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> int:
-    """How many of `SAMPLES` get other ids from transformers' own AutoTokenizer on `folder`."""
+    """For how many of `SAMPLES` transformers' own AutoTokenizer of `folder` gives other ids."""
     plain = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ours, theirs = (words(list(SAMPLES), add_special_tokens=False)["input_ids"] for words in (tokenizer, plain))
     return sum(a != b for a, b in zip(ours, theirs, strict=True))
 
 
 class Segment(NamedTuple):
-    """A part of the text `row` of a batch, from character `start` on: an added token's id, or (None) plain text."""
+    """A part of the text number `row` in a batch, starting at character `start`: an added token's id, or None for plain
+    text."""
 
     row: int
     start: int
@@ -156,17 +157,17 @@ TokensAndOffsets = tuple[list[int], list[tuple[int, int]]]  # the ids of a text,
 
 
 def run(model: SentencePieceProcessor, texts: list[str], with_offsets: bool) -> list[TokensAndOffsets]:
-    """What SentencePiece, which encodes a batch in threads, makes of texts."""
+    """Texts encoded by SentencePiece, which uses threads for a batch."""
     if not with_offsets:
         return [(ids, []) for ids in model.encode(texts)]
     return [(row["ids"], row["offsets"]) for row in model.encode(texts, return_type="offset_mapping")]
 
 
 class SentencePieceTokenizer(SentencePieceBackend):
-    """A tokenizer of transformers whose ids are SentencePiece's own, in batches, with character offsets.
+    """A transformers tokenizer whose ids are SentencePiece's own, in batches, with character offsets.
 
-    `add_bos_token`, `add_eos_token` and `legacy` mean what they mean for LLaMA's tokenizer: with `legacy` (where it
-    is not said, too) the text after an added token is encoded like a text of its own, without it like a continuation.
+    `add_bos_token`, `add_eos_token` and `legacy` mean what they mean for LLaMA's tokenizer: with `legacy` (the default) the
+    text after an added token is encoded like a separate text, without it like a continuation.
     """
 
     model_input_names = ("input_ids", "attention_mask")
@@ -194,7 +195,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
         self.special_tokens_pattern = patterns[self.add_bos_token, self.add_eos_token]
 
     def _update_trie(self, unique_no_split_tokens: list[str] | None = None) -> None:
-        """Called whenever tokens were added: one pattern finds them all in a text, the longest first."""
+        """Called whenever tokens were added: builds one pattern that finds them all in a text, longest first."""
         patterns = []
         for token in sorted(self._added_tokens_decoder.values(), key=lambda token: -len(token.content)):
             pattern = f"({re.escape(token.content)})"
@@ -205,7 +206,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
 
     @functools.cached_property
     def continuing_model(self) -> SentencePieceProcessor:
-        """SentencePiece for a text that goes on: without the space that it puts before a text."""
+        """SentencePiece for the continuation of a text: without the space that it puts before a text."""
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
         proto = ModelProto.FromString(self.sp_model.serialized_model_proto())
@@ -226,7 +227,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
         return segments
 
     def encode_texts(self, texts: list[str], split_special_tokens: bool, with_offsets: bool) -> list[TokensAndOffsets]:
-        """For each text its ids and, where asked for, each token's begin and end in it, in characters.
+        """For each text its ids and, if asked for, each token's start and end in characters.
 
         The texts of added tokens become these tokens, unless `split_special_tokens`. A token that stands for no
         character of its own (the space put before a text, all but the last byte of a character) has an empty range.
@@ -309,7 +310,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        size = self.vocab_size  # a model may have more rows than the tokenizer has pieces; those stand for nothing
+        size = self.vocab_size  # a model may have more rows than the tokenizer has pieces; the rest have no text
         text = ""
         for is_added, run in itertools.groupby(ids, self._added_tokens_decoder.__contains__):
             if is_added:
@@ -320,11 +321,11 @@ class SentencePieceTokenizer(SentencePieceBackend):
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of pieces; bytes that make up a character are joined."""
+        """The text of pieces; bytes that form a character are joined."""
         return self._decode(self.convert_tokens_to_ids(tokens))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> tuple[str, ...]:  # type: ignore[override]
-        """Write the tokenizer's files, under the class name of transformers that they came with."""
+        """Write the tokenizer's files, under their original transformers class name."""
         written = super().save_pretrained(save_directory, *args, **options)
         path = Path(save_directory) / CONFIG
         config = read_json(path)

@@ -1,4 +1,4 @@
-"""What the files of a tokenizer say, read without transformers, which takes as long to import as a gigabyte to merge."""
+"""Reads tokenizer files without transformers, whose import takes as long as merging a gigabyte."""
 
 import importlib.metadata
 import shutil
@@ -27,7 +27,7 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """True if a folder holds a tokenizer of its own."""
+    """True if a folder has its own tokenizer."""
     return any((Path(folder) / name).is_file() for name in (MODEL, JSON))
 
 
@@ -39,12 +39,13 @@ def tokenizer_hash(name: str | Path) -> str:
 
 
 def tokenizer_mark(name: str | Path, tokenizer: Any) -> str:
-    """What ids that a loaded tokenizer makes depend on: its files, and its class, which the library chooses by config.json."""
+    """Identifies what a loaded tokenizer's ids depend on: its files, and its class, which the library chooses by
+    config.json."""
     return f"{tokenizer_hash(name)} {type(tokenizer).__name__}"
 
 
 def is_sentencepiece(file: Path) -> bool:
-    """True for a SentencePiece model; False for no file, or one of another kind (Llama 3 has a list of words so named).
+    """True for a SentencePiece model; False if there is no file, or one of another kind (Llama 3 has a word list of that name).
 
     Raises UserError if such a file is broken.
     """
@@ -57,30 +58,30 @@ def is_sentencepiece(file: Path) -> bool:
     try:
         SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{file}: not a whole SentencePiece model ({reason(error)}); download it again") from None
+        raise UserError(f"{file}: not a complete SentencePiece model ({reason(error)}); download it again") from None
     return True
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """What the files beside a `tokenizer.model` say: special and added tokens, `<s>` and `</s>`, sides, chat template.
 
-    As in transformers, an `added_tokens_decoder` in the configuration has the last word on added tokens; where there
-    is none, `special_tokens_map.json` comes before the configuration, and added tokens are those of
-    `added_tokens.json`, else of `tokenizer.json`. Raises UserError if these files are not of their usual form.
+    As in transformers, an `added_tokens_decoder` in the configuration decides on added tokens; if there is none,
+    `special_tokens_map.json` comes before the configuration, and added tokens are those of `added_tokens.json`, else of
+    `tokenizer.json`. Raises UserError if these files do not have their usual form.
     """
     files = {name: read_json(folder / name) for name in (CONFIG, SPECIAL, ADDED, JSON) if (folder / name).is_file()}
     try:
         wanted = joined(files)
     except (AttributeError, TypeError, KeyError, ValueError):
         names = ", ".join(files)
-        raise UserError(f"{folder}: the settings of its tokenizer are not of their usual form; copy {names} again") from None
+        raise UserError(f"{folder}: the settings of its tokenizer do not have their usual form; copy {names} again") from None
     if (folder / TEMPLATE).is_file():
         wanted["chat_template"] = (folder / TEMPLATE).read_text("utf-8")
     return wanted
 
 
 def joined(files: dict[str, Any]) -> dict[str, Any]:
-    """What `read_settings` returns, of files' contents by their names."""
+    """What `read_settings` returns, from files' contents by name."""
     settings: dict[str, Any] = files.get(CONFIG, {})
     added = {int(index): as_token(token) for index, token in settings.get("added_tokens_decoder", {}).items()}
     if not added:
@@ -98,7 +99,7 @@ def joined(files: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_numbers(folder: Path, added: dict[int, AddedToken]) -> None:
-    """Raises UserError if an added token has the number of an ordinary piece: these files are of two stages."""
+    """Raises UserError if an added token has the id of an ordinary piece: the files belong to different stages."""
     model = SentencePieceProcessor(model_file=str(folder / MODEL))
     for index, token in added.items():
         if index < len(model) and token.content != model.id_to_piece(index):
@@ -111,7 +112,7 @@ def check_numbers(folder: Path, added: dict[int, AddedToken]) -> None:
 
 
 def as_token(token: str | dict[str, Any]) -> AddedToken:
-    """A token as the JSON files write it: a text, or an object with its flags."""
+    """A token as written in the JSON files: a text, or an object with its flags."""
     if isinstance(token, str):
         return AddedToken(token, normalized=False, special=True)
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -119,7 +120,7 @@ def as_token(token: str | dict[str, Any]) -> AddedToken:
 
 
 def count_tokens(folder: Path) -> int:
-    """The number of tokens of a tokenizer of SentencePiece, those beside its model included."""
+    """The number of tokens of a SentencePiece tokenizer, including those outside its model."""
     settings, model = read_settings(folder), SentencePieceProcessor(model_file=str(folder / MODEL))
     check_numbers(folder, settings["added_tokens_decoder"])
     beside = [*settings["added_tokens_decoder"].values(), *settings["extra_special_tokens"]]

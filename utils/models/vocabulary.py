@@ -1,4 +1,4 @@
-"""Extending a vocabulary: new pieces in a SentencePiece model, or new tokens beside a byte-level BPE, and their embeddings."""
+"""Extending a vocabulary: new pieces in a SentencePiece model, or new tokens added to a byte-level BPE; their embeddings."""
 
 import collections
 import io
@@ -16,11 +16,11 @@ from utils.files import check_plain, read_json
 from utils.models.tokenizer import SPACE, SentencePieceTokenizer
 from utils.models.tokenizer_files import MODEL, copy_tokenizer
 
-if TYPE_CHECKING:  # it takes seconds to import, and merging does without
+if TYPE_CHECKING:  # it takes seconds to import, and merging does not need it
     from transformers import PreTrainedModel
 
 BYTE_ALPHABET_ENDS = 0x143  # byte-level BPE writes bytes as characters up to this one; a token of these would be read as bytes
-# LLaMA's own settings, so that pieces of two such models go together (bytes and digits it has already)
+# LLaMA's settings, so that pieces of both models match (it already has bytes and digits)
 LIKE_LLAMA: dict[str, Any] = {
     "model_type": "bpe",
     "normalization_rule_name": "identity",
@@ -36,14 +36,14 @@ LIKE_LLAMA: dict[str, Any] = {
 
 
 def read_pieces(file: Path) -> list[str]:
-    """The ordinary pieces of a SentencePiece model, in its order. Raises UserError if the file is none."""
+    """The ordinary pieces of a SentencePiece model, in order. Raises UserError if the file is not one."""
     proto = read_proto(file)
     ordinary = (proto.SentencePiece.NORMAL, proto.SentencePiece.USER_DEFINED)
     return [piece.piece for piece in proto.pieces if piece.type in ordinary]
 
 
 def read_proto(file: Path) -> Any:
-    """A SentencePiece model as its protocol buffer. Raises UserError if the file is none."""
+    """A SentencePiece model as its protocol buffer. Raises UserError if the file is not one."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
@@ -116,12 +116,12 @@ def extend(source: Path, tokenizer: PreTrainedTokenizerBase, pieces: list[str], 
     else:
         count = extend_bytes(tokenizer, pieces, target)
     if not count:
-        raise UserError(f"{source}: has all of these {len(pieces)} pieces already; give another model or text")
+        raise UserError(f"{source}: already has all of these {len(pieces)} pieces; give another model or text")
     return count
 
 
 def extend_sentencepiece(source: Path, tokenizer: SentencePieceTokenizer, pieces: list[str], target: Path) -> int:
-    """As Chinese-LLaMA did it: pieces that are new, in their order, with score 0, after the model's own.
+    """Extend as Chinese-LLaMA did: new pieces, in order, with score 0, after the model's own.
 
     https://github.com/ymcui/Chinese-LLaMA-Alpaca, scripts/merge_tokenizer.
     """
@@ -129,7 +129,7 @@ def extend_sentencepiece(source: Path, tokenizer: SentencePieceTokenizer, pieces
     beyond = [token for token, index in tokenizer.get_added_vocab().items() if index >= len(proto.pieces)]
     if beyond:
         raise UserError(
-            f"{source}: has tokens after the pieces of its {MODEL} ({', '.join(beyond[:3])}), whose numbers new pieces "
+            f"{source}: has tokens after the pieces of its {MODEL} ({', '.join(beyond[:3])}), whose ids new pieces "
             "would take; extend the tokenizer without them, and add them afterwards"
         )
     known = {piece.piece for piece in proto.pieces}
@@ -143,17 +143,17 @@ def extend_sentencepiece(source: Path, tokenizer: SentencePieceTokenizer, pieces
 
 
 def extend_bytes(tokenizer: PreTrainedTokenizerBase, pieces: list[str], target: Path) -> int:
-    """Add whole tokens to a byte-level BPE, which has no scores that new merges could be ranked by.
+    """Add whole tokens to a byte-level BPE, which has no scores to rank new merges by.
 
-    Such a token is taken wherever its text stands, inside of words too; so these are pieces without Latin letters,
-    digits, spaces and control characters, and only those that the tokenizer needs several tokens for.
+    Such a token matches wherever its text occurs, even inside words; so only pieces without Latin letters, digits, spaces
+    and control characters are added, and only those for which the tokenizer needs several tokens.
     """
     texts = [piece.replace(SPACE, "") for piece in pieces]
     texts = [text for text in dict.fromkeys(texts) if text and min(map(ord, text)) > BYTE_ALPHABET_ENDS]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     new = [text for text, ids in zip(texts, encoded, strict=True) if len(ids) > 1]
     say(
-        f"{len(pieces) - len(new)} of {len(pieces)} pieces left out: with Latin letters, digits or spaces, or one token already"
+        f"{len(pieces) - len(new)} of {len(pieces)} pieces left out: with Latin letters, digits or spaces, or already one token"
     )
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in new])
     tokenizer.save_pretrained(target)
@@ -170,14 +170,12 @@ def pieces_of_new_tokens(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerB
         zip(old.convert_ids_to_tokens(range(size)), new.convert_ids_to_tokens(range(size)), strict=True)
     ):
         if one != other:
-            raise UserError(
-                f"{new.name_or_path}: token {index} is {other!r}, in {old.name_or_path} {one!r}; it is not an extension of that"
-            )
+            raise UserError(f"{new.name_or_path}: token {index} is {other!r}, in {old.name_or_path} {one!r}; not an extension")
     return {index: ids_inside_text(old, text_of(new, index)) for index in range(size, len(new))}
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
-    """The text that one token stands for."""
+    """The text of one token."""
     token = tokenizer.convert_ids_to_tokens(index)
     if index in tokenizer.added_tokens_decoder:
         return token
@@ -185,7 +183,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
 
 
 def ids_inside_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text that stands in another, so without the space that SentencePiece puts before a text."""
+    """The ids of a text inside another, so without the space that SentencePiece puts before a text."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.continuing_model.encode(text)
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -195,7 +193,7 @@ def ids_inside_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def grow_embeddings(model: "PreTrainedModel", old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
     """Give `model` rows for the tokens that `new` has and `old` has not, each the mean of the rows it replaces.
 
-    Input and output embeddings grow alike, tied or not, and always to the same values.
+    Input and output embeddings grow alike, tied or not, and reproducibly.
     """
     pieces = pieces_of_new_tokens(old, new)
     rows = model.get_input_embeddings().weight.shape[0]

@@ -1,4 +1,4 @@
-"""A model folder's tensors, whatever files they lie in: memory-mapped, one at a time, never unpickled with code."""
+"""A model folder's tensors, in whatever files: memory-mapped, one at a time, never running pickled code."""
 
 import math
 import pickle
@@ -14,11 +14,11 @@ from utils.console import UserError, reason, say
 from utils.files import read_json
 from utils.models import hubs
 
-warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # of what is then refused, in our own words
+warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # about files that we refuse with our own error
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 MAPPED_AT_MOST = 2**26
-DTYPES = {  # by the names that the safetensors format has for them
+DTYPES = {  # by their names in the safetensors format
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,7 +36,7 @@ Kind = tuple[tuple[int, ...], torch.dtype]  # a tensor's shape and type
 
 
 def size_of(kind: Kind) -> int:
-    """The bytes that a tensor takes."""
+    """The size of a tensor in bytes."""
     shape, dtype = kind
     return math.prod(shape) * dtype.itemsize
 
@@ -44,10 +44,10 @@ def size_of(kind: Kind) -> int:
 class Weights:
     """The tensors of a model or adapter: `names`, and by name `shape`, `dtype`, `tensor` and `rows`.
 
-    Reads `model.safetensors` or `pytorch_model.bin`, whole or in shards, or any `files` of these two kinds. Tensors are
-    memory-mapped. Mappings are given up after `MAPPED_AT_MOST` bytes were read through them, since their pages count as
-    this process's memory; so whoever reads rows and keeps none stays small, whatever the size of the model.
-    Raises UserError if a file or a tensor is missing, cut off, or asks for code to be run.
+    Reads `model.safetensors` or `pytorch_model.bin`, complete or in shards, or any `files` of these two kinds. Tensors are
+    memory-mapped. Mappings are dropped after `MAPPED_AT_MOST` bytes were read through them, since their pages count as this
+    process's memory; so reading without keeping takes little memory, whatever the size of the model. Raises UserError if a
+    file or a tensor is missing, cut off, or would run code.
     """
 
     def __init__(self, folder: str | Path, files: list[Path] | None = None):
@@ -74,15 +74,15 @@ class Weights:
         return self._kinds[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that one tensor is stored in."""
+        """The dtype in which one tensor is stored."""
         return self._kinds[name][1]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in the type it is stored in."""
+        """One tensor, in its stored dtype."""
         return self.rows(name, slice(None))
 
     def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
-        """The rows `index` (along the first dimension) of one tensor, in the type it is stored in; safe in threads."""
+        """The rows `index` (along the first dimension) of one tensor, in its stored dtype; thread-safe."""
         file = self._homes[name]
         with self._lock:
             opened = self._open(file)
@@ -101,12 +101,12 @@ class Weights:
         return self._opened[file]
 
     def file_of(self, name: str) -> Path:
-        """The file that one tensor lies in."""
+        """The file that holds one tensor."""
         return self._homes[name]
 
 
 class Unmapped(dict):
-    """Tensors of a file that cannot be mapped, and so are all in memory."""
+    """Tensors of a file that cannot be mapped, so that all are in memory."""
 
 
 def kind(opened: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
@@ -115,7 +115,7 @@ def kind(opened: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         return tuple(opened[name].shape), opened[name].dtype
     part = opened.get_slice(name)
     if part.get_dtype() not in DTYPES:
-        raise UserError(f"{name}: is stored as {part.get_dtype()}, which is not read here; use weights in float16 or bfloat16")
+        raise UserError(f"{name}: is stored as {part.get_dtype()}, which is not supported; use weights in float16 or bfloat16")
     return tuple(part.get_shape()), DTYPES[part.get_dtype()]
 
 
@@ -143,15 +143,15 @@ def named_files(folder: Path) -> list[Path]:
             return [folder / name]
         if index.is_file():
             return [folder / Path(file).name for file in sorted(set(homes_in(index).values()))]
-    raise UserError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLED}, whole or in shards; is it a model folder?")
+    raise UserError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLED}, complete or in shards; is it a model folder?")
 
 
 def homes_in(index: Path) -> dict[str, str]:
-    """In which file each tensor lies, as an index tells. Raises UserError if it does not."""
+    """The file of each tensor, from an index file. Raises UserError if it does not tell."""
     found = read_json(index)
     homes = found.get("weight_map") if isinstance(found, dict) else None
     if not homes or not isinstance(homes, dict) or not all(isinstance(file, str) for file in homes.values()):
-        raise UserError(f"{index}: does not tell in which file each tensor lies; download it again")
+        raise UserError(f"{index}: does not tell which file holds each tensor; download it again")
     return homes
 
 
@@ -161,11 +161,11 @@ def open_safetensors(file: Path):
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         beginning(file)
-        raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+        raise UserError(f"{file}: not a complete safetensors file ({error}); download it again") from None
 
 
 def beginning(file: Path) -> bytes:
-    """A file's first bytes. Raises UserError if they are a stand-in for the file, which git left there without git-lfs."""
+    """A file's first bytes. Raises UserError if the file is only a git-lfs pointer."""
     try:
         with open(file, "rb") as opened:
             head = opened.read(64)
@@ -177,20 +177,20 @@ def beginning(file: Path) -> bytes:
 
 
 def load_pickled(file: Path) -> dict[str, torch.Tensor]:
-    """A file of torch.save, memory-mapped where its format allows (else an `Unmapped`), without running any code in it.
+    """A torch.save file, memory-mapped if its format allows (else an `Unmapped`), without running any code in it.
 
     Raises UserError if the file is cut off, or holds anything but tensors.
     """
     if not beginning(file).startswith((b"PK", b"\x80")):  # a zip file, or (before 1.6) a pickle
-        raise UserError(f"{file}: is not a file of torch.save; download it again")
+        raise UserError(f"{file}: is not a torch.save file; download it again")
     try:
         try:
             loaded, group = torch.load(file, map_location="cpu", weights_only=True, mmap=True), dict
         except RuntimeError:  # torch's format from before 1.6 cannot be mapped
-            say(f"{file}: is in torch's old format, so it is read into memory as a whole")
+            say(f"{file}: is in torch's old format, so all of it is read into memory")
             loaded, group = torch.load(file, map_location="cpu", weights_only=True), Unmapped
     except pickle.UnpicklingError:
-        raise UserError(f"{file}: refused, it asks for code to be run on loading; get the weights as .safetensors") from None
+        raise UserError(f"{file}: refused, because loading it would run code; get the weights as .safetensors") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); download it again") from None
     if not isinstance(loaded, dict):
@@ -213,7 +213,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def tell_adapter(folder: Path) -> None:
-    """Print it if a base model's folder holds an adapter, too: only the model's own weights are used."""
+    """Print if a base model's folder also holds an adapter; only the model's own weights are used."""
     if (folder / "adapter_config.json").is_file():
         say(f"{folder}: also holds an adapter (adapter_config.json), which is not used; give it as one, from its own folder")
 
