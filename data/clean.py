@@ -39,13 +39,15 @@ class Options:
     """What is dropped, and what is masked."""
 
     data_path: str = option(help="records: FILE, a hub name, or several (a.json,b.jsonl)")
-    output_path: str = option(help="file for the records that stay")
+    output_path: str = option(help="file for the records that are kept")
     against: list[str] = option([str(TEST_DATA)], "test questions that no record may share text with ([]: none)")
     ngram: int = option(13, "characters in a row, without spaces and punctuation, that count as shared", least=4)
-    near_duplicates: float = option(0.8, "common text from which the later of two goes (0: all stay)", least=0, most=1)
+    near_duplicates: float = option(
+        0.8, "share of common text from which the later of two records is dropped (0: keep all)", least=0, most=1
+    )
     languages: list[str] = option([], "keep only answers in these languages: zh, en, other")
-    least_characters: int = option(1, "shortest answer that stays", least=1)
-    most_characters: int = option(100_000, "longest record that stays", least=1)
+    least_characters: int = option(1, "shortest answer to keep", least=1)
+    most_characters: int = option(100_000, "longest record to keep", least=1)
     fix_texts: list[str] = option([], "fix what earlier processing broke in texts", choices=FIXES)
     mask_personal: bool = option(True, "replace e-mail addresses, ID and phone numbers")
     overwrite: bool = option(False, "replace the output")
@@ -71,15 +73,15 @@ def main(options: Options) -> None:
 
 
 def check_together(options: Options) -> None:
-    """Raises UserError if an option names something that does not exist, or the output is there already."""
+    """Raises UserError if an option names something that does not exist, or the output already exists."""
     wrong = sorted(set(options.languages) - {"zh", "en", "other"})
     if wrong:
-        raise UserError(f"--languages {wrong[0]}: not a language that is told apart; give zh, en or other")
+        raise UserError(f"--languages {wrong[0]}: not a known language; give zh, en or other")
     check_folder(Path(options.output_path).parent, "--output_path")
     if Path(options.output_path).is_dir() or options.output_path.endswith("/"):
         raise UserError(f"--output_path {options.output_path}: is a folder; name a file in it, such as clean.json")
     if Path(options.output_path).exists() and not options.overwrite:
-        raise UserError(f"{options.output_path}: exists already; give --overwrite, or choose another --output_path")
+        raise UserError(f"{options.output_path}: already exists; give --overwrite, or choose another --output_path")
     if options.least_characters > options.most_characters:
         raise UserError(
             f"--least_characters {options.least_characters}: more than --most_characters {options.most_characters}; swap them"
@@ -88,7 +90,7 @@ def check_together(options: Options) -> None:
 
 @contextlib.contextmanager
 def room_beside(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, gone at the end; what a killed run left in it is removed first."""
+    """An empty folder beside `target`, deleted at the end; leftovers of a killed run are removed first."""
     folder = target.with_name(f".{target.name}.part")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -127,7 +129,7 @@ class Report:
         self.examples: dict[str, list[Any]] = {}
 
     def drop(self, cause: str, example: Any, keep_all: bool = False) -> None:
-        """Count a record that goes; the first few of each cause are shown, of contamination all of them are listed."""
+        """Count a dropped record; the first few of each cause are shown, and all contaminated ones are listed."""
         self.dropped[cause] += 1
         if keep_all or len(self.examples.setdefault(cause, [])) < EXAMPLES:
             self.examples.setdefault(cause, []).append(example)
@@ -143,7 +145,7 @@ class Report:
         say(f"{target}: {self.kept:,} of {self.read:,} records")
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for the file beside the output."""
+        """All counts and examples, for the file beside the output."""
         return {
             "options": self.options, "read": self.read, "kept": self.kept, "dropped": dict(self.dropped),
             "masked": dict(self.masked), "examples": self.examples,
@@ -151,7 +153,7 @@ class Report:
 
 
 def look_at_each(options: Options, files: list[Path], index: Any, kept: Path, signatures: Path, report: Report) -> array:
-    """Write the records that stay as lines to `kept`, and their signatures; returns where each line begins."""
+    """Write the kept records as lines to `kept`, and their signatures; returns where each line begins."""
     offsets = array("q", [0])
     with kept.open("wb") as lines, signatures.open("wb") as sketches, progress(desc="cleaning", unit="record") as bar:
         for examined in in_parallel(options, index, chunks(files, options.fix_texts)):
@@ -183,7 +185,7 @@ def chunks(files: list[Path], fixes: list[str]) -> Iterator[list["Record"]]:
 
 
 def in_parallel(options: Options, index: Any, parts: Iterator[list["Record"]]) -> Iterator[list[tuple]]:
-    """What `examine` says of each chunk, in order, by all cores; only a few chunks are in memory."""
+    """The result of `examine` for each chunk, in order, using all cores; only a few chunks are in memory."""
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, initializer=prepare, initargs=(options, index)) as pool:
         waiting: deque = deque()
@@ -196,7 +198,7 @@ def in_parallel(options: Options, index: Any, parts: Iterator[list["Record"]]) -
 
 
 CONTAMINATED = "shares text with a test question"
-worker: dict[str, Any] = {}  # what each process is given once
+worker: dict[str, Any] = {}  # passed to each process once
 
 
 def prepare(options: Options, index: Any) -> None:
@@ -205,7 +207,7 @@ def prepare(options: Options, index: Any) -> None:
 
 
 def examine(records: list["Record"]) -> list[tuple]:
-    """For each record its line, its signature, why it goes ("" if it stays), an example of that, and what was masked."""
+    """For each record its line, its signature, why it is dropped ("" if kept), an example, and what was masked."""
     from utils.datasets.cleaning import mask_personal, signature, texts_of
 
     options: Options = worker["options"]
@@ -225,7 +227,7 @@ def examine(records: list["Record"]) -> list[tuple]:
 
 
 def why_drop(record: "Record", text: str, options: Options) -> tuple[str, Any]:
-    """Why one record goes, by itself, and what to show of it; ("", None) if it stays."""
+    """Why one record is dropped on its own account, and what to show of it; ("", None) if it is kept."""
     from utils.datasets.cleaning import language_of
 
     shown = record["instruction"][:60]
@@ -241,7 +243,7 @@ def why_drop(record: "Record", text: str, options: Options) -> tuple[str, Any]:
 
 
 def find_near_duplicates(options: Options, kept: Path, signatures: Path, offsets: array, report: Report) -> set[int]:
-    """The numbers of records that share --near_duplicates of their text with an earlier one that stays."""
+    """The numbers of records that share --near_duplicates of their text with an earlier kept one."""
     from utils.datasets.cleaning import candidates, similarity, texts_of
 
     dropped: set[int] = set()
@@ -264,7 +266,7 @@ def find_near_duplicates(options: Options, kept: Path, signatures: Path, offsets
 
 
 def write(target: Path, kept: Path, offsets: array, dropped: set[int], report: Report) -> None:
-    """Write the records that stay as one JSON array, complete or not at all."""
+    """Write the kept records as one JSON array, completely or not at all."""
     from utils.datasets.records import write_records
 
     with kept.open("rb") as lines:

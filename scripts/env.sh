@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by every script here: where things are, and the few words that the scripts are written in.
-# Variables that are set already are kept; the defaults for the others are here, and may be edited.
+# Sourced by every script here: where things are, and the functions that the scripts are written with.
+# Variables that are already set are kept; the defaults for the others are here, and may be edited.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 NAME="$(basename "$0" .sh)"                      # the step, and the output folder of that name
@@ -15,7 +15,7 @@ PYTHON="${PYTHON:-python}"
 # shellcheck disable=SC2034  # used by setup.sh and offline_bundle.sh
 TORCH_FOR_CPU=https://download.pytorch.org/whl/cpu
 # TRAIN_OPTIONS and ANSWER_OPTIONS are further options for all training and answering steps, for whole chains;
-# PLAN=1 prints what a script would run; SKIP_DONE=1 skips a step whose result is there. chain.sh uses both.
+# PLAN=1 prints what a script would run; SKIP_DONE=1 skips a step whose result exists. chain.sh uses both.
 
 # The published hyperparameters of all experiments
 # shellcheck disable=SC2034  # used by the scripts
@@ -69,7 +69,7 @@ adapter() {
     done
 }
 
-# lora NAME: LoRA weights of others, $MODEL_DIR/NAME
+# lora NAME: published LoRA weights, $MODEL_DIR/NAME
 lora() {
     lora="$MODEL_DIR/$1"
     needs+=("$lora" "")
@@ -108,7 +108,7 @@ chat() {
     make "" "$PYTHON" "$ROOT/generate.py" --base_model "$model" ${lora:+--lora_weights "$lora"} "$@"
 }
 
-# make RESULT COMMAND…: run what makes RESULT, once all that it needs is there
+# make RESULT COMMAND…: run what makes RESULT, once everything that it needs exists
 make() {
     local result="$1" index
     shift
@@ -127,7 +127,7 @@ make() {
     fi
 }
 
-# missing PATH WAY_OUT: the end of the script; a plan only says so
+# missing PATH FIX: ends the script with an error; a plan only prints it
 missing() {
     if [ -n "${PLAN:-}" ]; then
         echo "missing: $1; $2"
@@ -137,7 +137,7 @@ missing() {
     fi
 }
 
-# is_there PATH: a published adapter has no lineage.json; it is told from an unfinished run by having no checkpoints
+# is_there PATH: a published adapter has no lineage.json; unlike an unfinished run it has no checkpoints
 is_there() {
     [ -e "$1" ] || {
         [ "${1##*/}" = lineage.json ] && [ -e "${1%/*}/adapter_config.json" ] && ! compgen -G "${1%/*}/checkpoint-*" > /dev/null

@@ -32,7 +32,7 @@ Whoever passes on Gemma, or a model tuned or merged from it, must pass on these 
 Read both pages first. This script fetches $from into $base.
 TERMS
     local reply=""
-    read -r -p "Do you accept these terms? Type yes to go on: " reply || true
+    read -r -p "Do you accept these terms? Type yes to continue: " reply || true
     [ "$reply" = yes ] || fail "the terms were not accepted; nothing was fetched"
 }
 

@@ -24,5 +24,5 @@ ruff check .
 ruff format --check .
 mypy
 # two processes, each with whole modules, whose fixtures are shared; a third gains nothing on two cores. If one crashes, the
-# run ends: pytest-xdist would start another, and wait for ever for what the crashed one had left
+# run ends: pytest-xdist would start another, and wait forever for what the crashed one had left
 python -m pytest -n 2 --dist loadscope --max-worker-restart 0 ${tier[@]+"${tier[@]}"} "$@"

@@ -30,7 +30,7 @@ def main(options: PrepareOptions) -> None:
 
 
 def exam(item: dict) -> dict:
-    """An exam question: its context and itself are the input, its analysis (else the bare answer) is the output."""
+    """An exam question: context and question are the input, its analysis (else the bare answer) is the output."""
     context, question = text_in(item.get("textbox_q_context")), text_in(item.get("textbox_question"))
     if not question:
         raise InvalidRecord("textbox_question is missing")
@@ -42,7 +42,7 @@ def exam(item: dict) -> dict:
 
 
 def text_in(value: Any) -> str | None:
-    """The text of an exam field, None where it stands for nothing: a missing or empty one, "[]" or "null"."""
+    """The text of an exam field, or None if it is missing, empty, "[]" or "null"."""
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n".join(value)
     if value is None or (isinstance(value, str) and value.strip() in ("", "[]", "null")):
@@ -63,7 +63,7 @@ def leetcode(item: dict) -> dict:
 
 
 def unlisted(text: Any) -> Any:
-    """A text that ends in a Python list of texts, with these in the list's place, separated by blank lines; else as it is."""
+    """A text whose trailing Python list of texts is replaced by these, separated by blank lines; others unchanged."""
     before, bracket, after = text.partition("[") if isinstance(text, str) else ("", "", "")
     try:
         parts = ast.literal_eval(bracket + after) if bracket else None

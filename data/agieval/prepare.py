@@ -28,12 +28,12 @@ WITHOUT_CHOICES = "gaokao-mathcloze"
 
 
 def main(options: EvaluationOptions) -> None:
-    """Read the parts that are there, a JSON Lines file each."""
+    """Read the available parts, one JSON Lines file each."""
     write(options, "agieval", LICENCE, {"test": questions([file for file in raw_files(options.raw, "*.jsonl")])})
 
 
 def questions(files: list[Path]) -> Iterator[Choice]:
-    """The questions of the known files; which are left out or missing is printed."""
+    """The questions of the known files; prints which are left out or missing."""
     by_name = {file.stem: file for file in files}
     if not TOPICS.keys() & by_name.keys():
         raise UserError(f"{files[0].parent}: holds none of {', '.join(TOPICS)}; name the folder data/v1 of AGIEval")

@@ -31,7 +31,7 @@ def main(options: PrepareOptions) -> None:
 
 
 def single_or_dialogue(item: dict) -> dict:
-    """One turn, or, where the instruction opens with a speaker, the dialogue in it; outer line breaks go."""
+    """One turn or, if the instruction begins with a speaker, the dialogue in it; outer line breaks are removed."""
     record = {key: trimmed(text) if isinstance(text, str) else text for key, text in item.items()}
     instruction = record.get("instruction")
     if isinstance(instruction, str) and (speaker := SPEAKER.match(instruction.lstrip())) and speaker[1] == "Human":
@@ -42,7 +42,7 @@ def single_or_dialogue(item: dict) -> dict:
 
 
 def trimmed(text: str) -> str:
-    """A text without the line breaks before it and the white space after it; the indentation of its first line stays."""
+    """A text without leading line breaks and trailing white space; the indentation of its first line is kept."""
     return text.rstrip().lstrip("\r\n")
 
 

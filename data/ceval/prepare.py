@@ -2,7 +2,7 @@
 
     python data/ceval/prepare.py --raw downloads/ceval-exam.zip
 
-The right answers of C-Eval's test part are not published; with --split test its questions are read where they have some.
+The right answers of C-Eval's test part are not published; --split test reads only questions that have one.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Options(EvaluationOptions):
 
 
 def main(options: Options) -> None:
-    """Read dev/*_dev.csv and val/*_val.csv, a file a subject, in a folder or in the archive that they come in."""
+    """Read dev/*_dev.csv and val/*_val.csv, one file per subject, in a folder or in the downloaded archive."""
     subjects = read_subjects(__file__)
     parts = {"test": options.split, "dev": "dev"}
     splits = {

@@ -1,4 +1,4 @@
-"""Write CMATH, Chinese sums of six school years, as prompts whose reference is a number.
+"""Write CMATH, Chinese arithmetic problems of six school years, as prompts whose reference is a number.
 
     python data/cmath/prepare.py --raw downloads/cmath/datasets/cmath_dev.jsonl
 
@@ -27,7 +27,7 @@ def main(options: EvaluationOptions) -> None:
 
 
 def prompts(path: Path) -> Iterator[dict[str, Any]]:
-    """The sums that have a question, an answer and a school year; the others are counted."""
+    """The problems with a question, an answer and a school year; the others are counted."""
     kept = dropped = 0
     for _, item in read_items(path):
         fields = [item.get(name) for name in ("input", "golden", "grade")] if isinstance(item, dict) else [None]
@@ -41,7 +41,7 @@ def prompts(path: Path) -> Iterator[dict[str, Any]]:
     if dropped:
         say(f"{path}: {dropped} of {kept + dropped} items dropped: input, grade or a number as golden is missing")
     if not kept:
-        raise UserError(f"{path}: holds no sum of CMATH; name its cmath_dev.jsonl")
+        raise UserError(f"{path}: holds no CMATH problem; name its cmath_dev.jsonl")
 
 
 if __name__ == "__main__":

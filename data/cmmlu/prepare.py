@@ -15,7 +15,7 @@ LICENCE = "CMMLU is under CC BY-NC-SA 4.0 (haonan-li/CMMLU): not for commercial 
 
 
 def main(options: EvaluationOptions) -> None:
-    """Read data/dev/*.csv and data/test/*.csv, a file a subject."""
+    """Read data/dev/*.csv and data/test/*.csv, one file per subject."""
     subjects = read_subjects(__file__)
     splits = {split: by_subject(raw_files(options.raw, f"{split}/*.csv"), subjects) for split in ("test", "dev")}
     write(options, "cmmlu", LICENCE, splits)

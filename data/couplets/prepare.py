@@ -24,7 +24,7 @@ from utils.datasets.records import writers
 from utils.datasets.sources import check_exists
 from utils.datasets.text_encoding import as_utf8
 
-HEADERS = {  # what the columns of a file of couplets are called
+HEADERS = {  # column names in files of couplets
     *(("上联", "下联"), ("上句", "下句"), ("上聯", "下聯"), ("出句", "对句"), ("first", "second"), ("in", "out")),
     *(("input", "output"), ("instruction", "output"), ("up", "down"), ("upper", "lower"), ("shanglian", "xialian")),
     *(("question", "answer"), ("text1", "text2"), ("source", "target"), ("src", "tgt"), ("left", "right"), ("text", "label")),
@@ -52,7 +52,7 @@ def main(options: Options) -> None:
 
 
 def find_parts(raw: str) -> tuple[list[tuple[Path, Iterator[Item]]], list[Path]]:
-    """The parts of the set, each a path to speak of and its pairs of lines; and all files that they are read from.
+    """The parts of the set, each with a path for messages and its pairs of lines; and all files that they are read from.
 
     Raises UserError if a file is missing.
     """
@@ -93,13 +93,13 @@ def text_pairs(first: Path, second: Path) -> Iterator[Item]:
             yield number, UnreadableItem("not UTF-8", one or two or "")
         elif bool(one) != bool(two) and (one + two).strip():
             shorter = second if one else first
-            raise UserError(f"{shorter}: ends before line {number}, the other file goes on; fetch both again")
+            raise UserError(f"{shorter}: ends before line {number}, but the other file continues; fetch both again")
         elif one.strip() or two.strip():
             yield number, pair(number, one, two)
 
 
 def tsv_pairs(path: Path) -> Iterator[Item]:
-    """The pairs of a file that has a first and a second line of a couplet on each line, separated by a tab."""
+    """The pairs of a file with both lines of a couplet on each line, separated by a tab."""
     for number, line in enumerate(lines_of(path), 1):
         halves = line.split("\t") if line is not None else []
         if line is None or len(halves) != 2:
@@ -109,7 +109,7 @@ def tsv_pairs(path: Path) -> Iterator[Item]:
 
 
 def pair(number: int, first: str, second: str) -> dict | UnreadableItem:
-    """Both halves without spaces, the first line of a file being perhaps a header."""
+    """Both halves without spaces. Raises InvalidRecord for a header in the first line."""
     first, second = ("".join(half.split()) for half in (first, second))
     if number == 1 and (first.lower(), second.lower()) in HEADERS:
         return UnreadableItem("a header, not a couplet", f"{first} {second}")

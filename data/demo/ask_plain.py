@@ -2,7 +2,7 @@
 
     python data/demo/ask_plain.py models/demo-chat-smollm2-135m output/demo-chat-2/test.json
 
-The folder's own chat_template.jinja and plain greedy `generate` are all that is used. Exits with 1 where a text differs.
+Only the folder's own chat_template.jinja and plain greedy `generate` are used. Exits with 1 if any text differs.
 """
 
 import json
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import show_any_character
 
-TOKENS = 40  # as the scripts of the demo ask
+TOKENS = 40  # as in the demo's scripts
 
 
 def ask(folder: str, questions: list[str]) -> list[str]:

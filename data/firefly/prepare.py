@@ -1,4 +1,4 @@
-"""Cut Firefly 1.1M into parts that each hold every kind in proportion, in the record format.
+"""Cut Firefly 1.1M into parts with all kinds in proportion, in the record format.
 
     python data/firefly/prepare.py --raw downloads/firefly-train-1.1M.jsonl
 
@@ -49,7 +49,7 @@ def main(options: Options) -> None:
 
 
 def single(item: dict) -> dict:
-    """A record of `kind`, `input`, `target`. Raises InvalidRecord if there is no kind to share out by."""
+    """A record of `kind`, `input`, `target`. Raises InvalidRecord if there is no kind to divide by."""
     if type(item.get("kind")) is not str:
         raise InvalidRecord("kind is missing" if item.get("kind") is None else "kind is not text")
     return {"instruction": item.get("input"), "input": "", "output": item.get("target")}
@@ -76,7 +76,7 @@ def spool(folder: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 def write_spool(batches: Iterator[list[tuple[dict, Record]]], text: IO[bytes], index: IO[bytes]) -> Kinds:
     """Write the records one after the other, as they will stand in the parts. Returns how many there are of each kind.
 
-    A kind's records can be dealt out only when their number is known; parsing 1.1 GB again would take longer than copying it.
+    A kind's records can be distributed only once their number is known; parsing 1.1 GB again would take longer than copying it.
     """
     writer = RecordWriter(text)
     kinds: Kinds = collections.Counter()
@@ -107,7 +107,7 @@ def deal_out(kinds: Kinds, text: IO[bytes], index: IO[bytes], outputs: list[Path
             for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(places)) + 1):
                 parts[places[run[0]]].copy(text, int(sizes[run].sum()), len(run))
         if (written.sum(0) != totals).any():
-            raise RuntimeError(f"dealt out {written}, but there were {totals}")
+            raise RuntimeError(f"distributed {written}, but there were {totals}")
     return written
 
 
@@ -127,14 +127,14 @@ def parts_of(numbers: "np.ndarray", runs: "np.ndarray", seen: "np.ndarray") -> "
 
 
 def print_totals(kinds: Kinds, written: "np.ndarray", outputs: list[Path]) -> None:
-    """Say how many records of each kind there are, in all and in each part."""
+    """Print how many records of each kind there are, in all and in each part."""
     names = [printable(kind) for kind in kinds]
     width = max(map(len, names))
     for kind, count, row in sorted(zip(names, kinds.values(), written.T, strict=True), key=lambda line: -line[1]):
         say(f"{kind:<{width}} {count:>10,} = {' + '.join(f'{part:,}' for part in row)}")
     for output, row in zip(outputs, written, strict=True):
         say(f"{output}: {row.sum():,} records of {(row > 0).sum()} kinds")
-    say(f"{kinds.total():,} records of {len(kinds)} kinds; the parts' totals are verified to add up to these")
+    say(f"{kinds.total():,} records of {len(kinds)} kinds; the parts' totals add up to these, as verified")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LETTER = re.compile(r"(?<![A-Za-z\\$])([A-D])\s*[.．、]")
 
 
 def main(options: EvaluationOptions) -> None:
-    """Read the files of the years and subjects; what other programs left beside them is passed over."""
+    """Read the files of the years and subjects; other files beside them are skipped."""
     files = {match[1]: file for file in raw_files(options.raw, "*.json") if (match := FILE.fullmatch(file.stem))}
     if not files:
         raise UserError(f"{options.raw}: holds no file like 2010-2022_Biology_MCQs.json; name the folder Objective_Questions")
@@ -42,7 +42,7 @@ def main(options: EvaluationOptions) -> None:
 
 
 def questions(name: str, file: Path) -> Iterator[Choice]:
-    """The questions of a file; texts whose questions and choices are not to be told apart are counted by cause."""
+    """The questions of a file; texts whose questions and choices cannot be separated are counted by cause."""
     if name not in TOPICS:
         say(f"{file}: {name} is not a subject of GAOKAO-Bench; its questions are kept under that name")
     held = read_json(file)
@@ -64,7 +64,7 @@ def questions(name: str, file: Path) -> Iterator[Choice]:
 
 
 def separated(item: Any) -> list[dict[str, Any]]:
-    """The questions of an item, which stand in one text with their choices A to D. Raises InvalidRecord.
+    """The questions of an item, which has them in one text with their choices A to D. Raises InvalidRecord.
 
     Several questions about one text have that text before each; a question begins with its number.
     """
@@ -76,7 +76,7 @@ def separated(item: Any) -> list[dict[str, Any]]:
     if count == 1:
         marks = marks[max(letters.rfind("ABCD"), 0) :]
     if "".join(mark[1] for mark in marks) != "ABCD" * count:
-        raise InvalidRecord("its choices A to D are not to be told apart")
+        raise InvalidRecord("its choices A to D cannot be separated")
     passage, start = "", 0
     found = []
     for number, right in enumerate(item["answer"]):
@@ -90,7 +90,7 @@ def separated(item: Any) -> list[dict[str, Any]]:
             following = NUMBERED.search(text, four[3].end(), marks[4 * number + 4].start())
             start = following.start() if following else -1
         if not stem or start < 0:
-            raise InvalidRecord("where its questions begin is not to be told")
+            raise InvalidRecord("it is unclear where its questions begin")
         edges = [*(mark.start() for mark in four[1:]), start]
         choices = [text[mark.end() : edge].strip() for mark, edge in zip(four, edges, strict=True)]
         stem = NUMBER.sub("", stem, count=1) if count == 1 else stem

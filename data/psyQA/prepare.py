@@ -36,7 +36,7 @@ def main(options: PrepareOptions) -> None:
 
 
 def answers(raw: Path) -> Iterator[Item]:
-    """One item an answer: its question, description and text, and whether it is the first."""
+    """One item per answer: its question, description and text, and whether it is the first."""
     for line, item in read_items(raw):
         texts = item.get("answers") if isinstance(item, dict) else None
         if not isinstance(texts, list) or not texts:

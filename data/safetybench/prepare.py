@@ -1,4 +1,4 @@
-"""Write SafetyBench's Chinese questions as choice records, a subject for each kind of harm.
+"""Write SafetyBench's Chinese questions as choice records, with one subject for each kind of harm.
 
 python data/safetybench/prepare.py --raw downloads/SafetyBench/opensource_data
 """
@@ -25,10 +25,10 @@ def main(options: EvaluationOptions) -> None:
 
 
 def questions(path: Path) -> Iterator[Choice]:
-    """The questions with their right choices, which stand in a file of their own by the questions' ids."""
+    """The questions with their right choices, which are in a separate file by the questions' ids."""
     answers = path.with_name("test_answers_zh.json")
     if not answers.is_file():
-        raise UserError(f"{answers}: is missing; fetch it from opensource_data of thu-coai/SafetyBench, too")
+        raise UserError(f"{answers}: is missing; also fetch it from opensource_data of thu-coai/SafetyBench")
     items, right = read_json(path), read_json(answers)
     if not isinstance(items, list) or not isinstance(right, dict):
         raise UserError(f"{path}: is not SafetyBench's test_zh.json with its answers; fetch both again")

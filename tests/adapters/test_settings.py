@@ -115,19 +115,19 @@ def refusals(base, folder):
         ({"monteclora_config": {}}, "are sampled"),
         ({"arrow_config": {}}, "chooses among experts"),
         ({"use_bdlora": {}}, "block-diagonal"),
-        ({"init_lora_weights": "hello"}, "init_lora_weights is hello"),
-        ({"task_type": ["CAUSAL_LM"]}, "task_type is"),
-        ({"target_modules": []}, "target_modules is []"),
-        ({"r": "8"}, "r is 8"),
-        ({"r": 8.5}, "r is 8.5"),
-        ({"r": True}, "r is True"),
-        ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"use_dora": "false"}, "use_dora is false"),
-        ({"bias": "some"}, "bias is some"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save is lm_head"),
-        ({"target_modules": "q_proj("}, "target_modules is"),
-        ({"trainable_token_indices": ["<s>"]}, "trainable_token_indices is"),
-        ({"layers_to_transform": "1"}, "layers_to_transform is 1"),
+        ({"init_lora_weights": "hello"}, "invalid value hello for init_lora_weights"),
+        ({"task_type": ["CAUSAL_LM"]}, " for task_type;"),
+        ({"target_modules": []}, "invalid value [] for target_modules"),
+        ({"r": "8"}, "invalid value 8 for r"),
+        ({"r": 8.5}, "invalid value 8.5 for r"),
+        ({"r": True}, "invalid value True for r"),
+        ({"lora_alpha": None}, "invalid value None for lora_alpha"),
+        ({"use_dora": "false"}, "invalid value false for use_dora"),
+        ({"bias": "some"}, "invalid value some for bias"),
+        ({"modules_to_save": "lm_head"}, "invalid value lm_head for modules_to_save"),
+        ({"target_modules": "q_proj("}, " for target_modules;"),
+        ({"trainable_token_indices": ["<s>"]}, " for trainable_token_indices;"),
+        ({"layers_to_transform": "1"}, "invalid value 1 for layers_to_transform"),
     ],
 )
 def test_what_one_script_refuses_all_refuse_with_one_line(bases, plain, tmp_path, settings, words):
@@ -225,7 +225,7 @@ def test_a_base_beside_which_an_adapter_lies(bases, plain, tmp_path, script, cap
 
 def test_an_adapter_s_values_must_be_those_its_settings_ask_for(bases, plain, tmp_path):
     folder = changed(plain, tmp_path / "adapter", target_modules=["q_proj"])
-    with pytest.raises(UserError, match="does not fit this base model"):
+    with pytest.raises(UserError, match="do not fit this base model"):
         switching.attach(AutoModelForCausalLM.from_pretrained(bases[False]), {"own": folder}, str(bases[False]))
     tensors = load_file(plain / "adapter_model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "q_proj" in name}, folder / "adapter_model.safetensors")

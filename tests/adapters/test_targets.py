@@ -36,7 +36,7 @@ def llama():
         (["model.layers.0"], [], "is a LlamaDecoderLayer"),
         (["layers"], [], "is a ModuleList"),
         (["layers.9.self_attn.q_proj"], [], "has no layer layers.9"),
-        ([".*"], [], "on which no LoRA can go"),
+        ([".*"], [], "which cannot have a LoRA"),
         (["q_proj.*"], [], "has no layer q_proj"),
         (["q_proj"], ["layers"], "--modules_to_save layers: is a list of layers"),
         (["q_proj"], ["lm_tail"], "--modules_to_save: the model has no layer lm_tail"),

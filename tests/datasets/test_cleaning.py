@@ -118,6 +118,6 @@ def test_the_script_drops_masks_counts_and_can_be_repeated(script, tmp_path):
     assert report["read"] == 5 and report["kept"] == 1 and sum(report["dropped"].values()) == 4
     left = {file.name for file in tmp_path.iterdir() if not file.name.startswith(".run")}
     assert left == {"data.json", "test.json", "clean.json", "clean.report.json"}
-    assert "exists already; give --overwrite" in script("data/clean.py", *argv).error
+    assert "already exists; give --overwrite" in script("data/clean.py", *argv).error
     assert "is a folder; name a file" in script("data/clean.py", *argv, "--output_path", tmp_path, "--overwrite").error
     assert "is also an input" in script("data/clean.py", *argv[:2], "--output_path", data, "--overwrite").error

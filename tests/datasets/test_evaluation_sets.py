@@ -113,7 +113,7 @@ def test_gaokao_bench_takes_one_text_apart(prepare, tmp_path):
         "骑车",
         "飞",
     ]
-    assert "1 of 4 texts dropped: its choices A to D are not to be told apart; 3 questions kept" in said
+    assert "1 of 4 texts dropped: its choices A to D cannot be separated; 3 questions kept" in said
     assert "1 of 4 texts dropped: question or answer is missing; 3 questions kept" in said and "Apache-2.0" in said
 
 

@@ -135,7 +135,7 @@ def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, cap
     path = tmp_path / "a.json"
     path.write_text(json.dumps(items))
     assert len(list(read_records(path))) == 39
-    said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "unused" in line]
     assert said == [
         f"{path}: unused fields, with the number of records that have them: "
         "id (39), tools (39), loss (of a question) (39), name (in turns) (39)"

@@ -83,7 +83,7 @@ def test_biases_are_counted():
     ]  # fmt: skip
     lines = notes("m", [{"category": "x", "instruction": "?"}] * 2, answers, given)
     assert lines[0] == "m: 3 of 4 comparisons of 2 prompts have a verdict"
-    assert "m: 1 comparisons: no verdict that can be read" in lines
+    assert "m: 1 comparisons: no readable verdict" in lines
     assert "m: both orders agree in 0 % [0, 79] of 1" in lines
     assert "m: position: the answer shown first wins 100 % [44, 100] of 3 decided" in lines
     assert "m: length: the longer answer wins 67 % [21, 94] of 3 decided" in lines

@@ -130,7 +130,7 @@ def test_every_tensor_of_an_adapter_counts_once(base, adapter, tmp_path):
     stored = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     save_file(stored | {name.replace("lora_A", "lora_A.default"): stored[name] * 2}, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="are one tensor"):
+    with pytest.raises(UserError, match="are the same tensor"):
         merge(base, folder, tmp_path / "out")
     renamed = {n.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): t for n, t in stored.items()}
     save_file(renamed, folder / "adapter_model.safetensors")
@@ -154,7 +154,7 @@ def test_the_output_folder(base, adapter, tmp_path, monkeypatch):
     merge(base, adapter, tmp_path / "model", "--overwrite")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"are needed and 0\.00 GB free"):
+    with pytest.raises(UserError, match=r"are needed and 0\.00 GB are free"):
         merge(base, adapter, tmp_path / "more")
     with pytest.raises(UserError, match="not a size"):
         merge(base, adapter, tmp_path / "more", "--max_shard_size", "5 elephants")
@@ -217,6 +217,6 @@ def test_a_merge_is_read_back(base, adapter, tmp_path, monkeypatch):
         return pieces
 
     monkeypatch.setattr(shards, "write_safetensors", damaging)
-    with pytest.raises(UserError, match="is not read as it was written"):
+    with pytest.raises(UserError, match="reads back differently from what was written"):
         merge(base, adapter, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
