@@ -5,7 +5,7 @@
     python finetune.py --base_model models/chinese-alpaca-7b --data_path more.json --output_dir output/rerun-1 \\
         --resume_from_checkpoint output/run-1
 
-The same command again goes on after a kill. Several GPUs: torchrun --nproc_per_node 4 finetune.py …
+After a kill, the same command resumes. Several GPUs: torchrun --nproc_per_node 4 finetune.py …
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ class Options:
     data_path: str = option(help="records: FILE, a hub name, or several with weights (a.json,b.jsonl:0.5)")
     stage: str = option(
         "",
-        "what to train, where the records' form leaves a choice",
+        "training stage, if the records' form leaves a choice",
         choices=("", "text", "instruction", "preference", "reward"),
     )
     output_dir: str = option("./lora-alpaca", "folder for the adapter, its checkpoints and its log")
     prompt_template_name: str = option("alpaca", "template: a name in templates/, a .json file, or chat (the tokenizer's own)")
-    enable_thinking: bool | None = option(None, "passed to chat templates that know it; the saved one keeps it")
-    tokenizer: str = option("", "folder of an extended tokenizer (the base's is used where none is given)")
+    enable_thinking: bool | None = option(None, "passed to chat templates that support it, and kept in the saved one")
+    tokenizer: str = option("", "folder of an extended tokenizer (by default the base's is used)")
 
     batch_size: int = option(128, "records in one optimizer step, over all processes", least=1, heading="Training")
     micro_batch_size: int = option(4, "records of --cutoff_len tokens that fit in memory at once", least=1)
@@ -56,8 +56,8 @@ class Options:
     group_by_length: bool = option(False, "batch records of similar length (less padding, a jagged loss curve)")
     seed: int = option(42, "random seed: data split, order, dropout, LoRA initialization", least=0, most=2**32 - 1)
 
-    lora_r: int | None = option(None, "rank (8, or that of the adapter trained on)", least=1, heading="Adapter")
-    lora_alpha: int | None = option(None, "scale (16, or that of the adapter trained on)", least=1)
+    lora_r: int | None = option(None, "rank (8, or the parent adapter's)", least=1, heading="Adapter")
+    lora_alpha: int | None = option(None, "scale (16, or the parent adapter's)", least=1)
     lora_dropout: float = option(0.05, "dropout before the adapter", least=0, most=0.99)
     lora_target_modules: list[str] = option([], "layers ([q_proj,v_proj], or the family's attention projection)")
     modules_to_save: list[str] = option([], "layers trained in full, such as [embed_tokens,lm_head]")
@@ -66,12 +66,12 @@ class Options:
 
     preference_loss: str = option(
         "",
-        "loss for pairs (dpo, unless given), or kto, as always for labelled answers",
+        "loss for pairs (default dpo), or kto, which labelled answers always use",
         choices=("", "dpo", "ipo", "orpo", "simpo", "kto"),
         heading="Preferences",
     )
     preference_beta: float = option(0.1, "strength of the preference (SimPO: about 2)", least=1e-6)
-    preference_sft: float = option(0.0, "share of the chosen answers' own loss that is added", least=0)
+    preference_sft: float = option(0.0, "weight of the chosen answers' own loss, which is added", least=0)
     preference_margin: float = option(0.5, "margin between the two answers' rewards (SimPO)", least=0)
     desirable_weight: float = option(1.0, "weight of answers labelled true (KTO)", least=1e-6)
     undesirable_weight: float = option(1.0, "weight of answers labelled false (KTO)", least=1e-6)
@@ -80,12 +80,12 @@ class Options:
         [], "learn by rewards: exact, number, format, length or FILE.py:name, each with its :weight", heading="Rewards"
     )
     reward_format: str = option("", "regular expression of format (<think>…</think> and an answer)")
-    group_size: int = option(8, "answers sampled to each question", least=2)
+    group_size: int = option(8, "answers sampled for each question", least=2)
     max_new_tokens: int = option(128, "longest answer while training (--rewards, --eval_answers), in tokens", least=1)
-    temperature: float = option(1.0, "of sampling", least=0.01)
+    temperature: float = option(1.0, "sampling temperature", least=0.01)
     clip_epsilon: float = option(0.2, "how far one update may change a token's probability (GRPO)", least=1e-6)
-    kl_beta: float = option(0.0, "weight of the distance from what the run started from (GRPO)", least=0)
-    num_iterations: int = option(1, "updates on the answers of one sampling (GRPO)", least=1)
+    kl_beta: float = option(0.0, "weight of the KL divergence from the starting model (GRPO)", least=0)
+    num_iterations: int = option(1, "updates on each set of sampled answers (GRPO)", least=1)
 
     resume_from_checkpoint: str | None = option(
         None, "adapter to train on, checkpoint of this run, or auto for its newest one", heading="Start, saving, logs"
@@ -96,11 +96,11 @@ class Options:
     eval_steps: int = option(200, "steps between evaluations (also at each epoch's end)", least=1)
     save_steps: int = option(200, "steps between checkpoints (also at each epoch's end)", least=1)
     save_total_limit: int = option(3, "checkpoints to keep, in addition to the best one", least=1)
-    eval_answers: str = option("", "prompts to answer at each evaluation, a few: the answers are in the log")
+    eval_answers: str = option("", "a few prompts to answer at each evaluation; the answers are logged")
     eval_choices: str = option("", "choice records to score the model on at each evaluation")
     load_best_model_at_end: bool = option(True, "keep the adapter with the best validation loss (False: the last one)")
     metric_for_best_model: str = option(
-        "", "the best by another measure: choices (--eval_choices), chrf or exact (--eval_answers) [loss]"
+        "", "metric of the best adapter: choices (--eval_choices), chrf or exact (--eval_answers) [loss]"
     )
     report_to: list[str] = option([], "also log to [tensorboard,wandb,swanlab,mlflow]; JSON lines and a plot are always there")
     wandb_project: str = option("", "project in Weights & Biases")
@@ -108,7 +108,7 @@ class Options:
     wandb_watch: str = option("", "what wandb watches", choices=("", "false", "gradients", "all"))
     wandb_log_model: str = option("", "whether wandb stores the model", choices=("", "false", "true", "checkpoint", "end"))
 
-    load_8bit: bool | None = option(None, "base in 8 bit (on CUDA this is the default)", heading="Machine")
+    load_8bit: bool | None = option(None, "base in 8 bit (the default on CUDA)", heading="Machine")
     load_4bit: bool = option(False, "base in 4 bit (NF4)")
     dtype: str = option(
         "", "compute dtype (by default what is fast on this machine)", choices=("", "float32", "bfloat16", "float16")
@@ -122,7 +122,7 @@ class Options:
     )
     attn_implementation: str = option(
         "",
-        "attention kernel of transformers (on a GPU FlashAttention 2 where it is installed, else sdpa)",
+        "attention kernel of transformers (on a GPU FlashAttention 2 if installed, else sdpa)",
         choices=("", "eager", "sdpa", "flash_attention_2"),
     )
     torch_compile: bool = option(False, "compile the model")
@@ -131,7 +131,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """The story of one step of a chain."""
+    """Run one step of a chain."""
     options = dataclasses.replace(options, base_model=named_on(options.hub, options.base_model))
     stage = checks.check_together(options)
     asked = training_questions.read(options)
@@ -194,12 +194,12 @@ def main(options: Options) -> None:
 
 
 def what_rules(options: Options) -> dict[str, Any]:
-    """The options that a run's result depends on; base, parent and data count by what they are, not by their paths."""
+    """The options that a run's result depends on; base, parent and data count by content, not by path."""
     free = {
         "base_model", "hub", "data_path", "output_dir", "tokenizer", "resume_from_checkpoint", "overwrite_output_dir",
         "save_total_limit", "report_to", "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model", "num_workers",
-        "eval_answers", "eval_choices",  # count by what is in the files
-        "device_map", "dtype", "bf16", "fp16",  # the type that they come to is added
+        "eval_answers", "eval_choices",  # counted by the files' contents
+        "device_map", "dtype", "bf16", "fp16",  # the resulting dtype is added
     }  # fmt: skip
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in free}
 

@@ -35,7 +35,7 @@ class Answering:
     base_model: str = option("", "base model: a folder, or a name on a hub", heading="Model")
     lora_weights: list[str] = option([], "adapter: a folder, or a name on the hub; several (a,b); none: the base model alone")
     prompt_template: str = option("", "template: a name in templates/, a .json file, or chat (the adapter's own)")
-    enable_thinking: bool | None = option(None, "passed to chat templates that know it (their own default)")
+    enable_thinking: bool | None = option(None, "passed to chat templates that support it (their own default)")
     stop: list[str] = option([], "texts that end an answer")
     load_8bit: bool = option(False, "base in 8 bit")
     load_4bit: bool = option(False, "base in 4 bit (NF4)")

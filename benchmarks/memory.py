@@ -106,7 +106,7 @@ def compare(base: Path, kind: str, trained: str, records: int, length: int) -> F
 
 
 def with_adapter(base: Path, placement: DeviceConfig, trained: str) -> PeftModel:
-    """The model as it is trained."""
+    """The model in training mode, with its adapter."""
     quantized = {"quantization_config": quantization(placement)} if placement.quantize else {}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=placement.dtype, **quantized)
     if placement.quantize == "4bit":

@@ -323,8 +323,8 @@ def help_text(options: type, docstring: str) -> str:
         if heading:
             lines.append(f"\n{heading}:")
         suffix = f" ({default})" if default == "required" else f" [{default}]" if default else ""
-        head, told = f"  {name} {value}", textwrap.wrap(f"{help}{suffix}", width - 30)
+        head, lines_of_help = f"  {name} {value}", textwrap.wrap(f"{help}{suffix}", width - 30)
         if len(head) <= 28:
-            head = f"{head:<30}{told.pop(0)}"
-        lines += [*textwrap.wrap(head, width, subsequent_indent="      "), *(f"{'':30}{line}" for line in told)]
+            head = f"{head:<30}{lines_of_help.pop(0)}"
+        lines += [*textwrap.wrap(head, width, subsequent_indent="      "), *(f"{'':30}{line}" for line in lines_of_help)]
     return "\n".join(lines)

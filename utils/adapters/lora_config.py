@@ -38,8 +38,8 @@ def lora_config(model: "nn.Module", wanted: dict[str, Any], parent: Path | None,
                 say(f"--lora_dropout {config.lora_dropout}: is 0 here, as peft needs it for single parameters ({parent})")
                 config.lora_dropout = 0.0
             return config
-        told = f"rank {settings['lora_r']} on {', '.join(settings['lora_target_modules'])}; alpha {settings['lora_alpha']}"
-        say(f"{parent}: has no adapter_config.json; its weights show {told} is assumed")
+        seen = f"rank {settings['lora_r']} on {', '.join(settings['lora_target_modules'])}; alpha {settings['lora_alpha']}"
+        say(f"{parent}: has no adapter_config.json; its weights show {seen} is assumed")
     return LoraConfig(
         r=settings["lora_r"],
         lora_alpha=settings["lora_alpha"],

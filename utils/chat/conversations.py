@@ -62,13 +62,13 @@ class Conversation:
         shown: list[Message] = []
         for turn, note in zip(self.turns, notes, strict=True):
             shown.append({"role": "user", "content": question_as_markdown(turn.question)})
-            thoughts, said = split_thinking(turn.answer)
+            thoughts, reply = split_thinking(turn.answer)
             if thoughts:
-                metadata = {"title": thought, "status": "done" if said or turn.finish else "pending"}
+                metadata = {"title": thought, "status": "done" if reply or turn.finish else "pending"}
                 shown.append({"role": "assistant", "content": answer_as_markdown(thoughts), "metadata": metadata})
-            if said or turn.finish:
+            if reply or turn.finish:
                 below = f'\n\n<small class="by">{note}</small>' if note else ""
-                shown.append({"role": "assistant", "content": answer_as_markdown(said) + below})
+                shown.append({"role": "assistant", "content": answer_as_markdown(reply) + below})
         if growing and self.turns and not (self.turns[-1].answer or self.turns[-1].finish):
             shown.append({"role": "assistant", "content": growing})
         return shown

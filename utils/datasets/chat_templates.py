@@ -45,7 +45,7 @@ class Channels(NamedTuple):
 
     thought: Ids
     between: Ids
-    said: Ids
+    reply: Ids
 
 
 class ChatPrompter:
@@ -160,8 +160,8 @@ class ChatPrompter:
                 break
         opened = prompt.rstrip().endswith("<think>")
         if is_raw:
-            said = {"role": "assistant", "content": PROBE}
-            other = self._render([*asked, said], False, self.thinking, tools) if calls else ""
+            plain_answer = {"role": "assistant", "content": PROBE}
+            other = self._render([*asked, plain_answer], False, self.thinking, tools) if calls else ""
             prompt, rest = self._raw_turn(message, prompt, whole, other, opened)
         elif not thought and (empty := EMPTY_THOUGHT.match(rest)):
             own = empty.end() - (len(content) - len(content.lstrip("\n")))  # keeps the answer's own leading line breaks
@@ -248,8 +248,8 @@ class ChatPrompter:
         """The ids around the parts of an answer, if words between control tokens mark the parts."""
         asked = self._render([QUESTION], True)
         thought = {self.thought_key: "THOUGHT-PROBE"} if self.thought_key else {}
-        said, both = (self._tried([QUESTION, {"role": "assistant", "content": PROBE, **more}]) for more in ({}, thought))
-        head = self._ids(said[len(asked) : said.find(PROBE)]) if said.startswith(asked) else []
+        replied, both = (self._tried([QUESTION, {"role": "assistant", "content": PROBE, **more}]) for more in ({}, thought))
+        head = self._ids(replied[len(asked) : replied.find(PROBE)]) if replied.startswith(asked) else []
         words = self.tokenizer.decode(head, skip_special_tokens=True).strip()
         if not words or words == self.tokenizer.decode(head).strip():
             return Channels([], [], [])

@@ -248,10 +248,10 @@ def read_answer(text: str, choices: Sequence[str]) -> list[int] | None:
     letter in it, or the only choice whose text it is.
     """
     text = unicodedata.normalize("NFKC", without_thoughts(text)).strip()
-    said = {letters(match[1]) for match in SAID.finditer(text)}
+    stated = {letters(match[1]) for match in SAID.finditer(text)}
     opening = OPENS.match(text)
-    if said:
-        found = said.pop() if len(said) == 1 else ""
+    if stated:
+        found = stated.pop() if len(stated) == 1 else ""
     elif opening:
         found = letters(opening[1])
     else:

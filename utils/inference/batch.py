@@ -21,7 +21,7 @@ from utils.inference.sampling_params import SamplingParams
 from utils.journal import Journal
 from utils.memory import is_out_of_memory
 
-Plan = list[list[int]]  # batches of positions among the distinct prompts
+BatchPlan = list[list[int]]  # batches of positions among the distinct prompts
 EXPECTED = 256  # tokens per answer that batches are planned for; longer answers are replanned during the run
 ROWS = 128  # more rows than this slow a step down without more tokens per second
 PADDED = 1.5  # a batch's cache has at most this many columns for each that holds a token
@@ -199,14 +199,14 @@ def pending(journal: Journal) -> Iterator[list[int]]:
             yield batch
 
 
-def plan(prompts: list[Ids], beams: int, expected: int, room: float, batch_size: int) -> Plan:
+def plan(prompts: list[Ids], beams: int, expected: int, room: float, batch_size: int) -> BatchPlan:
     """Batches of prompts of similar length, longest first, so that what does not fit shows at once.
 
     With `batch_size` 0, a batch has as many rows (`beams` for each prompt) as are worthwhile and as fit in memory, which
     has `room` for so many tokens, with answers of `expected` tokens.
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    batches: Plan = []
+    batches: BatchPlan = []
     for place in order:
         batch = [*batches[-1], place] if batches else [place]
         longest, real = len(prompts[batch[0]]), sum(len(prompts[other]) for other in batch)
@@ -240,7 +240,7 @@ def greedy_texts(
     return texts
 
 
-def halved(batches: Plan, half: int, batch: list[int]) -> Plan:
+def halved(batches: BatchPlan, half: int, batch: list[int]) -> BatchPlan:
     """The plan with `batch`, and every later batch of more than `half` prompts, cut into parts of at most `half`."""
     first = batches.index(batch)
     cut = [part[start : start + half] for part in batches[first:] for start in range(0, len(part), half)]

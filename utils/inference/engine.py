@@ -81,9 +81,9 @@ class Ending:
 
     def _read(self, ids: Ids) -> str:
         """The text of an answer; a thought in its own channel becomes `<think>…</think>` before the reply."""
-        thought, between, said = self.channels
-        if said[: len(ids)] == ids[: len(said)]:
-            return self._decode(ids[len(said) :])
+        thought, between, reply = self.channels
+        if reply[: len(ids)] == ids[: len(reply)]:
+            return self._decode(ids[len(reply) :])
         if not thought or thought[: len(ids)] != ids[: len(thought)]:
             return self._decode(ids)
         ids = ids[len(thought) :]

@@ -66,8 +66,8 @@ class Adapter:
 
     def replaced_rows(self, module: str, shape: tuple[int, ...]) -> ReplaceRows:
         """The rows of `module`, which has this `shape`, that are replaced. Raises UserError if they do not fit."""
-        told = self.settings["trainable_token_indices"]
-        named = told if isinstance(told, dict) else {module: told}
+        tokens = self.settings["trainable_token_indices"]
+        named = tokens if isinstance(tokens, dict) else {module: tokens}
         index: list[int] = next((rows for name, rows in named.items() if f".{module}".endswith(f".{name}")), [])
         found = self.weights.shape(self.tokens[module])
         if found != (len(index), *shape[1:]) or not index or not 0 <= min(index) <= max(index) < shape[0]:

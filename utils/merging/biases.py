@@ -7,7 +7,7 @@ import torch
 
 from utils.console import say
 from utils.merging.adapter_deltas import Adapter, Finder
-from utils.models.names import skeleton_of
+from utils.models.names import meta_model_of
 from utils.models.weights import Weights
 
 SWITCHES = ("attention_bias", "mlp_bias")
@@ -52,11 +52,11 @@ def add_missing(config: dict[str, Any], weights: Weights, adapters: list[Adapter
     on = {name: True for name in SWITCHES if config.get(name) is False}
     if not missing or not on:
         return config, weights
-    before = skeleton_of(config).state_dict().keys()
+    before = meta_model_of(config).state_dict().keys()
     for switches in (*({name: True} for name in on), on):  # as few switches as suffice
         built = {
             name: tuple(value.shape)
-            for name, value in skeleton_of(config | switches).state_dict().items()
+            for name, value in meta_model_of(config | switches).state_dict().items()
             if name not in before
         }
         if missing <= built.keys() and all(find(name.removesuffix("bias") + "weight") for name in built):

@@ -131,7 +131,7 @@ def plan_combination(base_model: str, weights: dict[str, float | None], rule: Ru
     tell_other_bases(adapters)
     names = {module: find(f"{module}.weight") for adapter in adapters for module in adapter.modules}
     if len(set(names.values())) != len(names):
-        raise UserError("--lora_model: the adapters name the same layers differently; save them anew with one version of peft")
+        raise UserError("--lora_model: the adapters name the same layers differently; save them again with one version of peft")
     check_ranks(adapters, rule, {module: kinds[names[module]][0] for module in names if names[module] in kinds})
     if rule.method.endswith("svd") and not rule.rank:
         highest = max(rank_of(adapter, module) for adapter in adapters for module in adapter.modules)
@@ -185,8 +185,10 @@ def check_ranks(adapters: list[Adapter], rule: Rule, shapes: dict[str, tuple[int
     for module in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         ranks = {str(a.folder): rank_of(a, module) for a in adapters if module in a.modules}
         if rule.method in HALVES and len(set(ranks.values())) > 1:
-            told = ", ".join(f"{folder} has rank {rank}" for folder, rank in ranks.items())
-            raise UserError(f"--combine {rule.method}: adds matrices of one rank, and in {module} {told}; use cat or svd")
+            ranks_shown = ", ".join(f"{folder} has rank {rank}" for folder, rank in ranks.items())
+            raise UserError(
+                f"--combine {rule.method}: adds matrices of one rank, and in {module} {ranks_shown}; use cat or svd"
+            )
         most = min([sum(ranks.values()), *shapes.get(module, ())] if rule.method == "svd" else shapes.get(module, (rule.rank,)))
         if rule.rank > most:
             raise UserError(f"--rank {rule.rank}: {module} has rank {most} at most when combined; give {most} or less")

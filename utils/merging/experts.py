@@ -8,7 +8,7 @@ from typing import Any
 from utils.adapters.settings import read_config
 from utils.console import UserError, reason
 from utils.merging.tensor_recipes import Add, AddExperts
-from utils.models.names import skeleton_of
+from utils.models.names import meta_model_of
 from utils.models.weights import Weights
 
 
@@ -35,7 +35,7 @@ def parameters(config: dict[str, Any], folder: Path) -> dict[str, Parameter]:
     settings.lora_dropout, settings.init_lora_weights = 0.0, True  # nothing is computed with it
     settings.base_model_name_or_path = None  # peft warns if the name differs
     try:
-        model = get_peft_model(skeleton_of(config), settings)
+        model = get_peft_model(meta_model_of(config), settings)
     except Exception as error:  # the library's own checks
         raise UserError(
             f"{folder}: does not fit the base ({reason(error)}); use the base model that it was trained on"
@@ -69,8 +69,8 @@ def additions(
     outputs, inputs = parameter.shape[-2:][:: -1 if parameter.outputs_are_columns else 1]
     ranks = found[0][0]
     if found != ((ranks, inputs), (outputs, ranks)) or ranks % experts:
-        told = f"lora_A {found[0]} and lora_B {found[1]}, the base's {parameter.name} is {parameter.shape}"
-        raise UserError(f"{weights.folder}: has {told}; use the base model that it was trained on")
+        shapes = f"lora_A {found[0]} and lora_B {found[1]}, the base's {parameter.name} is {parameter.shape}"
+        raise UserError(f"{weights.folder}: has {shapes}; use the base model that it was trained on")
     common = (weights, a, b, parameter.scaling, None, parameter.outputs_are_columns)
     if whole and shapes[whole] == parameter.shape:
         yield whole, AddExperts(*common, experts) if len(parameter.shape) == 3 else Add(*common)

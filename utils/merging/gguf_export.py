@@ -150,10 +150,10 @@ def verify(folder: Path, file: Path, quantize: str, records: list[Record]) -> No
     first = sum(one[:1] == other[:1] for one, other in zip(ours, theirs, strict=True))
     equal = sum(one == other for one, other in zip(ours, theirs, strict=True))
     size = f"{file.stat().st_size / 1e6:.0f} MB"
-    told = f"{first} of {len(asked)} first tokens are equal, and {equal} of {len(asked)} answers of up to {ANSWER} tokens"
+    comparison = f"{first} of {len(asked)} first tokens are equal, and {equal} of {len(asked)} answers of up to {ANSWER} tokens"
     if not quantize and first < FIRST * len(asked):
-        raise UserError(f"--export gguf: asked by llama.cpp, {told}; the file does not match the model, nothing was kept")
-    say(f"{file.name} ({size}): the ids of {texts} texts are the same in llama.cpp; {told}")
+        raise UserError(f"--export gguf: asked by llama.cpp, {comparison}; the file does not match the model, nothing was kept")
+    say(f"{file.name} ({size}): the ids of {texts} texts are the same in llama.cpp; {comparison}")
 
 
 def compare_ids(engine: Engine, folder: Path, server: LlamaServer, asked: Sequence[Record]) -> int:

@@ -99,8 +99,8 @@ def dequantized(base: Path, config: dict[str, Any], weights: Weights) -> tuple[d
     found = quantized.full(base, config, weights)
     if isinstance(found, quantized.Dequantized):
         kind = str(found.full).removeprefix("torch.")
-        told = f"{len(found.quantized)} tensors are quantized ({quantized.method_of(config)})"
-        say(f"{base}: {told}; dequantized to {kind}, by the library")
+        count = f"{len(found.quantized)} tensors are quantized ({quantized.method_of(config)})"
+        say(f"{base}: {count}; dequantized to {kind}, by the library")
         config = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
     return config, found
 

@@ -28,7 +28,7 @@ class ModelNames:
     joined: dict[str, list[list[str]]] = dataclasses.field(default_factory=dict)
 
 
-def skeleton_of(config: dict[str, Any]) -> "PreTrainedModel":
+def meta_model_of(config: dict[str, Any]) -> "PreTrainedModel":
     """The model that transformers builds from a configuration, without values."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,7 +51,7 @@ def ask_library(config: dict[str, Any], names: list[str]) -> ModelNames:
     from utils.models.layers import name_of, output_layer
 
     try:
-        model = skeleton_of(config)
+        model = meta_model_of(config)
     except Exception:  # the library's own checks, for unknown families or values
         say(f"transformers cannot build a {config.get('model_type')}: tensors are matched by the ends of their names")
         return ModelNames({}, "", "")

@@ -20,10 +20,10 @@ OTHER = "use the same model in float16 or bfloat16"
 
 def method_of(config: dict[str, Any]) -> str:
     """The quantization method that config.json names; "" if none."""
-    told = config.get("quantization_config") or config.get("compression_config")
-    if not told:
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings:
         return ""
-    return str(told.get("quant_method") or "a method unnamed") if isinstance(told, dict) else str(told)[:80]
+    return str(settings.get("quant_method") or "an unnamed method") if isinstance(settings, dict) else str(settings)[:80]
 
 
 def check(folder: Path, config: Any, device: str = "cpu", training: bool = False) -> None:
@@ -32,8 +32,8 @@ def check(folder: Path, config: Any, device: str = "cpu", training: bool = False
     `config` is transformers' configuration of the model. Files that are missing (a dry run needs none) or unreadable are
     left to the loader.
     """
-    told = getattr(config, "quantization_config", None)
-    if not told:
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
         try:
             weights = Weights(folder)
         except UserError:
@@ -42,9 +42,9 @@ def check(folder: Path, config: Any, device: str = "cpu", training: bool = False
         return
     from transformers.quantizers import AutoHfQuantizer
 
-    method = method_of({"quantization_config": told if isinstance(told, dict) else told.to_dict()})
+    method = method_of({"quantization_config": settings if isinstance(settings, dict) else settings.to_dict()})
     try:
-        quantizer = AutoHfQuantizer.from_config(told, pre_quantized=True)
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
         can_train = quantizer.is_trainable
     except Exception as error:  # each method has its own checks, also for other packages
@@ -78,13 +78,13 @@ def full(folder: Path, config: dict[str, Any], weights: Weights) -> Weights:
 
     Raises UserError if they are quantized in a way that is not dequantized here, or does not say which.
     """
-    method, told = method_of(config), config.get("quantization_config")
+    method, settings = method_of(config), config.get("quantization_config")
     if not method:
         refuse_scales(folder, weights)
         return weights
-    way = "4-bit" if isinstance(told, dict) and told.get("load_in_4bit") else "8-bit"
+    way = "4-bit" if isinstance(settings, dict) and settings.get("load_in_4bit") else "8-bit"
     kinds = {"bitsandbytes": Bits4 if way == "4-bit" else Bits8, "fp8": BlockFp8}
-    if method not in kinds or not isinstance(told, dict):
+    if method not in kinds or not isinstance(settings, dict):
         raise UserError(f"{folder}: its weights are quantized ({method}), and are not dequantized here; {OTHER}")
     return kinds[method](weights, full_dtype(config))
 
