@@ -69,8 +69,8 @@ def additions(
     outputs, inputs = parameter.shape[-2:][:: -1 if parameter.outputs_are_columns else 1]
     ranks = found[0][0]
     if found != ((ranks, inputs), (outputs, ranks)) or ranks % experts:
-        shapes = f"lora_A {found[0]} and lora_B {found[1]}, the base's {parameter.name} is {parameter.shape}"
-        raise UserError(f"{weights.folder}: has {shapes}; use the base model that it was trained on")
+        mismatch = f"lora_A {found[0]} and lora_B {found[1]}, the base's {parameter.name} is {parameter.shape}"
+        raise UserError(f"{weights.folder}: has {mismatch}; use the base model that it was trained on")
     common = (weights, a, b, parameter.scaling, None, parameter.outputs_are_columns)
     if whole and shapes[whole] == parameter.shape:
         yield whole, AddExperts(*common, experts) if len(parameter.shape) == 3 else Add(*common)
