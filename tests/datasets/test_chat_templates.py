@@ -213,7 +213,7 @@ def test_where_no_text_gives_the_ids_no_template_is_left_and_that_is_printed(tmp
     words = chat_templates.tokenizer(tmp_path, "chatml")
     words.add_tokens(["指令"])  # the folder's tokenizer does not know it
     write_chat_template("chinese", Prompter("chinese").texts, words, tmp_path)
-    assert "without chat_template.jinja" in capsys.readouterr().out
+    assert "gets no chat_template.jinja" in capsys.readouterr().out
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
 
 
@@ -262,4 +262,4 @@ def test_thoughts_stand_apart_in_the_result_and_the_judge_reads_none(tmp_path, c
     assert side_by_side({"a": tmp_path / "test.json"})[1] == {"a": ["4", "one"]}
     write_json(tmp_path / "test.json", [asked | {"output": "<think>\ntwo and two\n</think>\n\n4"}])  # another program's
     assert side_by_side({"a": tmp_path / "test.json"})[1] == {"a": ["4"]}
-    assert "1 of 1 answers begin with thoughts, which are left out" in capsys.readouterr().out
+    assert "1 of 1 answers begin with thoughts, which are ignored" in capsys.readouterr().out
