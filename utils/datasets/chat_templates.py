@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from utils.console import UserError, reason, say
+from utils.datasets.bounded_jinja import TooMuch
 from utils.datasets.records import Record
 from utils.datasets.templates import CHAT, Prompter, split_thinking
 from utils.datasets.tool_calls import Message, open_part, parsed_json, words_of
@@ -319,6 +320,8 @@ class ChatPrompter:
         """The text of messages without a prompt for an answer; "" if the template refuses them."""
         try:
             return self._rendered(messages, False, **more)
+        except TooMuch:
+            raise
         except Exception:  # a template may raise anything
             return ""
 
@@ -330,6 +333,8 @@ class ChatPrompter:
         given = {"tools": tools} if tools and "tools" in self.carries else {}
         try:
             return self._rendered(self._for_template(messages), open_answer, **switch, **given)
+        except TooMuch:
+            raise
         except Exception as error:  # a template may raise anything
             first = shown(messages[0]["content"])
             raise UserError(f"{first}: the chat template cannot render this dialogue ({reason(error)}); change it") from None

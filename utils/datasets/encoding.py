@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from utils.console import UserError
+from utils.datasets.bounded_jinja import TooMuch
 from utils.datasets.chat_templates import IGNORED, ChatPrompter, Sequence, shown
 from utils.datasets.records import Record
 from utils.datasets.templates import Prompter
@@ -128,6 +129,8 @@ def where_rendered(encode_them: Callable[[list[Any]], list[EncodedRecord]], reco
     """Encode records together or, if a chat template refuses one, one by one, so that each refused record says why."""
     try:
         return encode_them(records)
+    except TooMuch:
+        raise
     except UserError as error:
         if len(records) == 1:
             return [EncodedRecord([], [], 0, 0, refused=str(error))]
