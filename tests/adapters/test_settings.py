@@ -1,21 +1,26 @@
 """An adapter's settings mean the same to training, answering and merging: what peft makes of them, or one line."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import initialize_lora_eva_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import merge_weights
 from utils.adapters import adapters, switching
 from utils.adapters.settings import read_config, read_settings
+from utils.cli import parse
 from utils.console import UserError
 from utils.inference.answerers import resolve
 from utils.merging.adapter_deltas import Adapter
+from utils.merging.plan import plan_merge
 from utils.training import start
 
 IDS = torch.tensor([[1, 5, 6, 7, 30, 300, 5]])
@@ -34,18 +39,24 @@ KINDS = {
     "MiCA": {"init_lora_weights": "mica"},
     "single parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
     "layers left out": {"target_modules": "all-linear", "exclude_modules": ["down_proj", "layers.0.self_attn.q_proj"]},
+    "no biases to train": {"bias": "lora_only"},
+    "the base's own biases": {"bias": "lora_only", "target_modules": ["q_proj", "o_proj"], "init_lora_weights": "gaussian"},
+    "all of the base's biases": {"bias": "all", "target_modules": ["q_proj", "k_proj", "v_proj"], "use_rslora": True},
+    "EVA": {"init_lora_weights": "eva", "target_modules": ["q_proj", "v_proj", "up_proj"]},
 }
+BASES = {"tied": "tied", "the base's own biases": "qwen2", "all of the base's biases": "qwen2"}
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
-    return {False: tiny.llama(folder / "base"), True: tiny.llama(folder / "tied", tie_word_embeddings=True)}
+    tied = tiny.llama(folder / "tied", tie_word_embeddings=True)
+    return {"llama": tiny.llama(folder / "llama"), "tied": tied, "qwen2": tiny.qwen2(folder / "qwen2")}
 
 
 @pytest.fixture(scope="module")
 def plain(bases, tmp_path_factory):
-    return tiny.adapter(bases[False], tmp_path_factory.mktemp("adapters") / "plain")
+    return tiny.adapter(bases["llama"], tmp_path_factory.mktemp("adapters") / "plain")
 
 
 def changed(adapter, folder, **settings):
@@ -56,31 +67,49 @@ def changed(adapter, folder, **settings):
     return folder
 
 
+def eva(base, folder, **settings):
+    """An adapter that peft's EVA starts, with ranks of its own for each layer, and that has learned since."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, eva_config=EvaConfig(rho=2), **settings))
+    ids = torch.randint(4, 400, (16, 24), generator=torch.Generator().manual_seed(0))
+    initialize_lora_eva_weights(model, [{"input_ids": ids[row : row + 4]} for row in range(0, 16, 4)], show_progress_bar=False)
+    assert model.peft_config["default"].rank_pattern
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
 def logits(model):
     with torch.no_grad():
         return model.eval()(IDS).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_and_answering_start_from_what_peft_computes(bases, tmp_path, kind):
-    base = bases[kind == "tied"]
-    folder = tiny.adapter(base, tmp_path / "adapter", **KINDS[kind])
+def test_training_answering_and_merging_give_what_peft_computes(bases, tmp_path, kind):
+    base = bases[BASES.get(kind, "llama")]
+    folder = (eva if kind == "EVA" else tiny.adapter)(base, tmp_path / "adapter", **KINDS[kind])
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
-    config = read_config(folder)
+    close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+    config = adapters.config_on(AutoModelForCausalLM.from_pretrained(base), folder)
     config.inference_mode = False
     trained = adapters.load(AutoModelForCausalLM.from_pretrained(base), folder, config)
-    assert torch.equal(logits(trained), expected)
+    close(logits(trained), expected)
     adapters.save(adapters.state(trained), trained.peft_config["default"], tmp_path / "again", str(base))
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "again")
-    assert torch.equal(logits(again), expected)
+    close(logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "again")), expected)
+    for number, one in enumerate((folder, tmp_path / "again")[: 1 + ("bias" in kind)]):
+        argv = ["--base_model", str(base), "--lora_model", str(one), "--output_dir", str(tmp_path / f"merged{number}")]
+        merge_weights.main(parse(merge_weights.Options, argv))
+        close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{number}")), expected)
     own, plain = tmp_path / "adapter", tiny.adapter(base, tmp_path / "plain", seed=1)
     model = AutoModelForCausalLM.from_pretrained(base)
     alone = logits(model)
     both = switching.attach(model, {"own": own, "plain": plain}, str(base))
     switching.activate(both, "own")
-    assert torch.equal(logits(model), expected)
+    close(logits(model), expected)
     with switching.merged(both, "own"):
-        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+        close(logits(model), expected)
     switching.activate(both, None)
     assert torch.equal(logits(model), alone)
 
@@ -91,7 +120,7 @@ def refusals(base, folder):
     for use in (
         lambda: start.check_parent(start.RunStart(folder, None), {"lora_alpha": None}, str(base)),
         lambda: resolve(str(base), [str(folder)], ""),
-        lambda: Adapter(folder),
+        lambda: plan_merge(str(base), [str(folder)]),
     ):
         with pytest.raises(UserError) as caught:
             use()
@@ -128,10 +157,15 @@ def refusals(base, folder):
         ({"target_modules": "q_proj("}, " for target_modules;"),
         ({"trainable_token_indices": ["<s>"]}, " for trainable_token_indices;"),
         ({"layers_to_transform": "1"}, "invalid value 1 for layers_to_transform"),
+        ({"target_modules": ["q_proj"]}, "a LoRA on model.layers.0.self_attn.v_proj, its settings leave it out"),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "on model.layers.1.self_attn.q_proj, its settings leave it out"),
+        ({"layers_to_transform": [1]}, "on model.layers.0.self_attn.q_proj, its settings leave it out"),
+        ({"use_dora": True}, "have use_dora true, its weights have it otherwise"),
+        ({"trainable_token_indices": [5]}, "differ in trainable_token_indices"),
     ],
 )
 def test_what_one_script_refuses_all_refuse_with_one_line(bases, plain, tmp_path, settings, words):
-    said = refusals(bases[False], changed(plain, tmp_path / "adapter", **settings))
+    said = refusals(bases["llama"], changed(plain, tmp_path / "adapter", **settings))
     assert len(set(said)) == 1 and words in said[0]
 
 
@@ -151,7 +185,7 @@ def test_what_one_script_refuses_all_refuse_with_one_line(bases, plain, tmp_path
 )
 def test_numbers_and_nulls_as_other_programs_write_them(bases, plain, tmp_path, settings):
     """And starts that change nothing of the base on loading."""
-    base, folder = bases[False], changed(plain, tmp_path / "adapter", **settings)
+    base, folder = bases["llama"], changed(plain, tmp_path / "adapter", **settings)
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), plain))
     config = read_config(folder)
     config.inference_mode = False
@@ -182,25 +216,64 @@ def test_training_goes_on_from_a_parent_whose_start_needs_the_base_s_values(base
     """A dry run and the first checks have a model without values."""
     (tmp_path / "data.json").write_text('[{"instruction": "a", "output": "b"}]')
     for kind in ("MiCA", "single parameters"):
-        parent = tiny.adapter(bases[False], tmp_path / kind.replace(" ", "-"), **KINDS[kind])
-        argv = ("--base_model", bases[False], "--data_path", tmp_path / "data.json", "--val_set_size", 0, "--dry_run")
+        parent = tiny.adapter(bases["llama"], tmp_path / kind.replace(" ", "-"), **KINDS[kind])
+        argv = ("--base_model", bases["llama"], "--data_path", tmp_path / "data.json", "--val_set_size", 0, "--dry_run")
         told = script("finetune.py", *argv, "--resume_from_checkpoint", parent, "--output_dir", tmp_path / "out").ok()
         assert "parameters would be trained" in told and ("--lora_dropout 0.05: is 0 here" in told) == (kind != "MiCA")
 
 
-def test_the_base_s_own_biases_are_refused_by_training_and_answering(tmp_path):
-    base = tiny.qwen2(tmp_path / "base")
-    folder = tiny.adapter(base, tmp_path / "adapter", bias="lora_only")
-    said = []
-    for use in (
-        lambda: start.check_parent(start.RunStart(folder, None), {"lora_alpha": None}, str(base)),
-        lambda: resolve(str(base), [str(folder)], ""),
-    ):
-        with pytest.raises(UserError, match=f"merge it first: .*--lora_model {folder}") as caught:
-            use()
-        said.append(str(caught.value))
-    assert len(set(said)) == 1
-    Adapter(folder)
+@pytest.mark.parametrize(
+    ("made", "settings", "words"),
+    [
+        ({"bias": "all"}, {}, "changes biases of layers without a LoRA, too (model.layers.0.self_attn.k_proj, "),
+        ({"bias": "lora_only", "use_dora": True}, {}, "changes the base's biases beside DoRA"),
+        ({"bias": "lora_only", "target_modules": ["q_proj", "embed_tokens"]}, {}, "and has a LoRA on the embeddings"),
+        ({"lora_bias": True, "target_modules": ["o_proj"]}, {}, "self_attn.o_proj has a bias, the base's has none"),
+        ({"lora_bias": True}, {"lora_bias": False}, "have biases of their own, its settings leave them out (lora_bias)"),
+        ({"use_dora": True}, {"use_dora": False}, "have use_dora false, its weights have it otherwise"),
+    ],
+)
+def test_what_cannot_be_switched_or_merged_all_refuse_with_one_line(bases, tmp_path, made, settings, words):
+    adapter = tiny.adapter(bases["qwen2"], tmp_path / "made", **made)
+    said = refusals(bases["qwen2"], changed(adapter, tmp_path / "adapter", **settings))
+    assert len(set(said)) == 1 and words in said[0]
+
+
+@pytest.mark.parametrize("settings", [{"lora_bias": True}, {"fan_in_fan_out": True}, {"target_modules": None}])
+def test_what_peft_makes_of_settings_that_say_more_or_less_than_the_weights(bases, plain, tmp_path, settings):
+    """Biases that are not there are zero; layers hold what they do, whatever is said; no targets are all that there are."""
+    folder = changed(plain, tmp_path / "adapter", **settings)
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["llama"]), plain))
+    argv = ["--base_model", str(bases["llama"]), "--lora_model", str(folder), "--output_dir", str(tmp_path / "out")]
+    merge_weights.main(parse(merge_weights.Options, argv))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, atol=1e-4, rtol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    assert torch.equal(logits(switching.attach(model, {"own": folder}, "")), expected)
+
+
+@pytest.mark.parametrize("name", ["q_proj.base_layer.bias", "q_proj.bias"])
+def test_biases_of_the_base_that_the_settings_do_not_name(bases, tmp_path, name):
+    """peft loads them, so they count."""
+    made = tiny.adapter(bases["qwen2"], tmp_path / "made", bias="lora_only", target_modules=["q_proj"])
+    folder = changed(made, tmp_path / "adapter", bias="none")
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["qwen2"]), made))
+    tensors = {key.replace("q_proj.base_layer.bias", name): one for key, one in adapters.read_tensors(folder).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(bases["qwen2"])
+    torch.testing.assert_close(logits(switching.attach(model, {"own": folder}, "")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_whole_layers_that_the_settings_do_not_name(bases, tmp_path):
+    """As peft saves grown embeddings; those that are the base's own are no part of what is trained."""
+    made = tiny.adapter(bases["llama"], tmp_path / "made", modules_to_save=["lm_head"])
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["llama"]), made))
+    folder = changed(made, tmp_path / "adapter", modules_to_save=None)
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    assert torch.equal(logits(switching.attach(model, {"own": folder}, "")), expected)
+    own = {"base_model.model.lm_head.weight": load_file(bases["llama"] / "model.safetensors")["lm_head.weight"]}
+    save_file(adapters.read_tensors(folder) | own, folder / "adapter_model.safetensors")
+    assert adapters.config_on(AutoModelForCausalLM.from_pretrained(bases["llama"]), folder).modules_to_save is None
+    assert adapters.config_on(AutoModelForCausalLM.from_pretrained(bases["tied"]), folder).modules_to_save == ["lm_head"]
 
 
 def test_a_base_beside_which_an_adapter_lies(bases, plain, tmp_path, script, capsys):
@@ -210,10 +283,10 @@ def test_a_base_beside_which_an_adapter_lies(bases, plain, tmp_path, script, cap
     from utils.models.placement import place
     from utils.models.tokenizer import load_tokenizer
 
-    both = shutil.copytree(bases[False], tmp_path / "both")
+    both = shutil.copytree(bases["llama"], tmp_path / "both")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(plain / name, both)
-    expected = logits(AutoModelForCausalLM.from_pretrained(bases[False]))
+    expected = logits(AutoModelForCausalLM.from_pretrained(bases["llama"]))
     model = load_base(str(both), load_tokenizer(both), place(False, False))
     assert torch.equal(logits(model), expected) and torch.equal(logits(verify.load_float32(both)), expected)
     assert "also holds an adapter" in capsys.readouterr().out
@@ -226,14 +299,14 @@ def test_a_base_beside_which_an_adapter_lies(bases, plain, tmp_path, script, cap
 def test_an_adapter_s_values_must_be_those_its_settings_ask_for(bases, plain, tmp_path):
     folder = changed(plain, tmp_path / "adapter", target_modules=["q_proj"])
     with pytest.raises(UserError, match="do not fit this base model"):
-        switching.attach(AutoModelForCausalLM.from_pretrained(bases[False]), {"own": folder}, str(bases[False]))
+        switching.attach(AutoModelForCausalLM.from_pretrained(bases["llama"]), {"own": folder}, str(bases["llama"]))
     tensors = load_file(plain / "adapter_model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "q_proj" in name}, folder / "adapter_model.safetensors")
-    switching.attach(AutoModelForCausalLM.from_pretrained(bases[False]), {"own": folder}, str(bases[False]))
+    switching.attach(AutoModelForCausalLM.from_pretrained(bases["llama"]), {"own": folder}, str(bases["llama"]))
 
 
 def test_a_saved_adapter_is_read_back(bases, tmp_path, monkeypatch):
-    folder = tiny.adapter(bases[False], tmp_path / "a")
+    folder = tiny.adapter(bases["llama"], tmp_path / "a")
     tensors, config = adapters.read_tensors(folder), read_config(folder)
     adapters.save(tensors, config, tmp_path / "b", "base")
     found = adapters.read_tensors(tmp_path / "b")

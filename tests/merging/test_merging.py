@@ -110,7 +110,7 @@ def test_biases(tmp_path, bias):
     settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     Qwen2(Qwen2Config(vocab_size=size, num_key_value_heads=2, **settings)).save_pretrained(base)
     options = {"lora_bias": True} if bias == "lora_bias" else {"bias": bias}
-    adapter = tiny.adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **options)
+    adapter = tiny.adapter(base, tmp_path / "adapter", target_modules=["q_proj", "k_proj", "v_proj"], **options)
     assert same_logits(loaded(merge(base, adapter, tmp_path / "out")), with_peft(base, adapter))
 
 
@@ -127,9 +127,9 @@ def test_biases_for_layers_without_one(base, tmp_path, targets, capsys):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("targets", [["c_attn", "c_fc"], ["c_proj"], ["c_attn", "wte"]])
+@pytest.mark.parametrize("targets", [["c_attn", "c_fc"], ["c_proj"], ["c_attn", "wte"], ["c_proj", "lm_head"]])
 def test_gpt2_stores_its_weights_turned(tmp_path, dora, targets):
-    """fan_in_fan_out: layers of inputs x outputs, some of them square."""
+    """Layers of inputs x outputs, some of them square, whatever fan_in_fan_out says; with lm_head peft saves it as false."""
     base = tmp_path / "base"
     size = len(tiny.tokenizer(base))
     torch.manual_seed(0)

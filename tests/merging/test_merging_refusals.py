@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.console import UserError
 from utils.merging import meta_writer, shards
+from utils.merging.plan import plan_merge
 
 # ---- what is refused before the first byte
 
@@ -121,6 +122,23 @@ def test_broken_adapters(base, adapter, tmp_path):
     with pytest.raises(UserError, match="holds no LoRA weights"):
         merge(base, folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_an_adapter_without_some_of_the_layers_that_its_settings_name(base, tmp_path):
+    """Of a base with fewer layers, say, or cut short; peft would compute zeros there; training and answering refuse it."""
+    deep = tiny.llama(tmp_path / "deep", num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"has nothing for model\.layers\.2\.self_attn\.q_proj"):
+        plan_merge(str(deep), [str(tiny.adapter(base, tmp_path / "shallow"))])
+    for settings, lost in (
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "model.layers.0.self_attn.k_proj"),
+        ({"target_modules": r".*\.(q|v|k)_proj"}, "model.layers.0.self_attn.k_proj"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+    ):
+        adapter = tiny.adapter(base, tmp_path / "adapter")
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        with pytest.raises(UserError, match=f"has nothing for {lost}, which its settings name"):
+            plan_merge(str(base), [str(adapter)])
 
 
 def test_every_tensor_of_an_adapter_counts_once(base, adapter, tmp_path):

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from utils.adapters.settings import FILE
+from utils.adapters import biases, consistency
+from utils.adapters.settings import FILE, read_config, read_settings
 from utils.console import UserError, reason, say
 from utils.files import replacing, write_json
 from utils.models.spread import shown_where_computed
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # peft takes seconds to import, and reading an adapter's file
 warnings.filterwarnings("ignore", module="peft")  # warnings about what merging prints, or what is checked here
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NONE = torch.empty(0)
+WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")  # what peft puts into the names of a base's own tensors
 FULL_CHECKPOINT = "pytorch_model.bin"  # what alpaca-lora's runs of 2023 left in their checkpoints
 
 
@@ -62,6 +64,34 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """An adapter's tensors by the names under which peft saves them, without the adapter's name; raises as above."""
     weights, names = open_tensors(folder)
     return {plain: weights.tensor(name) for plain, name in names.items()}
+
+
+def check(folder: str | Path, base: Path | None = None) -> dict[str, Any]:
+    """An adapter's settings; raises UserError if it is broken, its two files do not belong together, or not to `base`."""
+    settings, (_, names) = read_settings(folder), open_tensors(folder)
+    consistency.check(folder, settings, names)
+    if base:
+        biases.check_base(folder, names, base)
+    return settings
+
+
+def config_on(model: nn.Module, folder: str | Path) -> "LoraConfig":
+    """The settings for peft of the adapter of `folder` on `model`, which may be without values.
+
+    Whole layers that are not the base's are in `modules_to_save` also where they were saved without being named there, as
+    peft saves grown embeddings. Raises UserError where they are under a LoRA: the adapter is for another base.
+    """
+    config, tensors = read_config(folder), read_tensors(folder)
+    own = {WRAPPED.sub("", name): parameter.detach() for name, parameter in model.named_parameters()}
+    saved = set(config.modules_to_save or [])
+    for name, tensor in consistency.unnamed(read_settings(folder), tensors).items():
+        values = own.get(WRAPPED.sub("", name), NONE)
+        if not WRAPPED.search(name) and (values.is_meta or not torch.equal(values.cpu(), tensor.to(values.dtype))):
+            saved.add(name.removesuffix(".weight"))
+        elif not values.is_meta and not torch.equal(values.cpu(), tensor.to(values.dtype)):
+            raise UserError(f"{folder}: is for a base with another {name.replace('.base_layer', '')}; merge it with that one")
+    config.modules_to_save = sorted(saved) or None
+    return biases.beside_base(config, tensors)
 
 
 def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
@@ -121,7 +151,8 @@ def fill(model: "PeftModel", tensors: dict[str, torch.Tensor], source: Path, ada
     """Put `tensors` into the adapter of `model` called `adapter`. Raises UserError if names or shapes differ."""
     from peft import set_peft_model_state_dict
 
-    # not the base's own weights; if a layer's parameters have two LoRAs, the first is in the second's base_layer
+    tensors = biases.as_its_own(model, tensors, adapter, source)
+    # not the base's own, saved along; of two LoRAs on the parameters of one layer, the first is in the second's base layer
     tensors = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name or ".lora_" in name}
     wanted = {name: tuple(tensor.shape) for name, tensor in state(model, adapter=adapter).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.adapters.adapters import read_tensors
-from utils.adapters.settings import FILE, read_config, read_settings
+from utils.adapters.adapters import config_on, read_tensors
+from utils.adapters.settings import FILE, read_settings
 from utils.console import say
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def lora_config(model: "nn.Module", wanted: dict[str, Any], parent: Path | None,
         if taken:
             say(f"taken from {parent}: {', '.join(taken)}")
         if (parent / FILE).is_file():
-            config = read_config(parent)
+            config = config_on(model, parent)
             config.lora_dropout, config.inference_mode = wanted["lora_dropout"], False
             if config.target_parameters and config.lora_dropout:
                 say(f"--lora_dropout {config.lora_dropout}: is 0 here, as peft needs it for single parameters ({parent})")

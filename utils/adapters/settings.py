@@ -165,12 +165,3 @@ def read_config(folder: str | Path) -> "LoraConfig":
         return LoraConfig(**{key: value for key, value in settings.items() if key in known})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{Path(folder) / FILE}: refused by peft ({reason(error)}); download the file again") from None
-
-
-def refuse_biases(settings: dict[str, Any], folder: str | Path, base_model: str) -> None:
-    """Raises UserError if an adapter has biases of the base, which would change the base for all other adapters on it."""
-    if settings.get("bias", "none") != "none":
-        raise UserError(
-            f"{folder}: also changes the base's biases (bias: {settings['bias']}), which cannot be switched; merge it first: "
-            f"python merge_weights.py --base_model {base_model} --lora_model {folder} --output_dir MERGED"
-        )

@@ -10,8 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from utils.adapters.adapters import fill, read_tensors
-from utils.adapters.settings import read_config
+from utils.adapters.adapters import config_on, fill, read_tensors
 from utils.console import UserError, reason
 from utils.models.layers import embedding_names, linear_layers
 from utils.models.spread import shown_where_computed
@@ -25,8 +24,9 @@ def attach(model: PreTrainedModel, folders: dict[str, Path], base_model: str, wr
     Raises UserError if one is broken, was trained on another kind of model, or brings a larger vocabulary.
     """
     for name, folder in folders.items():
-        config, tensors = read_config(folder), read_tensors(folder)
+        tensors = read_tensors(folder)
         check_rows(model, tensors, folder, base_model)
+        config = config_on(model, folder)
         config.inference_mode = True
         config.init_lora_weights = True  # all values are loaded, so none need be initialized
         try:

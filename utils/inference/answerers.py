@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import lineage
-from utils.adapters import adapters, settings
+from utils.adapters import adapters
 from utils.console import UserError, say
 from utils.datasets.sources import is_hub_name
 from utils.datasets.templates import CHAT, PROMPTS, Prompter
@@ -39,20 +39,18 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
 
     names = labels(lora_weights)
     lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]
-    for folder in lora_weights:
-        adapters.open_tensors(folder)  # refuses a broken one before the base is loaded
-    found = {folder: (settings.read_settings(folder), lineage.read(folder)) for folder in lora_weights}
+    found = {folder: (adapters.check(folder), lineage.read(folder)) for folder in lora_weights}
     if not base_model:
         recorded = [(known or {}).get("base") for _, known in found.values()]
         base_model = common_base({folder: named_base(*known) for folder, known in found.items()}, recorded)
         say(f"base model: {base_model}, which the adapter was trained on")
-    for folder, (known_settings, _) in found.items():
-        settings.refuse_biases(known_settings, folder, base_model)
     base = base_folder(base_model)
     refuse_adapter(base)
     config = read_architecture(base)  # before the tokenizer, whose library also reads config.json
     weight_files(base)
     quantized.check(base, config)
+    for folder in lora_weights:
+        adapters.check(folder, base)
     if any(known and known.get("base") for _, known in found.values()):
         fingerprint = lineage.fingerprint(base_model)
         for folder, (_, known) in found.items():

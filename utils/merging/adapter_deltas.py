@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.adapters.adapters import open_tensors
+from utils.adapters.consistency import PART, PREFIX, TOKENS, check, missing_layer, named
 from utils.adapters.settings import read_settings
 from utils.console import UserError
 from utils.files import sha256
@@ -18,11 +19,9 @@ from utils.merging.tensor_recipes import Add, AddExperts, Change, Replace, Repla
 from utils.models.names import ModelNames, ask_library
 from utils.models.weights import Kind
 
-PREFIX = "base_model.model."
-PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|A|B|magnitude_vector)(?P<bias>\.bias)?(?:\.weight)?$")
-TOKENS = ".token_adapter.trainable_tokens_delta"
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
 HEADS = ("lm_head", "embed_out")
+TURNED = ("gpt2", "openai-gpt")  # families whose linear layers hold inputs x outputs, as fan_in_fan_out tells of some of them
 
 
 class Adapter:
@@ -35,6 +34,7 @@ class Adapter:
         self.folder = Path(folder)
         self.settings = read_settings(folder)
         self.weights, self.names = open_tensors(folder)
+        check(folder, self.settings, self.names)
         self.modules: dict[str, dict[str, str]] = {}  # module -> "A", "B", … -> name in the file
         self.replaced: dict[str, str] = {}  # name of a whole tensor -> name in the file
         self.tokens: dict[str, str] = {}  # module whose single rows are replaced -> name in the file
@@ -62,7 +62,7 @@ class Adapter:
     def is_trained_copy(self, name: str) -> bool:
         """True if a whole tensor belongs to a module in `modules_to_save`: if the base's own is tied, it stays beside it."""
         module = name.rpartition(".")[0]
-        return any(module == saved or module.endswith(f".{saved}") for saved in self.settings.get("modules_to_save") or [])
+        return named(self.settings.get("modules_to_save") or [], module)
 
     def replaced_rows(self, module: str, shape: tuple[int, ...]) -> ReplaceRows:
         """The rows of `module`, which has this `shape`, that are replaced. Raises UserError if they do not fit."""
@@ -84,7 +84,7 @@ class Adapter:
         alpha = of_pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha"))
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
 
-    def addition(self, module: str, shape: tuple[int, ...]) -> Add:
+    def addition(self, module: str, shape: tuple[int, ...], model_type: str) -> Add:
         """What is added to the weight of `module`, which has this `shape`. Raises UserError if it does not fit."""
         parts = self.modules[module]
         a, b = self.weights.shape(parts["A"]), self.weights.shape(parts["B"])
@@ -94,7 +94,7 @@ class Adapter:
         is_embedding = "lora_embedding" in parts["A"]
         if shape not in (straight, turned) or (is_embedding and shape != turned):
             raise misfit(self.folder, f"{module}.weight", turned if is_embedding else straight, shape)
-        columns = is_embedding or shape != straight or (straight == turned and bool(self.settings.get("fan_in_fan_out")))
+        columns = is_embedding or shape != straight or (straight == turned and model_type in TURNED)
         magnitude = parts.get("magnitude_vector")
         if magnitude and math.prod(self.weights.shape(magnitude)) != b[0]:
             raise misfit(self.folder, f"{module}.lora_magnitude_vector", self.weights.shape(magnitude), (b[0],))
@@ -117,6 +117,7 @@ class Adapter:
                 f"{self.folder}: {len(lost)} of its layers are not in the base ({sorted(lost)[0]}, …), which has "
                 f"{find.layers} layers; use the base model that it was trained on"
             )
+        self._check_all_there(shapes, find)
         for name, name_in_file in self.replaced.items():
             target, shape = find(name), self.weights.shape(name_in_file)
             grows = target in find.embeddings and shape[1:] == shapes[target][1:] and shape[0] > shapes[target][0]
@@ -132,7 +133,7 @@ class Adapter:
                     found.setdefault(target, []).append(change)
                 continue
             target = find(f"{module}.weight")
-            addition = self.addition(module, shapes[target])
+            addition = self.addition(module, shapes[target], find.config.get("model_type", ""))
             found.setdefault(target, []).append(addition)
             if "bias" in parts:
                 bias = find(f"{module}.bias")
@@ -149,6 +150,18 @@ class Adapter:
         if used != len(self.names) or used != self._count(found):
             raise RuntimeError(f"{self.folder}: {self._count(found)} of {len(self.names)} tensors would be used")
         return found
+
+    def _check_all_there(self, shapes: dict[str, tuple[int, ...]], find: "Finder") -> None:
+        """Raises UserError if the settings name a layer of the base for which the adapter has nothing."""
+        kept = [name.rpartition(".")[0] for name in self.replaced]
+        saved = [name for name in self.settings.get("modules_to_save") or [] if not any(named([name], one) for one in kept)]
+        whole = next((name for name in saved if any(named([f"{name}.weight"], stored) for stored in shapes)), "")
+        have = {find(f"{module}.weight") for module in self.modules}
+        beside = [name.removesuffix(".weight") for name in shapes.keys() - have if name.endswith(".weight")]
+        plain = not self.settings.get("target_parameters")
+        lost = whole or (missing_layer(self.settings, self.modules, beside, find.config) if plain else "")
+        if lost:
+            raise UserError(f"{self.folder}: has nothing for {lost}, which its settings name; use the base it was trained on")
 
     @staticmethod
     def _count(found: dict[str, list[Change]]) -> int:

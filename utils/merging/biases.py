@@ -5,12 +5,10 @@ from typing import Any
 
 import torch
 
+from utils.adapters.biases import built_by, switches_for
 from utils.console import say
-from utils.merging.adapter_deltas import Adapter, Finder
-from utils.models.names import meta_model_of
+from utils.merging.adapter_deltas import Adapter
 from utils.models.weights import Weights
-
-SWITCHES = ("attention_bias", "mlp_bias")
 
 
 class WithBiases(Weights):
@@ -18,7 +16,7 @@ class WithBiases(Weights):
 
     def __init__(self, stored: Weights, zeros: dict[str, tuple[int, ...]]):
         self.folder, self.files, self.stored, self.zeros = stored.folder, stored.files, stored, zeros
-        self.names = sorted([*stored.names, *zeros])
+        self.names = sorted({*stored.names, *zeros})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """One tensor's shape."""
@@ -45,22 +43,19 @@ class WithBiases(Weights):
 
 
 def add_missing(config: dict[str, Any], weights: Weights, adapters: list[Adapter]) -> tuple[dict[str, Any], Weights]:
-    """Configuration and weights with biases that adapters have and the base lacks, if that is a valid model; printed."""
-    find = Finder(weights.names, config)
-    wanted = {f"{module}.bias" for adapter in adapters for module, parts in adapter.modules.items() if "bias" in parts}
-    missing = {name for name in wanted if not find(name)}
-    on = {name: True for name in SWITCHES if config.get(name) is False}
-    if not missing or not on:
+    """Configuration and weights with the biases that adapters have and the base has not; printed.
+
+    Raises UserError if the base cannot have them.
+    """
+    switches: dict[str, bool] = {}
+    for adapter in adapters:
+        switches |= switches_for(config, adapter.names, adapter.folder)
+    if not switches:
         return config, weights
-    before = meta_model_of(config).state_dict().keys()
-    for switches in (*({name: True} for name in on), on):  # as few switches as suffice
-        built = {
-            name: tuple(value.shape)
-            for name, value in meta_model_of(config | switches).state_dict().items()
-            if name not in before
-        }
-        if missing <= built.keys() and all(find(name.removesuffix("bias") + "weight") for name in built):
-            layers = ", ".join(sorted({name.split(".")[-2] for name in missing}))
-            say(f"the base has no biases on {layers}, but the adapter does; {', '.join(switches)} becomes true")
-            return config | switches, WithBiases(weights, built)
-    return config, weights
+    before = built_by(config, {})
+    built = {name: shape for name, shape in built_by(config, switches).items() if name not in before}
+    if not all(name.removesuffix("bias") + "weight" in weights.names for name in built):
+        return config, weights  # named otherwise than in the model; refused where they are missed
+    layers = ", ".join(sorted({name.split(".")[-2] for name in built}))
+    say(f"the base has no biases on {layers}, but the adapter does; {', '.join(switches)} becomes true")
+    return config | switches, WithBiases(weights, built)

@@ -88,9 +88,9 @@ def check_layers(options: Options, origin: "RunStart") -> None:
     model = meta_model(options.base_model)
     targets.check_layers(model, wanted["lora_target_modules"], wanted["modules_to_save"])
     if parent is not None and has_settings:
-        config = settings.read_config(parent)
-        config.inference_mode = False  # saved as True, which would freeze the adapter
-        adapters.add(model, config)
+        config = adapters.config_on(model, parent)
+        config.inference_mode = False  # as it is saved, nothing of it would train
+        adapters.load(model, parent, config)
 
 
 def lora_options(options: Options) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from utils import lineage
 from utils.adapters.lora_config import as_set, given, settings_of, shown
-from utils.adapters.settings import FILE, read_settings, refuse_biases
+from utils.adapters.settings import FILE
 from utils.console import UserError, say
 from utils.datasets.sources import is_hub_name
 from utils.files import read_json, sha256
@@ -99,12 +99,14 @@ def tell_other_dtype(parent: dict[str, Any] | None, dtype: str) -> None:
 
 
 def check_parent(start: RunStart, wanted: dict[str, Any], base_model: str) -> None:
-    """Raises UserError if an option contradicts the adapter to continue from (both values are named), or that has biases."""
+    """Raises UserError if a wanted setting contradicts that of the adapter to train on, naming both, or is not for the base."""
+    from utils.adapters import adapters
+
     parent = start.checkpoint or start.parent
     if parent is None:
         return
     if (parent / FILE).is_file():
-        refuse_biases(read_settings(parent), parent, base_model)
+        adapters.check(parent, base_folder(base_model))
     inherited = settings_of(parent, wanted)
     differences = [
         f"--{name} is {shown(value)}, the adapter's is {shown(inherited[name])}"
