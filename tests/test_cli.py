@@ -232,6 +232,8 @@ def test_what_a_run_writes_is_what_it_was_given(tmp_path):
         ("", "holds no options"),
         ("count: !!python/object/apply:os.system [true]", "is not YAML"),
         ("a: &x [1]\nb: " + "*x, " * 400_000, "larger than a megabyte"),
+        ("count: &x 5\nname: *x", "repeats values by *name"),
+        ("\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60))]), "millions"),
     ],
 )
 def test_a_file_of_options_that_is_wrong_is_named(tmp_path, text, words):

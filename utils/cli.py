@@ -18,13 +18,14 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.console import UserError, harmless, reason
+from utils.console import UserError, harmless, leave_terminal, reason
 from utils.files import check_names, replacing
 from utils.memory import is_out_of_memory
 
@@ -71,6 +72,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     # threads wait without spinning: much faster if other programs use the CPU; must be set before torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns about kernels that nobody asked for
+    end_when_told()
     try:
         if {"--help", "-h"} & set(argv):
             print(help_text(options, module.__doc__ or ""), flush=True)
@@ -79,10 +81,11 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
         return
     except UserError as error:
         problem = str(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it would print a traceback
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+        print(f"{script}: interrupted" + (f" ({number.name})" if stop.args else ""), file=sys.stderr)
+        sys.exit(128 + number)
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still to be flushed
         sys.exit(128 + signal.SIGPIPE)
@@ -99,6 +102,29 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
                 raise
             problem = f"output: {os.strerror(int(found[1]))}; {OTHER_PLACE}"
     fail(script, problem)  # here, since the error and the progress bars it kept open are gone by now
+
+
+def end_when_told() -> None:
+    """Make SIGTERM and SIGHUP end the script as Ctrl-C does, so that no partial file or lock is left behind.
+
+    Processes forked by it keep the default action.
+    """
+    own = os.getpid()
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        if os.getpid() != own:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        signal.signal(number, signal.SIG_IGN)  # a second one would disturb the cleanup
+        if signal.Signals(number).name == "SIGHUP":
+            leave_terminal()
+        raise KeyboardInterrupt(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        is_heard = number is not None and signal.getsignal(number) == signal.SIG_DFL  # nohup has it ignored
+        if is_heard and threading.current_thread() is threading.main_thread():
+            signal.signal(number, end)
 
 
 def show_any_character() -> None:
@@ -207,6 +233,8 @@ def _read_config(path: str, fields: dict) -> typing.Iterator[tuple[str, str]]:
             text = file.read(LARGEST_CONFIG + 1)
         if len(text) > LARGEST_CONFIG:
             raise UserError(f"--{CONFIG} {path}: is larger than a megabyte; name a file of options")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"--{CONFIG} {path}: repeats values by *name, a few of which may mean millions; write them out")
         options = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--{CONFIG} {path}: cannot be read ({error.strerror}); name a YAML file of options") from None

@@ -51,15 +51,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ignore Ctrl-C while the block cleans up after one: pressed twice, it would leave a partial file."""
+    """Ignore Ctrl-C, SIGTERM and SIGHUP while the block cleans up: a second one would leave a partial file."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives it
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -197,10 +199,11 @@ def locked(folder: str | Path) -> Iterator[None]:
         try:
             yield
         finally:
-            name.unlink(missing_ok=True)
-            for parent in new:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+            with undisturbed():
+                name.unlink(missing_ok=True)
+                for parent in new:
+                    with contextlib.suppress(OSError):
+                        parent.rmdir()
 
 
 def lock(file: IO[str], folder: str | Path) -> bool:

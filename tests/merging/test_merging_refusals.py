@@ -141,6 +141,16 @@ def test_an_adapter_without_some_of_the_layers_that_its_settings_name(base, tmp_
             plan_merge(str(base), [str(adapter)])
 
 
+@pytest.mark.parametrize(("old", "new"), [("model.layers.1.mlp.up_proj.weight", ""), ("", "module.")])
+def test_a_base_that_lacks_tensors(base, adapter, tmp_path, old, new):
+    """Or has them by the names of a wrapped model, in which transformers finds none; loading refuses it with the same line."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    found = {f"{new}{name}": tensor for name, tensor in load_file(base / "model.safetensors").items() if name != old}
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"tensors are missing \(\S+, …\); check its files"):
+        plan_merge(str(folder), [str(adapter)])
+
+
 def test_every_tensor_of_an_adapter_counts_once(base, adapter, tmp_path):
     """Two names for one tensor, as a file joined by hand may have them: which one was meant is not guessed."""
     folder = tmp_path / "adapter"

@@ -23,11 +23,13 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """When a signal comes: after so many seconds, or before the change of this number, counted from 1."""
+    """When a signal comes: after so many seconds, or before the change of this number, counted from 1; or `twice`, the
+    second time before the next change."""
 
     seconds: float | None = None
     change: int | None = None
     number: int = signal.SIGKILL
+    twice: bool = False
 
 
 class Doomed(Running):
@@ -47,7 +49,7 @@ class Doomed(Running):
             if is_change(event, args) and any(is_below(arg, self.place) for arg in args[:2]):
                 seen += 1
                 os.write(counter, b".")
-                if seen == self.moment.change:
+                if self.moment.change and 0 <= seen - self.moment.change <= self.moment.twice:
                     os.kill(os.getpid(), self.moment.number)
 
         sys.addaudithook(watch)

@@ -42,6 +42,21 @@ def test_killed_while_it_finishes(fresh, back):
     fresh.check_same()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_told_twice_to_end(fresh, number):
+    """The second time as it clears up. It ends at once, nothing half done stays, and the same command ends as ever."""
+    if fresh.program.name == "training":
+        pytest.skip("it saves a checkpoint first; see tests/training/test_start.py")
+    draw = random.Random(f"{SEED} {fresh.program.name} {number}")
+    ended = fresh.start(Moment(change=draw.randint(2, fresh.undisturbed.changes // 2), number=number, twice=True)).end()
+    assert ended.status == 128 + number and "Traceback" not in ended.err, ended.err
+    left = [file for file in fresh.place.rglob(".*") if file.name.endswith((".part", ".lock", ".old"))]
+    assert not left
+    check_nothing_half_written(fresh.place, fresh.undisturbed.contents)
+    check_done(fresh.start().end())
+    fresh.check_same()
+
+
 def check_done(ended):
     """The run came to its end, or had done so already when it was killed, and says that."""
     assert not ended.status or "finished run" in ended.error or "--overwrite" in ended.error, ended.err

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import IO, Any
 
 from utils.console import UserError, say_once
 from utils.datasets.item_formats import DIALOGUES, QUESTIONS
-from utils.datasets.items import Item, UnreadableItem, batched, format_ending, text_of, without_surrogates
+from utils.datasets.items import LONGEST, Item, UnreadableItem, batched, format_ending, lines_of, text_of, without_surrogates
 
 COLUMNS = {*QUESTIONS, *DIALOGUES}  # one of these makes the first line of a table a header
 
@@ -21,9 +22,9 @@ def csv_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
     The delimiter is the one that splits the header into the most known names. If quotation marks are ordinary characters
     (see `is_unquoted`), this is printed, as is the number of rows with a line break in a cell.
     """
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(LONGEST)
     delimiter = delimiter_of(path, file)
-    unquoted = is_unquoted(file, delimiter)
+    unquoted = is_unquoted(path, file, delimiter)
     file.seek(0)
     rows = csv.reader(
         text_of(file), delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
@@ -58,15 +59,16 @@ def delimiter_of(path: Path, file: IO[bytes]) -> str:
     return max((usual, ",", "\t", ";"), key=known)
 
 
-def is_unquoted(file: IO[bytes], delimiter: str) -> bool:
+def is_unquoted(path: Path, file: IO[bytes], delimiter: str) -> bool:
     """True if each line of a table is a row, and a quotation mark at the beginning of a cell is an ordinary character.
 
     That is so if each line has as many cells as the first, and some quoted cell is not closed or a TSV file has quotation
     marks that no writer would need; for a TSV file also if more rows have the right number of cells than with quoting.
     """
-    cells = file.readline().count(mark := delimiter.encode())
+    lines = itertools.chain.from_iterable(lines_of(path, file, 1 << 20))
+    cells = next(lines, b"").count(mark := delimiter.encode())
     misfits = quotes = odd = doubled = plain = 0
-    for line in file:
+    for line in lines:
         if not (line := line.rstrip(b"\r\n")):
             continue
         misfits += line.count(mark) != cells

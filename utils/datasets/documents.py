@@ -7,7 +7,7 @@ from typing import Any
 from utils.console import UserError, say
 from utils.datasets.file_formats import opened, read_items
 from utils.datasets.item_formats import ANSWERS, DIALOGUES, QUESTIONS
-from utils.datasets.items import UnreadableItem, place_of
+from utils.datasets.items import UnreadableItem, lines_of, place_of
 from utils.datasets.text_encoding import as_utf8
 
 ENDINGS = (".txt", ".md", ".txt.gz", ".md.gz")
@@ -49,7 +49,7 @@ def text_parts(path: Path) -> Iterator[tuple[int, str]]:
     with opened(path) as file:
         number = 1
         text = as_utf8(path, file)
-        while lines := text.readlines(LONGEST):
+        for lines in lines_of(path, text, LONGEST):
             try:
                 yield number, b"".join(lines).decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:

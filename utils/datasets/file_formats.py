@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ NAMED = {
     b"\x28\xb5\x2f\xfd": "is compressed with zstd; unpack it (unzstd)",
     b"SQLite format 3": "is an SQLite database; write its table as CSV",
 }
+LARGEST = 2 * 10**10  # bytes of a Parquet file that was gzipped
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 
 
@@ -149,7 +149,9 @@ def parquet_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
     with contextlib.ExitStack() as stack:
         if isinstance(file, gzip.GzipFile):  # Parquet is read from the end, which gzip does not allow
             unzipped = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(file, unzipped)
+            while chunk := file.read(1 << 20):
+                if unzipped.write(chunk) and unzipped.tell() > LARGEST:
+                    raise UserError(f"{path}: unpacks to more than {LARGEST / 1e9:.0f} GB; unpack it yourself (gunzip)")
             file = unzipped
         try:
             table = pyarrow.parquet.ParquetFile(file)

@@ -11,7 +11,10 @@ from typing import IO, Any
 
 import orjson
 
+from utils.console import UserError
+
 BOM = b"\xef\xbb\xbf"
+LONGEST = 1 << 24  # bytes of a line or an element, several times what a record may have; more is no data, or made to harm
 BATCH = 32  # items; each may be as long as a book
 Item = tuple[int | str, Any]  # its place (see `place_of`) and its value
 
@@ -66,6 +69,24 @@ def without_surrogates(item: Any) -> Any:
         except RecursionError:
             return UnreadableItem("nested too deeply", None)
     return item
+
+
+def lines_of(path: Path, file: IO[bytes], size: int) -> Iterator[list[bytes]]:
+    """The lines of a file, about `size` bytes of them at a time.
+
+    Raises UserError for one that is too long to be held, as in a small file that is unpacked to an endless line.
+    """
+    parts: list[bytes] = []
+    while chunk := file.read(size):
+        cut = chunk.rfind(b"\n") + 1
+        parts.append(chunk[:cut] if cut else chunk)
+        if cut:
+            yield io.BytesIO(b"".join(parts)).readlines()
+            parts = [chunk[cut:]] if cut < len(chunk) else []
+        elif sum(map(len, parts)) > LONGEST:
+            raise UserError(f"{path}: has a line of more than {LONGEST >> 20} MB, which no record is; write one record a line")
+    if parts:
+        yield [b"".join(parts)]
 
 
 def text_of(file: IO[bytes]) -> io.TextIOWrapper:

@@ -10,7 +10,7 @@ from typing import IO, Any
 import orjson
 
 from utils.console import UserError
-from utils.datasets.items import BLANK, BOM, Item, UnreadableItem, batched, text_of, without_surrogates
+from utils.datasets.items import BLANK, BOM, LONGEST, Item, UnreadableItem, batched, lines_of, text_of, without_surrogates
 
 CHUNK = 1 << 20  # characters
 BATCH_OF_LINES = 1 << 16  # bytes
@@ -20,7 +20,7 @@ GAP = re.compile(r"[ \t\r\n]*")
 def json_lines(path: Path, file: IO[bytes]) -> Iterator[list[Item]]:
     """One JSON value per line; blank lines are skipped."""
     number = 1
-    while lines := file.readlines(BATCH_OF_LINES):
+    for lines in lines_of(path, file, BATCH_OF_LINES):
         try:
             items = list(map(orjson.loads, lines))
             if keys_twice(lines, items):
@@ -112,6 +112,8 @@ class Window:
 
     def _more(self) -> bool:
         """Read more, at least as much as is unparsed (so that a long element takes linear time); False at the end."""
+        if len(self._text) - self._at > LONGEST:
+            raise self.error(f"holds an element of more than {LONGEST >> 20} MB, which no record is,")
         more = self._file.read(max(CHUNK, len(self._text) - self._at))
         if more:
             self._text, self._at = self._text[self._at :] + more, 0

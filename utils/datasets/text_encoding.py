@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from utils.console import UserError, say
+from utils.datasets.items import lines_of
 
 CHUNK = 1 << 20  # bytes
 MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -55,7 +56,7 @@ def detect(path: Path, file: IO[bytes]) -> str:
             return encoding
     if is_all(file, "utf-8"):
         return "utf-8"
-    total, high, sequences, pairs, common = counts(file)
+    total, high, sequences, pairs, common = counts(path, file)
     if 3 * sequences >= high / 2:
         return "utf-8"
     if common >= MOST * pairs and 2 * pairs >= MOST * high and is_all(file, "gb18030"):
@@ -78,11 +79,11 @@ def is_all(file: IO[bytes], encoding: str) -> bool:
     return True
 
 
-def counts(file: IO[bytes]) -> tuple[int, ...]:
+def counts(path: Path, file: IO[bytes]) -> tuple[int, ...]:
     """A file's numbers of bytes, non-ASCII bytes, three-byte UTF-8 sequences, GBK pairs, and common ones among these."""
     file.seek(0)
     found = [0] * 5
-    while lines := file.readlines(CHUNK):
+    for lines in lines_of(path, file, CHUNK):
         chunk = b"".join(lines)
         pairs = PAIR.findall(chunk)
         high = len(chunk) - len(re.sub(rb"[\x80-\xff]+", b"", chunk))

@@ -21,6 +21,8 @@ from utils.models.weights import Kind
 
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
 HEADS = ("lm_head", "embed_out")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+WRAPPED = ("module.", "_orig_mod.", "base_model.")  # how names begin that DataParallel, torch.compile and peft leave
 TURNED = ("gpt2", "openai-gpt")  # families whose linear layers hold inputs x outputs, as fan_in_fan_out tells of some of them
 
 
@@ -220,6 +222,22 @@ class Finder:
         if is_head and (self.stored_head or self.tied_head):
             return self.stored_head or self.tied_head
         return self._asked.stored.get(name, "")
+
+    def missing(self) -> list[str]:
+        """The model's names of tensors that the files lack, where they have them for other layers; all, if they have none.
+
+        The library is asked only where names look like it: those of a layer that another one has, or of a wrapped model.
+        """
+        layers: dict[str, set[str]] = {}
+        for name in self._names:
+            layers.setdefault(NUMBER.sub("N", name, count=1), set()).update(NUMBER.findall(name)[:1])
+        counts = {len(found) for found in layers.values() if found}
+        if len(counts) < 2 and not any(name.startswith(WRAPPED) for name in self._names):
+            return []
+        there = self._asked.stored.keys() | self._asked.joined.keys()
+        kinds = {NUMBER.sub("N", name, count=1) for name in there}
+        lost = [name for name in self._asked.in_order if name not in there]
+        return [name for name in lost if NUMBER.sub("N", name, count=1) in kinds or not there]
 
     def joined(self, name: str) -> list[list[str]]:
         """The base's names of the tensors that the library joins into `name`, one list per expert; [] if it does not."""

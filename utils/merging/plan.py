@@ -77,6 +77,8 @@ def plan_merge(
     if output_type != "pth":  # Meta's layout has no place for biases
         config, weights = biases.add_missing(config, weights, adapters)
     find = Finder(weights.names, config)
+    if lost := find.missing():
+        raise UserError(f"{base_model}: {len(lost)} tensors are missing ({min(lost)}, …); check its files")
     weights = beside_quantized(weights, find, adapters, merge_into)
     recipes, rows = plan_recipes(weights, find, adapters)
     tokenizer = choose_tokenizer(base, adapters, rows)

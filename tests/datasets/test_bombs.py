@@ -1,0 +1,57 @@
+"""Small files that unpack to an endless line: refused in a line, by readers that hold little memory."""
+
+import gzip
+import resource
+
+import pytest
+
+from utils.console import UserError
+from utils.datasets import file_formats
+from utils.datasets.documents import read_documents
+from utils.datasets.file_formats import read_items
+
+BLOCK = 1 << 24
+BOMBS = {  # what comes first, and what is then repeated for 64 MB
+    "words.jsonl": (b'{"instruction": "', b"a"),
+    "blank.jsonl": (b"{", b" "),
+    "zeros.jsonl": (b'{"', b"\0"),
+    "bytes.jsonl": (b'{"', b"\xff\xfe"),
+    "text.json": (b'[{"instruction": "', b"a"),
+    "list.json": (b'[{"instruction": "a", "history": [', b"[],"),
+    "lists.json": (b"[", b"["),
+    "cell.csv": (b"instruction,input,output\n", b"a"),
+    "quoted.csv": (b'instruction,input,output\n"', b"a\n"),
+    "cells.tsv": (b"instruction\tinput\toutput\n", b"a\t"),
+    "text.txt": (b"", "\u6c49".encode()),
+}
+
+
+@pytest.fixture(scope="module")
+def bombs(tmp_path_factory):
+    """The files, of 64 KB each."""
+    folder = tmp_path_factory.mktemp("bombs")
+    for name, (first, more) in BOMBS.items():
+        member = gzip.compress(more * (BLOCK // len(more)), 9)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(first) + member * 4)
+    return folder
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_that_unpacks_to_one_endless_line(bombs, name):
+    most = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, most[1]))
+    try:
+        with pytest.raises(UserError) as refused:
+            for _ in (read_documents if name.endswith("txt") else read_items)(bombs / f"{name}.gz"):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, most)
+    assert name in str(refused.value)
+
+
+def test_gzipped_parquet_that_unpacks_to_more_than_a_disk_should_give(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_formats, "LARGEST", 1 << 22)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1" + bytes(1 << 23)))
+    with pytest.raises(UserError, match=r"a\.parquet\.gz: unpacks to more than 0 GB; unpack it yourself"):
+        list(read_items(tmp_path / "a.parquet.gz"))
