@@ -120,10 +120,9 @@ def end_when_told() -> None:
             leave_terminal()
         raise KeyboardInterrupt(number)
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        is_heard = number is not None and signal.getsignal(number) == signal.SIG_DFL  # nohup has it ignored
-        if is_heard and threading.current_thread() is threading.main_thread():
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: one
+    for number in numbers if threading.current_thread() is threading.main_thread() else ():
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
             signal.signal(number, end)
 
 

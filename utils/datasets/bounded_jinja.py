@@ -6,7 +6,7 @@ The sandbox of jinja2 keeps templates from running code; importing this module h
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import transformers.utils.chat_template_utils
@@ -96,7 +96,14 @@ def counted(values: Any, cost: int = 1) -> Any:
     if hasattr(values, "__len__"):
         steps.turn(len(values) * cost)
         return values
-    return (steps.turn(cost) or value for value in values)
+    return turned(values, cost)
+
+
+def turned(values: Iterable[Any], cost: int) -> Iterator[Any]:
+    """Values of which nobody knows how many there are; each takes `cost` steps."""
+    for value in values:
+        steps.turn(cost)
+        yield value
 
 
 def bounded(text: Any) -> Any:
@@ -218,7 +225,7 @@ class Concatenations(NodeTransformer):
         return filtered(nodes.List(node.nodes, lineno=node.lineno), "joined")
 
 
-def filtered(node: nodes.Expr | None, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+def filtered(node: Any, name: str, *arguments: nodes.Expr) -> nodes.Filter:
     """An expression, or what a block holds, with one more filter."""
     return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno if node else 1)
 
