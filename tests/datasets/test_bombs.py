@@ -18,9 +18,10 @@ BOMBS = {  # what comes first, and what is then repeated for 64 MB
     "bytes.jsonl": (b'{"', b"\xff\xfe"),
     "text.json": (b'[{"instruction": "', b"a"),
     "list.json": (b'[{"instruction": "a", "history": [', b"[],"),
+    "texts.json": (b'[{"instruction": "a", "history": [', b'["' + b"a" * 999 + b'"],'),
     "lists.json": (b"[", b"["),
     "cell.csv": (b"instruction,input,output\n", b"a"),
-    "quoted.csv": (b'instruction,input,output\n"', b"a\n"),
+    "quoted.csv": (b'instruction,input,output\n"', b"a" * 999 + b"\n"),
     "cells.tsv": (b"instruction\tinput\toutput\n", b"a\t"),
     "text.txt": (b"", "\u6c49".encode()),
 }
@@ -36,7 +37,7 @@ def bombs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "list.json" else ()) for name in BOMBS])
 def test_a_file_that_unpacks_to_one_endless_line(bombs, name):
     most = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
