@@ -86,6 +86,18 @@ def test_a_terminal_that_hangs_up_leaves_a_checkpoint(training):
     assert checkpoints.newest_whole(out)
 
 
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written_to(training):
+    """Encoded records, matplotlib's fonts and the hub's cache find another place."""
+    command, out = training
+    places = ("MPLCONFIGDIR", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE")
+    env = {name: value for name, value in os.environ.items() if name not in places} | {"HOME": "/dev/null"}
+    argv = [sys.executable, *command, "--max_steps", "2"]
+    ended = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert (out / "loss.png").is_file() and (out / "adapter_model.safetensors").is_file()
+
+
 def test_names_are_utf8_in_any_locale(tmp_path):
     (tmp_path / "数据.json").write_text(json.dumps(RECORDS), "utf-8")
     argv = [sys.executable, ROOT / "data/clean.py", "--data_path", "数据.json", "--output_path", "干净.json"]
