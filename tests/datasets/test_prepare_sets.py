@@ -56,7 +56,7 @@ def test_firefly_parts_hold_each_kind_in_proportion_and_in_order(prepare, tmp_pa
     for kind, total in totals.items():
         (row,) = re.findall(rf"^{kind} +([\d,]+) = ([\d, +]+)$", said, re.MULTILINE)
         assert int(row[0].replace(",", "")) == total == sum(int(n.replace(",", "")) for n in row[1].split(" + "))
-    assert f"{len(items):,} records of {len(totals)} kinds; the parts' totals are verified" in said
+    assert f"{len(items):,} records of {len(totals)} kinds; the parts' totals add up to these, as verified" in said
 
 
 def test_firefly_shares_go_on_where_the_index_is_read_in_parts(prepare, tmp_path):

@@ -132,12 +132,12 @@ ARCHIVES = {
     "empty": (b"", "not a tar archive"),
     "a gzipped text": (gzip.compress(b"text" * 1000), "not a tar archive"),
     "cut off": (archive(("a.json", b"{}" * 9999))[:80], "cut off or damaged"),
-    "without members": (archive(), "no JSON objects"),
-    "of broken members": (archive(("a.json", b'{"round_0": ')), "no JSON objects"),
-    "of texts": (archive(("a.json", b'"a"')), "no JSON objects"),
+    "without members": (archive(), "not JSON objects"),
+    "of broken members": (archive(("a.json", b'{"round_0": ')), "not JSON objects"),
+    "of texts": (archive(("a.json", b'"a"')), "not JSON objects"),
     "of another set": (archive(("a.json", json.dumps(NAMES["firefly"][1]).encode())), "looks like Firefly"),
     "rounds of null": (archive(("a.json", b'{"round_0": null}')), "a round without response: 1"),
-    "rounds nested too deeply": (archive(("a.json", b'{"round_0": ' + b"[" * 9999)), "no JSON objects"),
+    "rounds nested too deeply": (archive(("a.json", b'{"round_0": ' + b"[" * 9999)), "not JSON objects"),
 }
 
 

@@ -209,7 +209,7 @@ ADAPTERS: dict[str, tuple] = {
     "weights: none": (gone(ADAPTER), "holds no", "name the folder of an adapter"),
     "weights: empty": (data(ADAPTER, lambda d: b""), ADAPTER, AGAIN),
     "weights: cut off": (data(ADAPTER, lambda d: d[:-100]), ADAPTER, AGAIN),
-    "weights: no tensors": (rewrite(ADAPTER, lambda t: {}), "holds no LoRA weights", "the save failed"),
+    "weights: no tensors": (rewrite(ADAPTER, lambda t: {}), "holds no LoRA weights", "saving failed"),
     "weights: of a whole model": (rewrite(ADAPTER, lambda t: {"norm": torch.ones(64)}), "no LoRA weights", "another file"),
     "tensors: half of a pair": (rewrite(ADAPTER, without(A)), "has no lora_A", "train it again"),
     "tensors: a layer too many": (
