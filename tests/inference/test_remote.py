@@ -44,7 +44,7 @@ def test_messages_go_where_no_tokenizer_is_known(serve, script, prompts, tmp_pat
     server = serve(lambda number, body: "answer to " + asked(body))
     server.models = ["only"]
     out = script("generate.py", *options(server, prompts, "--output_path", tmp_path / "out.json", "--stop", "END")).ok()
-    assert "sends messages" in out and "1 prompts have an input" in out and "only answers" in out
+    assert "sending messages" in out and "1 prompts have an input" in out and "uses its only model, only" in out
     answers = json.loads((tmp_path / "out.json").read_text("utf-8"))
     assert [record["output"] for record in answers] == ["answer to 你是谁？", "answer to Add.\n1 + 1", "answer to 真的？"]
     third = next(body for body in server.bodies if len(body["messages"]) == 4)
