@@ -19,8 +19,8 @@ class Options:
 
 
 def test_a_step_names_the_toolkit_and_its_form(tmp_path):
-    step = lineage.describe("train", Options(), time.time())
-    assert step["format"] == 1
+    step = lineage.describe("train", Options(), time.time() - 90)
+    assert step["format"] == 1 and step["time"]["seconds"] >= 90
     newest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1]
     assert step["toolkit"]["version"] == newest
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)

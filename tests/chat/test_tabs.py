@@ -14,7 +14,7 @@ from browsing import (
 from playwright.sync_api import expect
 
 from utils import lineage
-from utils.chat.runs import read_run, runs_beside
+from utils.chat.runs import read_run, runs_beside, thinned
 from utils.datasets.preferences import read_pairs
 
 pytest_plugins = ["browsing"]  # fixtures
@@ -105,3 +105,5 @@ def test_the_training_tab_reads_running_and_finished_runs(tmp_path):
     assert read_run(run).state == "stopped"
     lineage.write(run, {"kind": "finetune", "options": {}, "time": {"began": "", "seconds": 6.0}})
     assert (read_run(run).state, read_run(run).pace) == ("finished", 3.0)
+    curve = thinned([(step, 0.0) for step in range(1200)])
+    assert len(curve) <= 500 and curve[-1] == (1199, 0.0)

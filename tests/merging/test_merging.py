@@ -57,7 +57,7 @@ VARIANTS = {
     "patterns": {
         "target_modules": LINEAR,
         "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 7, r"layers\.\d\.self_attn\.v_proj": 3},
-        "alpha_pattern": {"v_proj": 5, "model.layers.0.mlp.up_proj": 64},
+        "alpha_pattern": {"v_proj": 5, r"self_attn\.v_proj": 50, "model.layers.0.mlp.up_proj": 64},
     },
     "norms and a whole layer": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "up_proj", "lm_head"]},
     "embeddings by LoRA": {"target_modules": ["embed_tokens", "q_proj"]},

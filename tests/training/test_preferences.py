@@ -18,7 +18,15 @@ from utils.datasets.dataset import JudgedDataset
 from utils.datasets.encoding import IGNORED
 from utils.training.batching import pad
 from utils.training.loss import returning_loss
-from utils.training.preferences import LOSSES, Preference, judged_loss, pair_loss, pair_losses, sparse_log_probs
+from utils.training.preferences import (
+    LOSSES,
+    Preference,
+    full_log_probs,
+    judged_loss,
+    pair_loss,
+    pair_losses,
+    sparse_log_probs,
+)
 
 
 def worked_out(loss, policy, reference, counts, beta, margin):
@@ -86,6 +94,11 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
     for one, other in zip(found, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert empty.item() == 0 and sums[3] == 2
+    ids, places, targets = batch["input_ids"], batch["places"], batch["labels"].flatten()[batch["places"] + 1]
+    with torch.no_grad():  # and at a temperature, in both ways
+        cool = (model(ids).logits.flatten(0, 1)[places] / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(sparse_log_probs(base.base_model, base.lm_head, ids, targets, places, 0.5), cool)
+        torch.testing.assert_close(full_log_probs(base, ids, targets, places, 0.5), cool)
 
 
 def test_the_kto_loss_is_that_of_its_paper():
