@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from utils import files
+from utils.console import UserError
 from utils.journal import Journal
 
 NOBODY = 2**22 + 1  # no process of Linux has such a number
@@ -61,6 +62,20 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, events):
     assert sorted(events[:2]) == [("fsync", "a"), ("fsync", "b")]
     assert events[-1] == ("rename", "model")
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a", "b", "deeper", "model"]
+
+
+def test_the_lock_of_a_process_that_is_gone_is_taken_and_another_machine_s_is_not(tmp_path, capsys):
+    lock = tmp_path / ".out.lock"
+    lock.write_text(f"process {NOBODY} on {socket.gethostname()}")
+    with files.locked(tmp_path / "out"):
+        assert f"removed a stale lock left by process {NOBODY}" in capsys.readouterr().out
+    lock.write_text("process 1 on another")
+    with (
+        pytest.raises(UserError, match="in use by process 1 on another; wait for it, or delete"),
+        files.locked(tmp_path / "out"),
+    ):
+        pass
+    assert lock.read_text() == "process 1 on another"
 
 
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):

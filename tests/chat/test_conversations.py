@@ -36,6 +36,8 @@ def test_what_a_browser_sends_is_looked_at():
     other = Talk()
     other.from_browser(talk.to_browser())
     assert other.conversation == talk.conversation.stopped() != talk.conversation and other.id == talk.id
+    names = [json.loads(Talk(Conversation((Turn("问" * size + "\n更多"),))).to_browser())["title"] for size in (24, 25)]
+    assert names == ["问" * 24, "问" * 24 + "…"]
 
 
 def test_markdown_is_escaped_where_it_must_be_and_comes_back():

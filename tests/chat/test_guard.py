@@ -9,6 +9,7 @@ from scripting import warm
 
 from utils.chat import server
 from utils.chat.address import Address
+from utils.chat.guard import Guard
 from utils.inference.answerers import BASE
 from utils.inference.sampling_params import SamplingParams
 
@@ -52,6 +53,13 @@ def test_page_of_another_site_may_not_ask(port, path, origin):
 def test_other_name_that_leads_to_this_machine_is_refused(port, host):
     for path in ("/", "/v1/models", "/config", "/gradio_api/info"):
         assert ask(port, path=path, Host=host)[0] == 403
+
+
+def test_a_page_of_another_site_may_ask_with_a_key_and_not_with_a_password_that_browsers_add():
+    guard = Guard(None, Address("127.0.0.1", 7860, None, False, "key"))
+    given = [(b"host", b"127.0.0.1:7860"), (b"origin", b"https://evil.example")]
+    problems = {word: guard.problem({"headers": [*given, (b"authorization", word)]}) for word in (b"Bearer key", b"Basic key")}
+    assert problems[b"Bearer key"] == "" and "may not ask here" in problems[b"Basic key"]
 
 
 def test_programs_and_the_page_itself_are_answered(port):

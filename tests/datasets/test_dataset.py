@@ -79,16 +79,16 @@ def test_several_files_with_weights(tiny_llama, tmp_path, capsys):
 
     assert numbers(f"{a},{b}") == list(range(19))
     assert numbers(f"{a}:2") == [*range(10)] * 2
-    mixed = numbers(f"{a}:1.5, {b}:0.5", seed=1)
+    mixed = numbers(f"{a}:1.5, {b}:0.4", seed=1)
     assert mixed[:10] == list(range(10))
     half, half_b = mixed[10:15], mixed[15:]
     assert half == sorted(set(half)) and half[-1] < 10
     assert len(half_b) == 4 and half_b == sorted(set(half_b)) and half_b[0] >= 10
     said = capsys.readouterr().out
     assert f"{a}: weight 1.5 makes 15 of 10 records" in said
-    assert f"{b}: weight 0.5 makes 4 of 9 records" in said
-    assert numbers(f"{a}:1.5,{b}:0.5", seed=1) == mixed
-    assert numbers(f"{a}:1.5,{b}:0.5", seed=2) != mixed
+    assert f"{b}: weight 0.4 makes 4 of 9 records" in said
+    assert numbers(f"{a}:1.5,{b}:0.4", seed=1) == mixed
+    assert numbers(f"{a}:1.5,{b}:0.4", seed=2) != mixed
     twice = numbers(f"{a}:0.5,{a}:0.5")
     assert twice[:5] != [number - 10 for number in twice[5:]], "each source is drawn from by itself"
     with pytest.raises(UserError, match="the weights leave no record"):
@@ -141,6 +141,9 @@ def test_a_prompt_that_fills_the_cutoff_is_counted_and_dropped(tiny_llama, tmp_p
     out = capsys.readouterr().out
     assert 0 not in numbers and len(numbers) == 30
     assert "cuts 1 of 31 records (1 of them dropped" in out and "would keep 95 % uncut" in out
+    table, every = encode_all(tiny_llama, file, cutoff_len=1000)
+    longest = max(table["full_length"])  # of which no token is cut where so many are kept
+    assert len(dataset.usable(table, every, longest)) == 31 and "cuts" not in capsys.readouterr().out
     with pytest.raises(UserError, match="leaves no answer in any of 31 records"):
         dataset.usable(*encode_all(tiny_llama, file, cutoff_len=5), 5)
 

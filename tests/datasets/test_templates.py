@@ -7,6 +7,7 @@ import tiny
 from scripting import ROOT
 
 from utils.console import UserError
+from utils.datasets.dataset import PairEncoder
 from utils.datasets.encoding import IGNORED, encode, encode_last_answers, encode_prompt, opening_ids
 from utils.datasets.templates import Prompter
 
@@ -155,6 +156,16 @@ def test_a_token_that_straddles_the_boundary_is_supervised(words):
     for one in (encoded, last):
         assert [words.convert_ids_to_tokens(label) for label in one.labels if label != IGNORED] == [":A", "</s>"]
         assert one.answer_tokens == 2
+
+
+def test_a_pair_is_as_long_as_its_longer_answer_and_is_cut_away_with_the_shorter(words):
+    texts = [("好", "坏" * 9), ("好" * 9, "坏")]
+    pairs = [tuple({"instruction": "Q", "input": "", "output": text} for text in pair) for pair in texts]
+    encoder = PairEncoder(Prompter("alpaca_short"), words, "", 1000, False)
+    for row in encoder(pairs).to_pylist():
+        lengths = len(row["input_ids"]), len(row["rejected_ids"])
+        learned = [sum(label != IGNORED for label in row[name]) for name in ("labels", "rejected_labels")]
+        assert row["full_length"] == max(lengths) > min(lengths) and row["answer_tokens"] == min(learned) < max(learned)
 
 
 def test_what_is_cut_has_no_end_to_learn(words):

@@ -230,6 +230,7 @@ def test_answers_end_at_the_next_question_and_not_at_a_quoted_response(folder):
     assert ending.text(ids[: size + 1]) == "The template ends with ### Response:\nand that is all."
     assert ending.text([*quoted, 2]) == ending.text(quoted)
     assert ending([*quoted, 2])
+    assert Ending(tokenizer, ["that", "with"]).text(quoted) == "The template ends"
 
 
 def test_streaming_shows_whole_characters_and_no_half_stop_strings(folder):

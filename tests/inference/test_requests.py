@@ -1,8 +1,12 @@
 """Requests to a real server that is slow, wrong, rate-limited and cut off; budgets, journals, refusals."""
 
+import asyncio
 import json
 import threading
+import time
 
+import httpx
+import openai
 import pytest
 from api_server import Server, asked, completion
 
@@ -86,6 +90,10 @@ def test_who_asks_to_wait_for_hours_ends_the_run(serve, tmp_path):
     server = serve(lambda *_: {"status": 429, "body": b"{}", "headers": {"Retry-After": "36000"}})
     with pytest.raises(UserError, match=r"asks to wait 10\.0 hours"):
         ask(server, tmp_path)
+    less = httpx.Response(429, headers={"Retry-After": "3000"}, request=httpx.Request("POST", server.url))
+    with asking(ModelServer("m", server.url), QUICK, tmp_path / "less.jsonl", {}) as endpoint:
+        asyncio.run(endpoint._wait(openai.RateLimitError("", response=less, body=None), 1))
+        assert endpoint.resume_at > time.monotonic() + 2000
 
 
 def test_a_server_that_always_fails_ends_the_run(serve, tmp_path):

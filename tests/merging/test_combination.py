@@ -15,7 +15,7 @@ from utils.adapters.adapters import read_tensors
 from utils.console import UserError
 from utils.merging.rules import METHODS
 
-WEIGHTS = [0.7, -0.3, 1.0]
+WEIGHTS = [0.7, -0.3, 1]  # the last one not named
 
 
 def by_peft(base, folders, weights, method, rank=None, density=0.5):
@@ -44,7 +44,7 @@ def changes(model, name):
 
 
 def combine(base, folders, weights, out, *options):
-    named = ",".join(f"{folder}*{weight}" for folder, weight in zip(folders, weights, strict=True))
+    named = ",".join(str(f) if weight == 1 else f"{f}*{weight}" for f, weight in zip(folders, weights, strict=True))
     return merge(base, [named], out, "--output_type", "adapter", *options)
 
 

@@ -1,8 +1,10 @@
 """Merging: the published Chinese folders, Meta's layout there and back, and what is written, also after a kill."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepieces
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from utils.adapters.settings import read_config
 from utils.console import UserError
 from utils.merging import meta_writer
-from utils.merging.plan import plan_merge
+from utils.merging.plan import in_order, plan_merge
 from utils.merging.verify import compare_logits
 from utils.models import weights
 from utils.models.tokenizer import load_tokenizer
@@ -255,7 +257,13 @@ def test_the_last_line_and_old_options(base, adapter, tmp_path, script):
     )  # fmt: skip
     assert "--offload_dir: no longer needed" in ended.ok() and not (tmp_path / "offload").exists()
     last = ended.out.strip().splitlines()[-1]
-    assert last.startswith("done: ") and " GB in " in last and " MB/s, peak memory " in last
+    found = re.fullmatch(r"done: .+, \d+\.\d\d GB in [\d.]+ s, \d+ MB/s, peak memory (\d+) MB", last)
+    assert found and int(found[1]) > 50
+
+
+def test_layer_2_comes_before_layer_10_and_what_is_new_last():
+    stored = SimpleNamespace(names=["layers.10.w", "layers.2.w"], file_of=lambda name: Path("model.safetensors"))
+    assert in_order(dict.fromkeys(["head", *stored.names]), stored) == ["layers.2.w", "layers.10.w", "head"]
 
 
 def test_killed_and_started_again(tmp_path, script):

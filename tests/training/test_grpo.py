@@ -9,7 +9,7 @@ from trainings import options, same, tensors
 
 from utils import lineage
 from utils.console import UserError
-from utils.training.grpo import advantages, policy_losses
+from utils.training.grpo import advantages, policy_losses, sampling_seeds
 from utils.training.rewards import exact, length, load_rewards, number, try_out
 
 
@@ -24,11 +24,16 @@ def test_the_loss_is_clipped_and_has_the_kl_term_of_the_paper():
     assert advantages([2, 2]) == [0, 0]
 
 
+def test_each_answer_has_a_seed_of_its_own_at_each_step():
+    found = [sampling_seeds(seed, step, [3, 5], 2) for seed, step in ((42, 0), (42, 1), (7, 0))]
+    assert len({seed for seeds in found for seed in seeds}) == 12 and found[0] == sampling_seeds(42, 0, [3, 5], 2)
+
+
 def test_ready_made_rewards():
     record = {"instruction": "3+4=", "input": "", "output": "等于 7。"}
     assert exact(" 等于 7。", record) == 1 and exact("7", record) == 0
     assert [number(answer, record) for answer in ("是7.0", "7 个，不是 8", "七", "14/2")] == [1, 0, 0, 1]
-    assert length("四个字呢", record) == pytest.approx(1 - 1 / 5)
+    assert length("四个字呢", record) == length("  四个字呢\n\n", record) == pytest.approx(1 - 1 / 5)
     (form,) = load_rewards(["format:0.5"], "答案：[0-9]+")
     assert form.weight == 0.5 and form.function("答案：12\n", record) == 1 and form.function("答案：12。", record) == 0
     (thinking,) = load_rewards(["format"], "")
@@ -110,6 +115,8 @@ def test_the_reward_rises_and_a_killed_run_ends_the_same(script, bases, question
     log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "reward" in entry]
     assert steps[-1]["reward"] > steps[0]["reward"] + 0.1 and steps[-1]["kl"] > 0
+    assert steps[0]["reward"] == pytest.approx(steps[0]["reward_plain"] + 0.1 * steps[0]["reward_length"])
+    assert steps[0]["answers_cut"] > 0.5, "an untrained model seldom ends within 8 tokens"
     assert {"reward_plain", "reward_length", "answer_tokens", "answers_cut", "answers_clipped", "groups_equal"} <= steps[
         0
     ].keys()

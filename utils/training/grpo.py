@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +74,11 @@ class Answer:
     values: list[float]
     reward: float
     advantage: float = 0.0
+
+
+def sampling_seeds(seed: int, step: int, records: Sequence[int], group: int) -> list[int]:
+    """The seeds of the answers to some records' questions, `group` to each, at one step."""
+    return [int(digest([seed, step, record, place])[:12], 16) for record in records for place in range(group)]
 
 
 def advantages(rewards: list[float]) -> list[float]:
@@ -201,12 +206,8 @@ class GRPOTrainer(StepTrainer):
         """A group of answers to each of the questions of these records, rewarded and compared."""
         rows = [self.train_dataset[number] for number in numbers]
         asked = [row["input_ids"] for row in rows for _ in range(self.settings.group)]
-        step = self.state.global_step
-        seeds = [
-            int(digest([self.args.seed, step, int(self.train_dataset.numbers[number]), place])[:12], 16)
-            for number in numbers
-            for place in range(self.settings.group)
-        ]
+        records = [int(self.train_dataset.numbers[number]) for number in numbers]
+        seeds = sampling_seeds(self.args.seed, self.state.global_step, records, self.settings.group)
         answers = self.rewarded(rows, asked, seeds, self.settings.group)
         for start in range(0, len(answers), self.settings.group):
             group = answers[start : start + self.settings.group]
