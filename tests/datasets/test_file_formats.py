@@ -91,6 +91,8 @@ def test_lines_of_items(tmp_path):
     lines.write_text("\n" + as_lines(RECORDS).replace("\n", "\n\n"))
     assert [line for line, _ in read_items(array)] == [2, 7, 12]
     assert [line for line, _ in read_items(lines)] == [2, 4, 6]
+    lines.write_text(as_lines(RECORDS * 1000))  # which are read in several parts
+    assert [line for line, _ in read_items(lines)] == list(range(1, 3001))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils.console import UserError
 from utils.datasets.choices import Choice, as_choice, as_record, read_choices
 from utils.datasets.item_formats import InvalidRecord
-from utils.evaluation.choices import Marked, Way, as_text, read_answer, tabulate
+from utils.evaluation.choices import Marked, Way, as_text, encode, encode_fitting, read_answer, tabulate
+from utils.evaluation.likelihood import load_engine
 from utils.files import write_json
 from utils.inference.continuations import Asked, log_likelihoods
 
@@ -263,3 +264,11 @@ def test_fewer_examples_where_the_window_is_short(script, questions, tmp_path):
     out = script("judge.py", *options, "--base_model", tmp_path / "base", "--output_dir", tmp_path / "out").ok()
     assert "questions were asked with fewer examples, to fit 210 tokens" in out
     assert "10 of 11 questions count" in out and "1 questions are longer than the model's window" in out
+    engine, way, (one, *_) = (
+        load_engine(str(tmp_path / "base"), [], False),
+        Way(3),
+        read_choices([str(questions / "test.json")]),
+    )
+    examples = [example for example in read_choices([str(questions / "dev.json")]) if example.category == one.category][:3]
+    asked, count = encode_fitting(engine, "base", one, examples, way)
+    assert 0 < count < 3 and asked == encode(engine, "base", one, examples[-count:], way), "the last ones stay"

@@ -27,6 +27,7 @@ def folder(tmp_path):
     rows = [
         Row("01qa", 2, {"base": 20.0, "f1": 80.0, "f2": 60.5}, {"f1": (61.2, 91.0)}),
         Row(EVIL, 2, {"base": 1.0, "f1": None}),
+        Row("09math", 1, {"base": 9.0, "f1": 1.0, "f2": 2.5}),
     ]
     table = Table(f"scores {EVIL}", ["base", "f1", "f2"], rows)
     draw(Table("t", ["f1"], [Row("01qa", 2, {"f1": 80.0})]), tmp_path / "scores.png")
@@ -55,7 +56,7 @@ def test_the_report_stands_alone_and_nothing_in_it_is_markup(folder):
     assert EVIL not in text and text.count("<script>") == 1 and "onerror=&quot;" in text
     assert not re.search(r'(src|href)="(?!data:image/png)', text) and "url(" not in text and "@import" not in text
     assert "<td class=best>80<small> [61.2, 91]</small></td>" in text and ">60.5*<small>" in text
-    assert "+60</td>" in text and "−19.5</td>" in text  # the steps, and what was lost since the best
+    assert "+60</td>" in text and "−19.5</td>" in text and "−6.5</td>" in text  # the steps, and what was lost since the best
     assert "1.2500" in text and "f1.json" in text and text.count("data:image/png;base64,") == 1
     assert "| 知识问答 | 2 | 20 | **80** [61.2, 91] | 60.5* |" in (folder / "report.md").read_text("utf-8")
     assert (

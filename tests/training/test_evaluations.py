@@ -2,15 +2,18 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scripting import warm
 from trainings import options, same, tensors
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from utils import lineage
 from utils.files import write_json
 from utils.training.evaluations import ANSWERS
+from utils.training.trainer import StepCallback
 
 warm("transformers.trainer", "utils.evaluation.during_training", "utils.inference.batch")
 
@@ -78,6 +81,17 @@ def test_answers_and_choices_are_those_of_the_other_scripts_and_change_nothing(s
     assert [entry["loss"] for entry in entries if "loss" in entry] == [
         entry["loss"] for entry in history(tmp_path / "plain") if "loss" in entry
     ]
+
+
+@pytest.mark.parametrize(
+    ("greater", "best", "found", "saved"),
+    [(True, 50, 60, True), (True, 50, 40, False), (False, 1, 0.5, True), (False, 1, 2, False), (True, None, 0, True)],
+)
+def test_what_is_better_than_the_best_so_far_is_saved(tmp_path, greater, best, found, saved):
+    args = TrainingArguments(str(tmp_path), metric_for_best_model="eval_choices", greater_is_better=greater, use_cpu=True)
+    control, trainer = TrainerControl(), SimpleNamespace(eval_dataset=None, job=SimpleNamespace(evaluator=None))
+    StepCallback(trainer).on_evaluate(args, TrainerState(best_metric=best), control, {"eval_choices": found})
+    assert control.should_save == saved
 
 
 def test_killed_amid_an_evaluation_the_same_command_ends_in_the_same_files(script, bases, data, asked, tmp_path):

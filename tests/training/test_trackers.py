@@ -12,6 +12,7 @@ from scripting import ROOT, warm
 from trainings import options
 
 from utils.files import write_json
+from utils.training import trackers
 
 warm("transformers.trainer", "utils.evaluation.during_training")
 torch.set_num_threads(1)
@@ -100,6 +101,7 @@ def test_tensorboard_holds_the_losses_and_the_answers(script, bases, data, tmp_p
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("eval/answers/text_summary")]
     assert len(texts) == len(answers) == 2
+    assert trackers.markdown([["a|b", "c\nd"]]).splitlines()[-1] == "| a\\|b | c<br>d |"
     for text, given in zip(texts, answers, strict=True):
         assert all(answer.replace("|", "\\|").replace("\n", "<br>") in text for answer in given)
 
