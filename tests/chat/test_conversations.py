@@ -18,6 +18,7 @@ def test_conversations_come_from_any_record_format():
     )
     kept = Conversation((Turn("a", "b", CUT, {"model": "f1"}), Turn("c", "d", WHOLE)), "system text")
     assert from_file(kept.to_file()) == kept
+    assert Conversation((*kept.turns, Turn("e"))).record()["history"] == [["a", "b"], ["c", "d"]]
     (record,) = json.loads(kept.to_file())
     assert record["learn"] == [False, True] and record["answers"][0] == {"model": "f1", "finish": "length"}
     assert "learn" not in json.loads(kept.to_file(unfinished=True))[0]

@@ -16,6 +16,7 @@ from utils.datasets.item_formats import InvalidRecord
 from utils.evaluation.choices import Marked, Way, as_text, encode, encode_fitting, read_answer, tabulate
 from utils.evaluation.likelihood import load_engine
 from utils.files import write_json
+from utils.inference.batch import greedy_texts
 from utils.inference.continuations import Asked, log_likelihoods
 
 ONE = Choice("一加一等于几？", ("一", "二", "三", "四"), (1,))
@@ -272,3 +273,5 @@ def test_fewer_examples_where_the_window_is_short(script, questions, tmp_path):
     examples = [example for example in read_choices([str(questions / "dev.json")]) if example.category == one.category][:3]
     asked, count = encode_fitting(engine, "base", one, examples, way)
     assert 0 < count < 3 and asked == encode(engine, "base", one, examples[-count:], way), "the last ones stay"
+    full = (asked.prompt * 2)[: engine.window]
+    assert [bool(text) for text in greedy_texts(engine, "base", [full, full[1:]], 8)] == [False, True], "room for one token"

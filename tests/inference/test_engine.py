@@ -398,6 +398,8 @@ def test_an_adapter_of_another_family_is_refused(folder):
 
 def test_labels_are_short_and_distinct():
     assert labels(["out/f1", "out/f2/"]) == ["f1", "f2"]
+    keys = {switching.key_of(name) for name in ("a.b", "a_b", "lora_A", "default")}  # as peft takes them beside each other
+    assert len(keys) == 4 and not any("." in key or key in ("lora_A", "default") for key in keys)
     assert labels(["x/run", "y/run"]) == ["x/run", "y/run"]
     assert labels(["models/base"]) == ["models/base"]
     with pytest.raises(UserError, match="twice"):
