@@ -97,7 +97,7 @@ def test_likelihoods_are_those_of_each_text_alone(tmp_path, kind):
     ("text", "places"),
     [
         ("B", [1]), ("B. 二", [1]), ("答案是B。", [1]), ("正确答案为：（C）", [2]), ("我选 D", [3]), ("二", [1]),
-        ("选AB", [0, 1]),
+        ("选AB", [0, 1]), ("选BA", [0, 1]),
         ("<think>A 还是 C？</think>答案：C", [2]), ("<think>答案：A</think>答案：C", [2]),
         ("经过计算，应该是 B 这一项", [1]), ("The answer is (b).", [1]),
         ("ＡＢ", [0, 1]),

@@ -12,7 +12,7 @@ from api_server import Server, asked, completion
 
 from utils.console import UserError
 from utils.inference.openai_client import ModelServer
-from utils.inference.requests import RequestLimits, asking
+from utils.inference.requests import RequestLimits, asking, tokens_in
 
 QUICK = RequestLimits(concurrency=2, backoff=0.01)
 
@@ -173,6 +173,18 @@ def test_so_many_requests_are_under_way_at_once(serve, tmp_path):
 def test_half_a_character_in_an_answer_does_not_end_the_run(serve, tmp_path):
     server = serve(lambda *_: {"body": completion({"content": "x"}).replace(b'"x"', b'"x\\ud83d"', 2)})
     assert [reply.text for reply in ask(server, tmp_path, 2)] == ["x?", "x?"]
+
+
+def test_what_was_spent_counts_before_prompts_are_sent(tmp_path):
+    assert [tokens_in(text) for text in ("你好吗", "four", "fives", "")] == [3, 1, 2, 0]
+    limits = RequestLimits(price_in=1e6, max_cost=10)  # a token costs 1
+    with asking(ModelServer("m", "http://localhost:9/v1"), limits, tmp_path / "j.jsonl", {}) as endpoint:
+        endpoint.cost = 9
+        endpoint.announce({"a": "好"})
+        with pytest.raises(
+            UserError, match=r"--max_cost 10: sending the prompts alone costs about 2\.0000, and 9\.0000 is spent"
+        ):
+            endpoint.announce({"a": "好", "b": "坏"})
 
 
 def test_tokens_and_cost_are_totalled(serve, tmp_path, capsys):
