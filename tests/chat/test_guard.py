@@ -59,7 +59,7 @@ def test_a_page_of_another_site_may_ask_with_a_key_and_not_with_a_password_that_
     guard = Guard(None, Address("127.0.0.1", 7860, None, False, "key"))
     given = [(b"host", b"127.0.0.1:7860"), (b"origin", b"https://evil.example")]
     problems = {word: guard.problem({"headers": [*given, (b"authorization", word)]}) for word in (b"Bearer key", b"Basic key")}
-    assert problems[b"Bearer key"] == "" and "may not ask here" in problems[b"Basic key"]
+    assert problems[b"Bearer key"] == "" and "not allowed here" in problems[b"Basic key"]
 
 
 def test_programs_and_the_page_itself_are_answered(port):

@@ -264,7 +264,7 @@ def test_what_the_window_leaves_is_told_and_answers_that_it_cuts_are_counted(tmp
     base, prompts = tiny.llama(tmp_path / "base", max_position_embeddings=100), write(tmp_path / "in.json", ["问", "问" * 20])
     run("--base_model", base, "--test_input_path", prompts, "--output_path", tmp_path / "out.json", tokens=60)
     said = capsys.readouterr().out
-    assert "1 of 2 answers have room for 29 to 60 tokens instead of 60" in said and "2 answers reached their limit" in said
+    assert "1 of 2 answers have room for 29 to 60 tokens instead of 60" in said and "2 answers reached the token limit" in said
 
 
 def test_prompts_are_measured_before_the_weights_are_loaded(models, place, tmp_path):
