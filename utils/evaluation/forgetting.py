@@ -99,7 +99,7 @@ def unusable(step: dict[str, Any], data: dict[str, Any]) -> str:
 
 
 def read_held_out(engine: Engine, one: ChatModel, stage: str, step: dict[str, Any], path: str) -> HeldOut:
-    """The records of `path`, or if \"\" the validation set that training drew, encoded as in that step."""
+    """The records of `path` ("": the validation set that training drew), encoded as in that step."""
     options = step.get("options", {})
     tokenizer, cutoff = engine.tokenizers[one.name], options.get("cutoff_len", 512)
     words = tokenizer_mark(tokenizer_home(one, engine.base_model), tokenizer)
