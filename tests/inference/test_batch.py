@@ -220,6 +220,7 @@ def test_answers_edited_or_of_an_adapter_trained_anew_since_are_not_kept(place):
     assert answers(result) == answers(place / "b" / "test.json") != first
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_halves_the_batches_and_changes_no_answer(place):
     """Pitfall 11: with the memory that one prompt needs, sixteen at once are halved until they fit."""
     long = "long " * 150

@@ -119,7 +119,12 @@ def unfinished(world, tmp_path_factory):
     return top / "out"
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"])
+MORE_PICKLES = ("scheduler.pt", "rng_state.pth", "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "training_args.bin", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_PICKLES)]
+)
 def test_a_checkpoint_with_a_pickle_runs_nothing(cold_or_forked, world, unfinished, tmp_path, marker, name):
     """Its manifest vouches for the file, as whoever gives a checkpoint away can have it do."""
     out = shutil.copytree(unfinished, tmp_path / "out")

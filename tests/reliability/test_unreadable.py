@@ -32,6 +32,8 @@ UNREADABLE = [  # script, what cannot be read, further options
     ("data/firefly/prepare.py", "raw", "--raw {top}/raw --output_dir {tmp}/out"),
 ]
 
+BOTH = ("finetune.py", "generate.py")
+
 
 @pytest.fixture
 def own(world, tmp_path):
@@ -53,7 +55,13 @@ def refused(own, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("script, thing, options", UNREADABLE, ids=[f"{row[0]} {row[1]}" for row in UNREADABLE])
+@pytest.mark.parametrize(
+    "script, thing, options",
+    [  # of one script's base and adapter a file each, the others in the slow tier
+        pytest.param(*row, id=f"{row[0]} {row[1]}", marks=pytest.mark.slow if number % 3 and row[0] in BOTH else ())
+        for number, row in enumerate(UNREADABLE)
+    ],
+)
 def test_what_cannot_be_read(refused, own, script, thing, options):
     place = own["top"] / thing
     place.chmod(0)

@@ -66,8 +66,10 @@ TARGETS = {"gpt2": "[c_attn]", "opt": "[q_proj,v_proj]", "bloom": "[query_key_va
 WHOLE = {"gpt2": "[wte,lm_head]", "opt": "[embed_tokens,lm_head]", "bloom": "[word_embeddings,lm_head]"}
 
 
-@pytest.mark.parametrize("family", TARGETS)
-@pytest.mark.parametrize("whole", [False, True], ids=["lora", "embeddings"])
+ROWS = [("gpt2", False), ("bloom", True), ("gpt2", True), ("opt", False), ("opt", True), ("bloom", False)]
+
+
+@pytest.mark.parametrize(("family", "whole"), [*ROWS[:2], *(pytest.param(*row, marks=pytest.mark.slow) for row in ROWS[2:])])
 def test_families_with_a_last_layer_norm_train_in_bfloat16(script, normed, data, tmp_path, cuda_rules, family, whole):
     changes = {"lora_target_modules": TARGETS[family], "max_steps": 3} | ({"modules_to_save": WHOLE[family]} if whole else {})
     for dtype in ("float32", "bfloat16"):
@@ -76,8 +78,11 @@ def test_families_with_a_last_layer_norm_train_in_bfloat16(script, normed, data,
     assert lineage.read(tmp_path / "bfloat16")["dtype"] == "bfloat16"
 
 
+ONES = ["[lm_head]", "[embed_tokens]"]
+
+
 @pytest.mark.parametrize("bits", ["load_8bit", "load_4bit"])
-@pytest.mark.parametrize("whole", ["[embed_tokens,lm_head]", "[lm_head]", "[embed_tokens]"])
+@pytest.mark.parametrize("whole", ["[embed_tokens,lm_head]", *(pytest.param(one, marks=pytest.mark.slow) for one in ONES)])
 def test_quantized_bases_train_with_layers_trained_whole(script, bases, data, tmp_path, bits, whole):
     changes = {bits: True, "modules_to_save": whole, "dtype": "bfloat16", "max_steps": 3}
     script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **changes)).ok()
@@ -91,7 +96,9 @@ def products_as_on_cuda(monkeypatch):
     monkeypatch.setattr(functions, "MatMul8bitFp", functions.MatMul8bitLt)
 
 
-@pytest.mark.parametrize(("family", "whole"), [("llama", "[embed_tokens,lm_head]"), ("bloom", "[lm_head]")])
+@pytest.mark.parametrize(
+    ("family", "whole"), [("llama", "[embed_tokens,lm_head]"), pytest.param("bloom", "[lm_head]", marks=pytest.mark.slow)]
+)
 def test_8_bit_as_a_gpu_computes_it_learns_and_checkpointing_changes_nothing(
     script, bases, data, tmp_path, cuda_rules, products_as_on_cuda, family, whole
 ):
