@@ -94,6 +94,7 @@ def test_what_is_better_than_the_best_so_far_is_saved(tmp_path, greater, best, f
     assert control.should_save == saved
 
 
+@pytest.mark.slow
 def test_killed_amid_an_evaluation_the_same_command_ends_in_the_same_files(script, bases, data, asked, tmp_path):
     """The best adapter by the choices; killed while it answers for the second time."""
     changes = evaluated(asked, metric_for_best_model="choices", val_set_size=8, num_epochs=3)

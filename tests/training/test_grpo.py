@@ -109,6 +109,7 @@ def run_options(bases, questions, folder, **changes):
     return options(bases["llama"], questions / "questions.json", folder, **(settings | changes))
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_a_killed_run_ends_the_same(script, bases, questions, tmp_path):
     out = script("finetune.py", *run_options(bases, questions, tmp_path / "out")).ok()
     assert "validation reward" in out
