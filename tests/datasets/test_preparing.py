@@ -100,7 +100,7 @@ def test_wrong_set_says_what_it_has_and_lacks(prepare, tmp_path):
     ("called", "doubt"),
     [
         ("Belle_open_source_1M.json", "it is named like a file of BELLE"),
-        ("human_value_alignment_instructions_part1.json", "it is called like a file of COIG"),
+        ("human_value_alignment_instructions_part1.json", "it is named like a file of COIG"),
         ("mine.json", "its name does not tell"),
         ("alpaca_gpt4_data_zh.json", ""),
     ],
@@ -141,7 +141,7 @@ def test_couplets_of_an_earlier_run_are_named(prepare, tmp_path):
     (tmp_path / "raw").write_text("春\t秋\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "couplet-1.json").write_text("[]")
-    assert "do not go with what is written now: couplet-1.json; delete them" in prepare("couplets").ok()
+    assert "do not belong to the new ones: couplet-1.json; delete them" in prepare("couplets").ok()
 
 
 def test_mostly_dirty_file_is_still_of_its_set(prepare, tmp_path):

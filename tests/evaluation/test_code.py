@@ -178,5 +178,5 @@ def test_the_script_runs_samples_and_counts(script, tmp_path):
     out = script("judge.py", *options, "--run_code").ok()
     assert "f1: 1 of 2 programs pass; the others: AssertionError 1" in out
     (table,) = json.loads((tmp_path / "out/code.json").read_text("utf-8"))["tables"]
-    assert table["title"].startswith("pass@1 in % (2 samples a problem") and table["title"].endswith("not recorded")
+    assert table["title"].startswith("pass@1 in % (2 samples per problem") and table["title"].endswith("not recorded")
     assert table["rows"][0]["values"] == {"f1": 50.0}

@@ -73,7 +73,7 @@ FINETUNE = cases(
     ("the output is under a file", "--output_dir {data}/run/1", "data.json: is not a folder", "give another --output_dir"),
     ("the output is nowhere", "--output_dir ''", "--output_dir: is empty", "name a folder"),
     ("the output's name is too long", f"--output_dir {{tmp}}/{'长' * 200}", "长", "too long"),
-    ("an output in /proc", "--output_dir /proc/none/out", "/proc/none: cannot be created", "choose another place"),
+    ("an output in /proc", "--output_dir /proc/none/out", "/proc/none: cannot be made", "choose another place"),
 )  # fmt: skip
 
 GENERATE = cases(

@@ -40,6 +40,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     an invalid value, or describes a LoRA for a changed base.
     """
     path = Path(folder) / FILE
+    if not path.exists():
+        raise UserError(f"{path}: no such file; name the folder of an adapter")
     settings = read_json(path)
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise UserError(f"{path}: does not describe a LoRA adapter; name the folder of one")
