@@ -87,7 +87,7 @@ def test_a_served_model_answers_and_judges(script, served, tmp_path):
     answering = ["--answer_with", model, "--test_input_path", Path(model).parent / "prompts.json", *options]
     for name in "ab":
         out = script("judge.py", *answering, "--output_dir", tmp_path / name).ok()
-        assert "3 requests (0 failed)" in out and "answers of" in out
+        assert "3 requests (0 failed)" in out and "answers from" in out
     records = json.loads((tmp_path / "a/test.json").read_text("utf-8"))
     assert [record["output"] for record in records] == [SAID] * 3
     systems = ["--answers", f"a={tmp_path}/a", "--answers", f"b={tmp_path}/b"]
