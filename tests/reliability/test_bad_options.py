@@ -137,7 +137,7 @@ MERGE = cases(
     ("the output's name is too long", f"--output_dir {{tmp}}/{'长' * 200}", "长", "too long"),
     ("a LoRA that is not there", "--lora_model {tmp}/none", "no such folder", "check the path"),
     ("a LoRA that is a file", "--lora_model {data}", "no such folder", "check the path"),
-    ("a LoRA that is a base", "--lora_model {base}", "adapter_config.json", "check the path"),
+    ("a LoRA that is a base", "--lora_model {base}", "adapter_config.json", "name the folder"),
     ("a second LoRA that is not there", "--lora_model {adapter},{tmp}/none", "no such folder", "check the path"),
     ("a LoRA of the hub without network", "--lora_model owner/none", "owner/none", "check the name"),
     ("a base that is an adapter", "--base_model {adapter}", "is an adapter", "--lora_model"),
