@@ -181,7 +181,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """left * right and the like, if the result is not too long."""
         longest = max(length_of(left), length_of(right))
         if operator == "*" and longest:
-            steps.take(longest * max(one for one in (left, right) if isinstance(one, int)))
+            steps.take(longest * max((one for one in (left, right) if isinstance(one, int)), default=1))
         elif operator in ("*", "**"):
             bits = [one.bit_length() if isinstance(one, int) else 0 for one in (left, right)]
             if isinstance(right, int) and (bits[0] * right if operator == "**" else sum(bits)) > MOST_COLUMNS:
