@@ -138,7 +138,8 @@ def show_any_character() -> None:
 def read_names_as_utf8() -> None:
     """Restart with file names read as UTF-8, as on all current systems, if the locale has another encoding.
 
-    Output keeps the encoding of the locale, which is the terminal's."""
+    Output keeps the encoding of the locale, which is the terminal's.
+    """
     if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode or not sys.stdout:
         return
     os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")

@@ -84,11 +84,13 @@ def config_on(model: nn.Module, folder: str | Path) -> "LoraConfig":
     config, tensors = read_config(folder), read_tensors(folder)
     own = {WRAPPED.sub("", name): parameter.detach() for name, parameter in model.named_parameters()}
     saved = set(config.modules_to_save or [])
-    for name, tensor in consistency.unnamed(read_settings(folder), tensors).items():
+    for name, tensor in consistency.unnamed(config.modules_to_save, tensors).items():
         values = own.get(WRAPPED.sub("", name), NONE)
-        if not WRAPPED.search(name) and (values.is_meta or not torch.equal(values.cpu(), tensor.to(values.dtype))):
+        if not values.is_meta and torch.equal(values.cpu(), tensor.to(values.dtype)):
+            continue
+        if not WRAPPED.search(name):
             saved.add(name.removesuffix(".weight"))
-        elif not values.is_meta and not torch.equal(values.cpu(), tensor.to(values.dtype)):
+        elif not values.is_meta:
             raise UserError(f"{folder}: is for a base with another {name.replace('.base_layer', '')}; merge it with that one")
     config.modules_to_save = sorted(saved) or None
     return biases.beside_base(config, tensors)
@@ -104,9 +106,8 @@ def add(model: nn.Module, config: "LoraConfig") -> "PeftModel":
     from utils.models.layers import linear_layers
 
     targets, layers = config.target_modules, ", ".join(linear_layers(model))
-    no_values = (
-        config.init_lora_weights == "mica" and model.get_input_embeddings().weight.is_meta
-    )  # the adapter starts from these
+    # whose adapter starts from the base's values
+    no_values = config.init_lora_weights == "mica" and model.get_input_embeddings().weight.is_meta
     try:
         with shown_where_computed(model):
             wrapped = get_peft_model(model, config, low_cpu_mem_usage=no_values)

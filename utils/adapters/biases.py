@@ -49,7 +49,7 @@ def check_base(folder: str | Path, names: Iterable[str], base: Path) -> None:
 
 def beside_base(config: "LoraConfig", names: Iterable[str]) -> "LoraConfig":
     """An adapter's settings with the base's own biases, if it has any, as biases of its own, which can be switched."""
-    if own_biases({"modules_to_save": config.modules_to_save}, names):
+    if own_biases(config.modules_to_save, names):
         config.lora_bias, config.init_lora_weights = True, True  # peft has the first only with the second
     config.bias = "none"
     return config
@@ -64,7 +64,7 @@ def as_its_own(model: "PeftModel", tensors: dict[str, torch.Tensor], adapter: st
     if not config.lora_bias:
         return tensors
     tensors = dict(tensors)
-    for plain, name in own_biases({"modules_to_save": config.modules_to_save}, list(tensors)).items():
+    for plain, name in own_biases(config.modules_to_save, list(tensors)).items():
         layer, tuned = modules[f"{PREFIX}{plain.removesuffix('.bias')}"], tensors.pop(name)
         bias = getattr(layer.get_base_layer(), "bias", None)
         if bias is None or bias.shape != tuned.shape:

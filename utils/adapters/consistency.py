@@ -1,7 +1,7 @@
 """Whether an adapter's settings and its tensors belong together: the layers, biases and magnitudes that they speak of."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def check(folder: str | Path, settings: dict[str, Any], names: Iterable[str]) ->
         why = "its settings and its weights differ in trainable_token_indices"
     if why:
         raise UserError(f"{folder}: {why}; its two files do not belong together, download both again")
-    biases = own_biases(settings, found)
+    biases = own_biases(settings.get("modules_to_save"), found)
     others = sorted({name.rpartition(".")[0] for name in biases} - set(modules))
     why = f"changes biases of layers without a LoRA, too ({', '.join(others[:3])})" if others else ""
     if biases and any("lora_embedding" in name for name in found):
@@ -42,24 +42,28 @@ def check(folder: str | Path, settings: dict[str, Any], names: Iterable[str]) ->
         raise UserError(f"{folder}: {why}, which cannot be switched; merge it by peft's merge_and_unload")
 
 
-def own_biases(settings: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """The base's own biases that an adapter has as it trained them (`bias: lora_only`): as in the base -> as in the adapter."""
-    saved = [f".{name}." for name in settings.get("modules_to_save") or []]
+def own_biases(saved: Collection[str] | None, names: Iterable[str]) -> dict[str, str]:
+    """The base's own biases that an adapter has as it trained them (`bias: lora_only`): as in the base -> as in the adapter.
+
+    `saved` are its `modules_to_save`, whose biases are not among them.
+    """
     found = {name: name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in names if ".lora_" not in name}
-    return {
-        plain: name for name, plain in found.items() if plain.endswith(".bias") and not any(one in f".{plain}" for one in saved)
-    }
+    return {plain: name for name, plain in found.items() if plain.endswith(".bias") and not is_within(saved, plain)}
 
 
-def unnamed(settings: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """The weights of whole layers among an adapter's tensors that `modules_to_save` does not name, as the base calls them."""
-    saved = [f".{name}." for name in settings.get("modules_to_save") or []]
+def unnamed(saved: Collection[str] | None, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The weights of whole layers among an adapter's tensors that its `modules_to_save` do not name, as the base calls them."""
     found = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     return {
         name: tensor
         for name, tensor in found.items()
-        if name.endswith(".weight") and ".lora_" not in name and not any(one in f".{name}" for one in saved)
+        if name.endswith(".weight") and ".lora_" not in name and not is_within(saved, name)
     }
+
+
+def is_within(saved: Collection[str] | None, name: str) -> bool:
+    """True if the tensor `name` lies in one of the modules `saved`."""
+    return any(f".{module}." in f".{name}" for module in saved or [])
 
 
 def is_target(settings: dict[str, Any], module: str) -> bool:
