@@ -111,9 +111,10 @@ def measure(options: Options) -> dict[str, float]:
 def ours(options: Options, tokenizer: Any, _: str) -> Any:
     """This toolkit, with its cache empty."""
     from utils.datasets import dataset
+    from utils.datasets.encoders import Encoder
     from utils.datasets.templates import Prompter
 
-    encoder = dataset.Encoder(Prompter("alpaca_short"), tokenizer, "none", CUTOFF, False)
+    encoder = Encoder(Prompter("alpaca_short"), tokenizer, "none", CUTOFF, False)
     return dataset.encode_all(encoder, options.data, {options.data: "none"}, 42, keep=True)[0]
 
 

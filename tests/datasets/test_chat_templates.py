@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from utils.console import UserError
 from utils.datasets.chat_templates import ChatPrompter, make_prompter
-from utils.datasets.dataset import Encoder, JudgedEncoder, PairEncoder, QuestionEncoder, usable
+from utils.datasets.dataset import usable
+from utils.datasets.encoders import Encoder, JudgedEncoder, PairEncoder, QuestionEncoder
 from utils.datasets.encoding import IGNORED, encode, encode_prompt
 from utils.datasets.jinja_export import SAMPLES, messages_of, proven, write_chat_template
 from utils.datasets.preferences import Judged

@@ -14,6 +14,7 @@ from trainings import options
 from utils.adapters import adapters
 from utils.console import UserError
 from utils.datasets import dataset
+from utils.datasets.encoders import Encoder
 from utils.datasets.encoding import IGNORED, encode
 from utils.datasets.sources import data_files
 from utils.datasets.templates import Prompter
@@ -29,7 +30,7 @@ F1 = ROOT / "data/demo/f1.json"
 
 def encode_all(tiny_llama, data_path, cutoff_len=256, template="alpaca_short", train_on_inputs=False, keep=True, seed=42):
     tokenizer = load_tokenizer(tiny_llama)
-    encoder = dataset.Encoder(Prompter(template), tokenizer, tokenizer_hash(tiny_llama), cutoff_len, train_on_inputs)
+    encoder = Encoder(Prompter(template), tokenizer, tokenizer_hash(tiny_llama), cutoff_len, train_on_inputs)
     hashes = {str(file): sha256(file) for file in data_files(str(data_path))}
     return dataset.encode_all(encoder, str(data_path), hashes, seed, keep)
 

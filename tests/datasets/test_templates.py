@@ -7,7 +7,7 @@ import tiny
 from scripting import ROOT
 
 from utils.console import UserError
-from utils.datasets.dataset import PairEncoder
+from utils.datasets.encoders import PairEncoder
 from utils.datasets.encoding import IGNORED, encode, encode_last_answers, encode_prompt, opening_ids
 from utils.datasets.templates import Prompter
 

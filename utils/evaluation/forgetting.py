@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from utils.console import UserError, progress, say
-from utils.datasets import dataset, stages
+from utils.datasets import dataset, encoders, stages
 from utils.datasets.records import Record
 from utils.datasets.sources import sources
 from utils.evaluation.choices import plain
@@ -104,7 +104,7 @@ def read_held_out(engine: Engine, one: ChatModel, stage: str, step: dict[str, An
     tokenizer, cutoff = engine.tokenizers[one.name], options.get("cutoff_len", 512)
     words = tokenizer_mark(tokenizer_home(one, engine.base_model), tokenizer)
     how = (engine.prompters[one.name], tokenizer, words, cutoff, options.get("train_on_inputs", False))
-    encoder = dataset.make_encoder(stage, *how)
+    encoder = encoders.make_encoder(stage, *how)
     data_path, seed = path or options["data_path"], options.get("seed", 42)
     parts = sources(data_path)
     hashes = {str(file): sha256(file) for source in parts for file in source.files}

@@ -34,7 +34,7 @@ def prepare_data(
     options: Options, origin: "RunStart", parent: dict[str, Any] | None, stage: str
 ) -> tuple[Any, "EncodedDataset", "EncodedDataset | None", dict[str, Any]]:
     """The tokenizer, the encoded records for training and validation, and what the lineage records about them."""
-    from utils.datasets import dataset
+    from utils.datasets import dataset, encoders
     from utils.datasets.chat_templates import make_prompter
     from utils.datasets.encoding import OVERLAP
     from utils.files import sha256
@@ -57,7 +57,7 @@ def prepare_data(
     prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
     hashes = {str(file): sha256(file) for file in data_files(options.data_path)}
     how = (tokenizer_mark(folder, tokenizer), options.cutoff_len, options.train_on_inputs, options.max_new_tokens)
-    encoder = dataset.make_encoder(stage, prompter, tokenizer, *how)
+    encoder = encoders.make_encoder(stage, prompter, tokenizer, *how)
     if stage == TEXT:
         overlap = options.cutoff_len // OVERLAP
         say(f"raw text: each token is learned once; pieces of one document overlap by {overlap} tokens")

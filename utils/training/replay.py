@@ -9,7 +9,8 @@ import datasets
 import numpy as np
 
 from utils.console import UserError, say
-from utils.datasets.dataset import DocumentEncoder, Encoder, encode_file, usable
+from utils.datasets.dataset import encode_file, usable
+from utils.datasets.encoders import DocumentEncoder, Encoder
 from utils.files import sha256
 from utils.lineage import parents_of
 
