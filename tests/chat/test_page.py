@@ -22,7 +22,8 @@ from browsing import (
 from playwright.sync_api import expect
 
 from utils import lineage
-from utils.chat.handlers import Handlers, steps_of
+from utils.chat.display import steps_of
+from utils.chat.handlers import Handlers
 from utils.chat.labels import EN, ZH
 from utils.chat.sessions import ChatService, TooLong
 from utils.inference.answerers import ChatModel, resolve

@@ -274,7 +274,7 @@ OWN = {"architecture": {"model_type": "llama"}, "tokenizer": None, "shapes": "0"
 @example({"kind": "train", "options": {}, "time": {"seconds": None}, "results": {"train_loss": math.nan}})
 @example({"kind": "train", "options": {}, "base": {"name": "a", "fingerprint": OWN | {"samples": {"a": [1.0]}}}})
 def test_any_lineage(tmp_path, step):
-    from utils.chat.handlers import steps_of
+    from utils.chat.display import steps_of
     from utils.evaluation.chain import chain_folders
     from utils.inference.answerers import ChatModel, choose_template, named_base
 

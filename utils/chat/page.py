@@ -9,10 +9,12 @@ from typing import Any
 import gradio as gr
 
 from utils.chat.conversations import Talk
+from utils.chat.display import PRESET
 from utils.chat.feedback import Feedback
-from utils.chat.handlers import PRESET, Handlers
+from utils.chat.handlers import Handlers
 from utils.chat.labels import Labels
 from utils.chat.markdown import LATEX
+from utils.chat.page_api import PageApi
 from utils.chat.sessions import ChatService
 from utils.chat.tabs import Tabs
 from utils.datasets.records import read_records
@@ -51,8 +53,9 @@ def build(service: ChatService, defaults: SamplingParams, labels: Labels, feedba
                 with gr.Tab(labels.training, id="training") as training:
                     page.draw_training(training)
         page.wire_kept(blocks)
-        gr.api(page.handlers.api(), api_name="answer", **page.growing)
-        gr.api(page.handlers.api_answerers, api_name="answerers")
+        api = PageApi(page.handlers)
+        gr.api(api.typed_answer(), api_name="answer", **page.growing)
+        gr.api(api.answerers, api_name="answerers")
     return blocks
 
 

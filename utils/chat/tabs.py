@@ -9,7 +9,8 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from utils.chat.handlers import Handlers, Pace, put
+from utils.chat.display import Pace, put
+from utils.chat.handlers import Handlers
 from utils.chat.runs import read_run, runs_beside
 from utils.chat.sessions import ChatReply
 from utils.console import UserError
