@@ -17,7 +17,7 @@ from peft import PeftModel
 from scripting import ROOT
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from utils.adapters import adapters
+from utils.adapters import adapters, fit
 from utils.adapters.lora_config import lora_config
 from utils.console import UserError
 from utils.datasets.encoding import IGNORED
@@ -161,6 +161,7 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def check_answers(base: Path, adapter: Path) -> None:
     """Answers of a batch, at one and at four beams, equal those of `generate`, prompt by prompt."""
+    fit.check(adapter, base, grows=False)
     engine = Engine(str(base), [ChatModel("a", adapter, "alpaca", None)], place(False, False))
     engine.use("a")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()

@@ -170,6 +170,19 @@ def test_what_one_script_refuses_all_refuse_with_one_line(bases, plain, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        (tiny.llama, {"hidden_size": 96, "num_attention_heads": 6}, "q_proj.weight is 96 x 96, the base's is 64 x 64: another"),
+        (tiny.llama, {"num_hidden_layers": 3}, "2 of its layers are not in the base (model.layers.2.self_attn.q_proj.weight, "),
+        (tiny.bloom, {}, "2 of its layers are not in the base (transformer.h.0.self_attention.query_key_value.weight, "),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(bases, tmp_path, kind, changes, words):
+    said = refusals(bases["llama"], tiny.adapter(kind(tmp_path / "other", **changes), tmp_path / "adapter"))
+    assert len(set(said)) == 1 and words in said[0]
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"bias": None, "rank_pattern": None, "use_dora": None, "init_lora_weights": None, "lora_dropout": None},

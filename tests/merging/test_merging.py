@@ -205,7 +205,7 @@ def test_two_towers_of_equal_shapes(tmp_path):
 
 def test_a_name_that_several_tensors_could_be_meant_by(tmp_path):
     """Neither is guessed."""
-    from utils.merging.adapter_deltas import Finder
+    from utils.models.names import Finder
 
     find = Finder(["a.layers.0.q.weight", "b.layers.0.q.weight", "a.layers.1.q.weight"], {"model_type": "of no library"})
     assert find("layers.0.q.weight") == "" and find("layers.1.q.weight") == "a.layers.1.q.weight"

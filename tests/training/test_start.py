@@ -49,6 +49,19 @@ def test_an_adapter_from_elsewhere_is_trained_on_with_its_own_settings(script, b
     assert lineage.table(steps).count("\n") == 3
 
 
+def test_training_goes_on_from_an_adapter_with_a_larger_vocabulary(script, bases, data, tmp_path):
+    """As of Chinese-LLaMA: the base's rows grow as they did for its parent, whose values they then have."""
+    words = tiny.tokenizer(tmp_path / "words")
+    words.add_tokens([f"梦{number}" for number in range(24)])
+    large = tiny.llama(tmp_path / "large", vocab_size=len(words))
+    parent = tiny.adapter(large, tmp_path / "parent", modules_to_save=["embed_tokens", "lm_head"])
+    words.save_pretrained(parent)
+    changes = {"resume_from_checkpoint": parent, "num_epochs": 1, "learning_rate": 1e-9}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **changes)).ok()
+    before, after = tensors(parent), tensors(tmp_path / "out")
+    assert all(torch.allclose(after[name], tensor, atol=1e-6) for name, tensor in before.items())
+
+
 def test_settings_that_contradict_the_adapter_are_listed(script, bases, data, first, tmp_path):
     changes = {"resume_from_checkpoint": first, "lora_r": 16, "lora_target_modules": "[k_proj]"}
     error = script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **changes)).error

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from utils.adapters import biases, consistency
-from utils.adapters.settings import FILE, read_config, read_settings
+from utils.adapters.settings import FILE, read_config
 from utils.console import UserError, reason, say
 from utils.files import replacing, write_json
 from utils.models.spread import shown_where_computed
@@ -64,15 +64,6 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """An adapter's tensors by the names under which peft saves them, without the adapter's name; raises as above."""
     weights, names = open_tensors(folder)
     return {plain: weights.tensor(name) for plain, name in names.items()}
-
-
-def check(folder: str | Path, base: Path | None = None) -> dict[str, Any]:
-    """An adapter's settings; raises UserError if it is broken, its two files do not belong together, or not to `base`."""
-    settings, (_, names) = read_settings(folder), open_tensors(folder)
-    consistency.check(folder, settings, names)
-    if base:
-        biases.check_base(folder, names, base)
-    return settings
 
 
 def config_on(model: nn.Module, folder: str | Path) -> "LoraConfig":

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from utils.adapters.adapters import config_on, fill, read_tensors
 from utils.console import UserError, reason
-from utils.models.layers import embedding_names, linear_layers
+from utils.models.layers import linear_layers
 from utils.models.spread import shown_where_computed
 
 FULL = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,11 +21,10 @@ FULL = (torch.float32, torch.bfloat16, torch.float16)
 def attach(model: PreTrainedModel, folders: dict[str, Path], base_model: str, wrapped: PeftModel | None = None) -> PeftModel:
     """Attach the adapters in `folders`, by name, to `model`, frozen; `wrapped` is the model with those it already has.
 
-    Raises UserError if one is broken, was trained on another kind of model, or brings a larger vocabulary.
+    Raises UserError if one is broken, or was trained on another kind of model.
     """
     for name, folder in folders.items():
         tensors = read_tensors(folder)
-        check_rows(model, tensors, folder, base_model)
         config = config_on(model, folder)
         config.inference_mode = True
         config.init_lora_weights = True  # all values are loaded, so none need be initialized
@@ -49,18 +48,6 @@ def attach(model: PreTrainedModel, folders: dict[str, Path], base_model: str, wr
 def key_of(name: str) -> str:
     """A name that peft allows: without dots, and unlike anything in a tensor's name."""
     return f"adapter_{name.encode().hex()}"
-
-
-def check_rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor], folder: Path, base_model: str) -> None:
-    """Raises UserError if an adapter's embeddings have another vocabulary than the base, like Chinese-LLaMA's."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    names = tuple(f"{name}.weight" for name in embedding_names(model))
-    for name, tensor in tensors.items():
-        if name.endswith(names) and tensor.shape[0] != rows:
-            raise UserError(
-                f"{folder}: its vocabulary has {tensor.shape[0]} tokens, that of {base_model} {rows}; merge it first: "
-                f"python merge_weights.py --base_model {base_model} --lora_model {folder} --output_dir MERGED"
-            )
 
 
 def activate(model: PeftModel, name: str | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import lineage
-from utils.adapters import adapters
+from utils.adapters import fit
 from utils.console import UserError, say
 from utils.datasets.sources import is_hub_name
 from utils.datasets.templates import CHAT, PROMPTS, Prompter
@@ -39,7 +39,7 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
 
     names = labels(lora_weights)
     lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]
-    found = {folder: (adapters.check(folder), lineage.read(folder)) for folder in lora_weights}
+    found = {folder: (fit.check(folder), lineage.read(folder)) for folder in lora_weights}
     if not base_model:
         recorded = [(known or {}).get("base") for _, known in found.values()]
         base_model = common_base({folder: named_base(*known) for folder, known in found.items()}, recorded)
@@ -49,12 +49,12 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
     config = read_architecture(base)  # before the tokenizer, whose library also reads config.json
     weight_files(base)
     quantized.check(base, config)
-    for folder in lora_weights:
-        adapters.check(folder, base)
     if any(known and known.get("base") for _, known in found.values()):
         fingerprint = lineage.fingerprint(base_model)
         for folder, (_, known) in found.items():
             lineage.check_same_base(known, fingerprint, folder, base_model)
+    for folder in found:
+        fit.check(folder, base, grows=False)
     if not found:
         return base_model, [ChatModel(BASE, None, prompt_template or own_template(base), None)]
     return base_model, [

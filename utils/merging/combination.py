@@ -17,13 +17,14 @@ import torch
 
 from utils import lineage
 from utils.adapters.adapters import find_weights, save
+from utils.adapters.consistency import PREFIX
 from utils.console import UserError, progress, say
 from utils.files import sha256
-from utils.merging.adapter_deltas import PREFIX, Adapter, Finder
+from utils.merging.adapter_deltas import Adapter
 from utils.merging.plan import dequantized
 from utils.merging.rules import HALVES, Rule
 from utils.models import meta_layout
-from utils.models.names import ask_library
+from utils.models.names import Finder, ask_library
 from utils.models.tokenizer_files import has_tokenizer
 from utils.models.weights import Weights, base_folder
 

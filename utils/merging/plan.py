@@ -11,10 +11,11 @@ import torch
 from utils import lineage
 from utils.console import UserError, say
 from utils.merging import biases, meta_writer, shards
-from utils.merging.adapter_deltas import Adapter, Finder
+from utils.merging.adapter_deltas import Adapter
 from utils.merging.shards import Part
 from utils.merging.tensor_recipes import Change, Grow, Recipe, Replace, ReplaceRows, same_changes
 from utils.models import meta_layout, quantized
+from utils.models.names import Finder
 from utils.models.tokenizer_files import MODEL, count_tokens, has_tokenizer, is_sentencepiece
 from utils.models.weights import Weights, base_folder, size_of, tell_adapter
 
@@ -103,7 +104,7 @@ def dequantized(base: Path, config: dict[str, Any], weights: Weights) -> tuple[d
         kind = str(found.full).removeprefix("torch.")
         count = f"{len(found.quantized)} tensors are quantized ({quantized.method_of(config)})"
         say(f"{base}: {count}; dequantized to {kind}, by the library")
-        config = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
+        config = quantized.without_method(config)
     return config, found
 
 

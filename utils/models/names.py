@@ -1,6 +1,7 @@
 """The names of a model's tensors once transformers has loaded them: for many families they differ from the files'."""
 
 import dataclasses
+import functools
 import re
 import tempfile
 from pathlib import Path
@@ -12,6 +13,11 @@ from utils.files import write_json
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
+
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
+HEADS = ("lm_head", "embed_out")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+WRAPPED = ("module.", "_orig_mod.", "base_model.")  # how names begin that DataParallel, torch.compile and peft leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +93,78 @@ def in_rows(parts: dict[tuple[int, int], str]) -> list[list[str]]:
     if len(parts) != experts * numbers:
         return []
     return [[parts[expert, number] for number in range(numbers)] for expert in range(experts)]
+
+
+class Finder:
+    """Finds the base's name for the name that a tensor has in the model that transformers builds.
+
+    Files of some families omit the first part of every name (`h.0.…` for BLOOM's `transformer.h.0.…`), and others have
+    older names, which the library knows. A tied output layer is in no file, but may be in an adapter; it is then a new
+    tensor, `tied_head`. GPT-NeoX's is called embed_out in files, and lm_head in the model. `embedding` and `stored_head`
+    are the base's names of its embeddings and its output layer, "" if it has none.
+    """
+
+    def __init__(self, names: list[str], config: dict[str, Any]):
+        self._names, self.config = set(names), config
+        self._has_parts = any(key.endswith("_config") and key != "quantization_config" for key in config)  # one for images, say
+        self.embedding, self.stored_head = self._end(EMBEDDINGS), self._end(HEADS)
+        if not self.embedding:
+            self.embedding = self._asked.stored.get(self._asked.embedding, "")
+            self.stored_head = self.stored_head or self._asked.stored.get(self._asked.head, "")
+        tied = config.get("tie_word_embeddings", True) and not self.stored_head
+        self.tied_head = HEADS[config.get("model_type") == "gpt_neox"] + ".weight" if tied else ""
+        self.embeddings = {self.embedding, self.stored_head or self.tied_head}
+        self.layers = 1 + max(
+            (int(number) for name in names for number in re.findall(r"\.(\d+)\.", f".{name}")[:1]), default=-1
+        )
+
+    def _end(self, modules: tuple[str, ...]) -> str:
+        """The one weight whose layer has one of these names; "" if none has, or several have."""
+        found = [name for name in self._names if name.endswith(".weight") and name.split(".")[-2] in modules]
+        return found[0] if len(found) == 1 else ""
+
+    @functools.cached_property
+    def _asked(self) -> ModelNames:
+        """The library's names; only loaded if names are not found directly, since it takes seconds."""
+        return ask_library(self.config, sorted(self._names))
+
+    @property
+    def built(self) -> tuple[str, ...]:
+        """The names of all tensors of the model that the library builds; none if it cannot."""
+        return self._asked.in_order
+
+    def __call__(self, name: str) -> str:
+        """The base's name, or "" if it has no such tensor or several candidates."""
+        if name in self._names:
+            return name
+        if self._has_parts and name in self._asked.stored:
+            return self._asked.stored[name]
+        _, _, shorter = name.partition(".")
+        longer = [stored for stored in self._names if stored.partition(".")[2] == name]
+        candidates = [shorter] if shorter in self._names else longer
+        is_head = name.endswith(".weight") and name.split(".")[-2] in HEADS
+        if len(candidates) == 1:
+            return candidates[0]
+        if is_head and (self.stored_head or self.tied_head):
+            return self.stored_head or self.tied_head
+        return self._asked.stored.get(name, "")
+
+    def missing(self) -> list[str]:
+        """The model's names of tensors that the files lack, where they have them for other layers; all, if they have none.
+
+        The library is asked only where names look like it: those of a layer that another one has, or of a wrapped model.
+        """
+        layers: dict[str, set[str]] = {}
+        for name in self._names:
+            layers.setdefault(NUMBER.sub("N", name, count=1), set()).update(NUMBER.findall(name)[:1])
+        counts = {len(found) for found in layers.values() if found}
+        if len(counts) < 2 and not any(name.startswith(WRAPPED) for name in self._names):
+            return []
+        there = self._asked.stored.keys() | self._asked.joined.keys()
+        kinds = {NUMBER.sub("N", name, count=1) for name in there}
+        lost = [name for name in self._asked.in_order if name not in there]
+        return [name for name in lost if NUMBER.sub("N", name, count=1) in kinds or not there]
+
+    def joined(self, name: str) -> list[list[str]]:
+        """The base's names of the tensors that the library joins into `name`, one list per expert; [] if it does not."""
+        return self._asked.joined.get(name, [])

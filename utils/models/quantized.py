@@ -26,6 +26,11 @@ def method_of(config: dict[str, Any]) -> str:
     return str(settings.get("quant_method") or "an unnamed method") if isinstance(settings, dict) else str(settings)[:80]
 
 
+def without_method(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the entries that name a quantization method."""
+    return {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
+
+
 def check(folder: Path, config: Any, device: str = "cpu", training: bool = False) -> None:
     """Raises UserError if a base's weights are quantized in a way that is unsupported here, or not named by config.json.
 

@@ -90,7 +90,7 @@ def check_layers(options: Options, origin: "RunStart") -> None:
     if parent is not None and has_settings:
         config = adapters.config_on(model, parent)
         config.inference_mode = False  # as it is saved, nothing of it would train
-        adapters.load(model, parent, config)
+        adapters.add(model, config)
 
 
 def lora_options(options: Options) -> dict[str, Any]:

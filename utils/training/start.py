@@ -100,13 +100,13 @@ def tell_other_dtype(parent: dict[str, Any] | None, dtype: str) -> None:
 
 def check_parent(start: RunStart, wanted: dict[str, Any], base_model: str) -> None:
     """Raises UserError if a wanted setting contradicts that of the adapter to train on, naming both, or is not for the base."""
-    from utils.adapters import adapters
+    from utils.adapters import fit
 
     parent = start.checkpoint or start.parent
     if parent is None:
         return
     if (parent / FILE).is_file():
-        adapters.check(parent, base_folder(base_model))
+        fit.check(parent, base_folder(base_model))
     inherited = settings_of(parent, wanted)
     differences = [
         f"--{name} is {shown(value)}, the adapter's is {shown(inherited[name])}"
