@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 
+import families
 import pytest
 import tiny
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import merge_weights
-from utils.adapters import adapters, switching
+from utils.adapters import adapters, fit, switching
 from utils.adapters.settings import read_config, read_settings
 from utils.cli import parse
 from utils.console import UserError
@@ -180,6 +181,12 @@ def test_what_one_script_refuses_all_refuse_with_one_line(bases, plain, tmp_path
 def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(bases, tmp_path, kind, changes, words):
     said = refusals(bases["llama"], tiny.adapter(kind(tmp_path / "other", **changes), tmp_path / "adapter"))
     assert len(set(said)) == 1 and words in said[0]
+
+
+def test_all_linear_layers_of_a_mixture_leave_its_embeddings_and_its_router_out(tmp_path):
+    base = families.make("qwen2_moe", tmp_path / "base")
+    named = tiny.adapter(base, tmp_path / "named", target_modules="all-linear")  # peft writes names, this project the word
+    fit.check(changed(named, tmp_path / "adapter", target_modules="all-linear"), base)
 
 
 @pytest.mark.parametrize(

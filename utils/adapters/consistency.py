@@ -98,7 +98,7 @@ def missing_layer(settings: dict[str, Any], modules: Iterable[str], beside: Iter
     could be it.
     """
     from utils.adapters.targets import TRAINABLE
-    from utils.models.layers import output_layer
+    from utils.models.layers import LINEAR, output_layer
     from utils.models.names import meta_model_of
 
     targets, ends = settings.get("target_modules") or [], sorted({module.rpartition(".")[2] for module in modules})
@@ -108,12 +108,12 @@ def missing_layer(settings: dict[str, Any], modules: Iterable[str], beside: Iter
         model = meta_model_of(config)
     except Exception:  # the library's own checks, of a family or of values that it does not know
         return ""
-    own = output_layer(model) if targets == "all-linear" else None
+    own, kinds = (output_layer(model), LINEAR) if targets == "all-linear" else (None, TRAINABLE)
     kept = settings.get("modules_to_save") or []
     found = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, TRAINABLE) and module is not own and is_target(settings, name) and not named(kept, name)
+        if isinstance(module, kinds) and module is not own and is_target(settings, name) and not named(kept, name)
     }
     lost = found - set(modules) if found & set(modules) else set()
     return min(lost, default="")
