@@ -87,6 +87,9 @@ def test_half_the_window_is_the_questions_where_the_answer_might_fill_it(service
 
 def test_models_are_the_base_and_every_adapter(client):
     assert [(one.id, one.parent) for one in client.models.list()] == [("base", None), ("f1", "base"), ("f2", "base")]
+    assert client.models.retrieve("f2") == client.models.list().data[2]
+    with pytest.raises(openai.NotFoundError, match="f3: not loaded"):
+        client.models.retrieve("f3")
 
 
 def test_a_chat_is_answered_whole_and_streamed_as_the_engine_answers(client, service):
@@ -169,6 +172,9 @@ def test_a_seed_repeats_and_a_stop_ends(client):
         ({"max_tokens": "many"}, 400, "max_tokens"),
         ({"stop": [""]}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream"),
+        ({"stream": True, "stream_options": {"made_up": 1}}, 400, "stream_options"),
+        ({"n": True}, 400, "n: not supported"),
+        ({"seed": "1"}, 400, 'seed "1": not allowed; give a whole number from 0 to 2147483647'),
         ({"template": "/etc/passwd.json"}, 400, "template"),
         ({"user": "x" * 2**20}, 413, "bytes"),
     ],
@@ -225,6 +231,8 @@ def test_a_full_queue_refuses_and_who_hangs_up_frees_a_place(address, client, se
 def test_adapters_come_and_go_while_others_are_answered(address, client, folder):
     expected = client.chat.completions.create(model="f1", messages=QUESTION, max_tokens=20).choices
     stream = client.chat.completions.create(model="f1", messages=QUESTION, max_tokens=20, stream=True)
+    for name in ("", " ", "../f1", "a/b", "a\nb", "x" * 101):
+        assert curl(address, "/load_lora_adapter", {"lora_name": name, "lora_path": "f3"})[0] == 400
     for path in (str(folder / "f1"), "../f1", "/etc"):
         assert curl(address, "/load_lora_adapter", {"lora_name": "x", "lora_path": path})[0] == 404
     for path in ("f3", str(folder / "more" / "f3")):

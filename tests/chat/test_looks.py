@@ -64,6 +64,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_all_has_names_and_contr
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.evaluate(UNNAMED) == []
         assert page.evaluate(PALE) == []
+        assert page.evaluate(CUT) == []
         assert (
             min(box["height"] for box in map(lambda one: one.bounding_box(), page.locator("#send, #stop, #go_on").all())) >= 44
         )
@@ -73,6 +74,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_all_has_names_and_contr
 UNNAMED = """[...document.querySelectorAll("button, input, textarea, select")].filter(one => one.checkVisibility() &&
   !(one.getAttribute("aria-label") || one.title || one.labels?.length && one.labels[0].innerText.trim() || one.innerText?.trim()
     || one.getAttribute("aria-labelledby"))).map(one => one.outerHTML.slice(0, 120))"""
+CUT = """[...document.querySelectorAll("button[role=tab], #go_on, #retry, #clear, #save, #load")].filter(one =>
+  one.scrollWidth > one.clientWidth || one.getBoundingClientRect().right > innerWidth).map(one => one.innerText)"""
 PALE = """(() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const rgb = (color) => {

@@ -243,6 +243,7 @@ def test_streaming_shows_whole_characters_and_no_half_stop_strings(folder):
     assert all("\ufffd" not in part and "Instr" not in part for part in shown)
     assert all(text.startswith(part) for part in shown)
     assert ending.text(ids) == "Zażółć 𠮷 我们👍🏽 # ## ###"
+    assert not any("\ufffd" in ending.text(ids[: size + 1]) for size in range(len(ids)))  # cut by the token limit
     assert len(set(shown)) > 8
 
 

@@ -59,6 +59,14 @@ class Display:
             raise UserError(f"adapter {name}: not loaded; choose one of {', '.join(self.answerers)}")
         return name or list(self.answerers)[-1]
 
+    def tell(self, text: str) -> None:
+        """Show a message for some seconds."""
+        gr.Info(text, title=self.labels.told)
+
+    def warn(self, text: str) -> None:
+        """Show for some seconds why something was not done."""
+        gr.Warning(text, title=self.labels.warned)
+
     def show_adapter(self, adapter) -> dict:
         """The status line for another answerer."""
         return put(self.status(adapter) if adapter in self.answerers else "")
@@ -154,7 +162,7 @@ class Display:
     def tell_dropped(self, reply: ChatReply) -> None:
         """Tell once, at an answer's first token, that old turns were left out."""
         if reply.dropped and reply.tokens == 1:
-            gr.Info(self.labels.dropped.format(count=reply.dropped))
+            self.tell(self.labels.dropped.format(count=reply.dropped))
 
     def reason(self, error: UserError) -> str:
         """An error in the page's language, if it is one that visitors make."""

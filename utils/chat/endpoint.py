@@ -6,6 +6,7 @@ No path in a request is ever opened: models and templates are named, and so are 
 import asyncio
 import contextlib
 import hmac
+import re
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,6 +33,7 @@ from utils.chat.protocol import (
     text_of,
     tools_of,
     usage_of,
+    wants_usage,
 )
 from utils.chat.sessions import Asking, ChatReply, ChatService
 from utils.console import UserError
@@ -61,6 +63,7 @@ class Endpoint:
         routes = [Route(path, self.guarded(function), methods=["POST"]) for path, function in posts.items()]
         routes.append(Route("/health", self.health, methods=["GET"]))
         routes.append(Route("/v1/models", self.guarded(self.models), methods=["GET"]))
+        routes.append(Route("/v1/models/{name}", self.guarded(self.model), methods=["GET"]))
         anything = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
         rest = "/{path:path}" if alone else "/v1/{path:path}"
         return [*routes, Route(rest, self.guarded(self.nothing), methods=anything)]
@@ -95,13 +98,17 @@ class Endpoint:
 
     async def models(self, request: Request) -> Response:
         """The base and every adapter."""
+        return JSONResponse({"object": "list", "data": [self.shown(one.name) for one in self.service.engine.answerers]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them, by name."""
+        return JSONResponse(self.shown(self.known(request.path_params, "name")))
+
+    def shown(self, name: str) -> dict[str, Any]:
+        """A model as the protocol lists it."""
         base = self.service.engine.base_model.rstrip("/").split("/")[-1]
-        found = [
-            {"id": one.name, "object": "model", "created": self.started, "owned_by": "dreamergpt"}
-            | ({"root": base, "parent": None} if one.name == BASE else {"root": one.name, "parent": BASE})
-            for one in self.service.engine.answerers
-        ]
-        return JSONResponse({"object": "list", "data": found})
+        origin = {"root": base, "parent": None} if name == BASE else {"root": name, "parent": BASE}
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "dreamergpt"} | origin
 
     async def chat(self, request: Request) -> Response:
         """An answer to messages, rendered with the adapter's training template; it may call tools."""
@@ -134,7 +141,7 @@ class Endpoint:
 
     async def answered(self, request: Request, body: dict[str, Any], name: str, form: "Form", **asked: Any) -> Response:
         """Submit the request; returns the complete answer, or the stream of its parts."""
-        stream, usage = flag_of(body, "stream"), flag_of(body.get("stream_options") or {}, "include_usage")
+        stream, usage = flag_of(body, "stream"), wants_usage(body)
         asker = text_of(body, "user") or (request.client.host if request.client else None)
         exact = body.get("seed") is not None
         options: dict[str, Any] = {"asker": asker, "exact": exact, "stops": stops_of(body)}
@@ -175,34 +182,37 @@ class Endpoint:
             message = str(error).replace(name, shown.get(name, name), 1)
             raise Refused(400, message, "invalid_value", shown.get(name, name)) from None
 
-    def known(self, body: dict[str, Any]) -> str:
-        """The answerer that a request names."""
-        name, names = text_of(body, "model"), [one.name for one in self.service.engine.answerers]
+    def known(self, body: dict[str, Any], field: str = "model") -> str:
+        """The answerer that a request names in a field."""
+        name, names = text_of(body, field), [one.name for one in self.service.engine.answerers]
         if not name:
-            raise Refused(400, "model: missing; name one that /v1/models lists", "invalid_request", "model")
+            raise Refused(400, f"{field}: missing; name one that /v1/models lists", "invalid_request", field)
         if name not in names:
-            raise Refused(404, f"model {name[:80]}: not loaded; there are {', '.join(names)}", "model_not_found", "model")
+            raise Refused(404, f"{field} {name[:80]}: not loaded; there are {', '.join(names)}", "model_not_found", field)
         return name
 
     async def load(self, request: Request) -> Response:
         """Load an adapter from the folder that allows it (--adapters_dir)."""
         body = await read(request, {"lora_name", "lora_path"})
         name = text_of(body, "lora_name")
+        if not re.fullmatch(r"[\w.-]{1,100}", name):
+            raise Refused(400, "lora_name: give up to 100 letters, digits, '.', '_' and '-'", "invalid_value", "lora_name")
         folder = Path(self.adapters_dir)
         if not self.adapters_dir:
             raise Refused(400, "adapters cannot be loaded: the server was started without --adapters_dir", "not_supported")
         there = {path.name: path for path in folder.iterdir() if path.is_dir()}
         wanted = next((path for path in there.values() if text_of(body, "lora_path") in (path.name, str(path))), None)
         wanted = wanted or (there.get(name) if not body.get("lora_path") else None)
-        if not name or wanted is None:
-            raise Refused(404, f"lora_path: not an adapter of {folder}; there are {', '.join(sorted(there))}", "not_found")
+        if wanted is None:
+            message = f"lora_path: not an adapter of {folder}; there are {', '.join(sorted(there))}"
+            raise Refused(404, message, "not_found", "lora_path")
         await asyncio.to_thread(self.service.load, name, wanted)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
         """Unload an adapter, once its running answers are complete."""
         body = await read(request, {"lora_name"})
-        name = self.known({"model": body.get("lora_name")})
+        name = self.known(body, "lora_name")
         await asyncio.to_thread(self.service.unload, name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 

@@ -71,18 +71,18 @@ class Handlers(Display):
         try:
             self.service.fit(self.known(adapter), conversation.record(), self.settings(**knobs), template)
         except UserError as error:
-            gr.Warning(self.reason(error))
+            self.warn(self.reason(error))
             return gr.skip(), self.messages(talk), gr.skip()
         talk.change(conversation, vary=vary)
         if vary:
-            gr.Info(self.labels.varied)
+            self.tell(self.labels.varied)
         talk.wanted = talk.changes
         return talk.changes, self.messages(talk), put(talk.to_browser())
 
     def go_on(self, talk) -> tuple:
         """Continue the last answer if it was stopped or cut."""
         if not talk.conversation.turns or talk.conversation.turns[-1].finish == WHOLE:
-            gr.Info(self.labels.nothing_to_continue)
+            self.tell(self.labels.nothing_to_continue)
             return gr.skip(), self.messages(talk), gr.skip()
         talk.change(talk.conversation.stopped(), begun=bool(talk.conversation.turns[-1].answer))
         talk.wanted = talk.changes
@@ -111,7 +111,7 @@ class Handlers(Display):
                     growing = self.text(reply, settings)
                     yield self.messages(talk, growing), put(self.status(adapter, reply)), keep
         except UserError as error:
-            gr.Warning(self.reason(error))
+            self.warn(self.reason(error))
 
     def stop(self, talk) -> tuple:
         """Stop the answer being generated, and mark it as stopped."""
@@ -149,7 +149,7 @@ class Handlers(Display):
             try:
                 talk.from_browser(kept)
             except (ValueError, TypeError, RecursionError):
-                gr.Warning(self.labels.not_a_conversation.format(reason="JSON"))
+                self.warn(self.labels.not_a_conversation.format(reason="JSON"))
         names = [(self.shown(name), name) for name in self.answerers]
         return (
             self.messages(talk),
@@ -182,7 +182,7 @@ class Handlers(Display):
         """The conversation as a file's text, which the browser saves."""
         text = talk.conversation.to_file(unfinished)
         if not text:
-            gr.Warning(self.labels.no_conversation)
+            self.warn(self.labels.no_conversation)
         return text
 
     def load(self, talk, file) -> tuple:
@@ -193,7 +193,7 @@ class Handlers(Display):
             if file:
                 talk.begin(from_file(file))
         except ValueError as error:
-            gr.Warning(self.labels.not_a_conversation.format(reason=error))
+            self.warn(self.labels.not_a_conversation.format(reason=error))
         return self.messages(talk), put(talk.to_browser()), put(talk.conversation.system)
 
     def like(self, event: gr.LikeData, *, talk) -> None:
@@ -205,7 +205,7 @@ class Handlers(Display):
         liked = event.liked if isinstance(event.liked, bool) else None
         assert self.feedback is not None
         path = self.feedback.thumb(f"{talk.id}-{place}", record, turn.by, liked)
-        gr.Info(self.labels.noted.format(path=path.name))
+        self.tell(self.labels.noted.format(path=path.name))
 
     def tokens(self, talk, question, system, adapter, template, **knobs) -> tuple:
         """The prompt for the question in the box, or for the last one: as text, as tokens, and their number."""
@@ -217,7 +217,7 @@ class Handlers(Display):
         try:
             ids, dropped = self.service.fit(self.known(adapter), conversation.record(), self.settings(**knobs), template)
         except UserError as error:
-            gr.Warning(self.reason(error))
+            self.warn(self.reason(error))
             return gr.skip(), gr.skip(), gr.skip()
         decode = self.service.engine.tokenizers[adapter].decode
         pieces = "\n".join(f"{id}\t{decode([id])!r}" for id in ids[:SHOWN_TOKENS])

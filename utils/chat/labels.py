@@ -97,6 +97,8 @@ class Labels:
     curve_validation: str
     evaluated: str
     answer_at: str
+    told: str
+    warned: str
     controls: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def control(self, text: str) -> str:
@@ -206,6 +208,8 @@ ZH = Labels(
     curve_validation="验证",
     evaluated="评测时的回答",
     answer_at="第 {step} 步的回答",
+    told="提示",
+    warned="注意",
     controls={
         "Sample": "随机采样",
         "Otherwise the likeliest token is taken": "不勾选时为贪心解码",
@@ -322,6 +326,8 @@ EN = Labels(
     curve_validation="validation",
     evaluated="Answers at evaluations",
     answer_at="answer at step {step}",
+    told="Note",
+    warned="Warning",
 )
 
 LANGUAGES = {"zh": ZH, "en": EN}

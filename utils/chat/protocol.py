@@ -37,6 +37,8 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # unsupported fields, and their 
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True,),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
     "store": (False, True),
     "metadata": ({},),
 }
@@ -166,9 +168,22 @@ async def read(request: Request, fields: set[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Refused(400, "the request is not a JSON object", "invalid_json")
     for name, value in values.items():
-        if name not in COMMON | fields and value is not None and value not in WITHOUT_EFFECT.get(name, ()):
+        if name not in COMMON | fields and value is not None and not has_no_effect(name, value):
             raise Refused(400, f"{name[:80]}: not supported here", "unsupported_parameter", name[:80])
     return values
+
+
+def has_no_effect(name: str, value: Any) -> bool:
+    """True if an unsupported field has a value that requests nothing; 0 and 1 are not false and true."""
+    return any(value == none and isinstance(value, bool) == isinstance(none, bool) for none in WITHOUT_EFFECT.get(name, ()))
+
+
+def wants_usage(body: dict[str, Any]) -> bool:
+    """Whether a stream ends with the numbers of tokens. Raises Refused."""
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict) or options.keys() - {"include_usage"}:
+        raise Refused(400, "stream_options: only include_usage is supported", "unsupported_parameter", "stream_options")
+    return flag_of(options, "include_usage")
 
 
 def tools_of(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -208,9 +223,9 @@ def text_of(body: dict[str, Any], name: str) -> str:
     return value or ""
 
 
-def flag_of(body: Any, name: str) -> bool:
+def flag_of(body: dict[str, Any], name: str) -> bool:
     """A field that is true, false, or absent."""
-    value = body.get(name) if isinstance(body, dict) else body
+    value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise Refused(400, f"{name}: not true or false", "invalid_type", name)
     return bool(value)

@@ -34,7 +34,7 @@ class Tabs:
         columns = [""] * len(names)
         yield [*map(put, columns), gr.skip()]
         if not answerers:
-            gr.Warning(self.labels.none_chosen)
+            self.handlers.warn(self.labels.none_chosen)
             return
         for settings, replies in self.replies(talk, compared_question, answerers, template, knobs):
             for place, name in enumerate(names):
@@ -54,7 +54,7 @@ class Tabs:
                 if pace.is_due(all(reply.done for reply in replies.values())):
                     yield settings, replies
         except UserError as error:
-            gr.Warning(self.handlers.reason(error))
+            self.handlers.warn(self.handlers.reason(error))
 
     def compared(self, replies: dict[str, ChatReply]) -> str:
         """Base, device and dtype, and the tokens and speed of several answers."""
@@ -71,10 +71,10 @@ class Tabs:
         """Ask several answerers each line of `prompts`; yields a table with differences from the first marked."""
         questions = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not answerers or not questions:
-            gr.Warning(self.labels.none_chosen if questions else self.labels.no_prompts)
+            self.handlers.warn(self.labels.none_chosen if questions else self.labels.no_prompts)
             return
         if len(questions) > MOST_PROMPTS:
-            gr.Warning(self.labels.too_many_prompts.format(most=MOST_PROMPTS))
+            self.handlers.warn(self.labels.too_many_prompts.format(most=MOST_PROMPTS))
             return
         rows: list[list[str]] = []
         for question in questions:

@@ -26,7 +26,12 @@ TASK = (
     "先用几句话说明理由，最后单独写一行：“结论：A”、“结论：B”或“结论：平局”。"
 )
 REMINDER = "（上一次的回答里找不到结论。请在最后单独写一行：“结论：A”、“结论：B”或“结论：平局”。）"
-VERDICT = re.compile(r"结论\W{0,6}(?:是|为)?\W{0,4}(?:(?:助手|回答)\s*)?(A|B|平局|平手|一样好|tie)(?![A-Za-z])", re.I)
+VERDICT = re.compile(  # up to its end: of "结论：A 不如 B" the letter alone would be the wrong one
+    r"结论\W{0,6}(?:是|为)?\W{0,4}(?:(?:助手|回答)\s*)?(A|B|平局|平手|一样好|tie)"
+    r"(?:\s*(?:的?回答)?\s*(?:更好|更优|更佳|较好|略好|稍好|胜出|获胜|胜))?"
+    r"[\s*_`\"'”’』】\])}]*(?:\Z|[\n。.;!(]|,(?!\s*[AB]))",
+    re.I,
+)
 PEOPLE = "votes"  # the judge's name for votes on the page
 
 

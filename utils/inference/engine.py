@@ -67,8 +67,9 @@ class Ending:
         return any(stop in tail for stop in self.stops)
 
     def text(self, ids: Ids) -> str:
-        """The whole answer, without what ended it."""
-        return self._cut(self._read(ids)).strip()
+        """The whole answer, without what ended it, or the part of a character at which the token limit cut it."""
+        text = self._cut(self._read(ids))
+        return (text if self.ends.intersection(ids[-1:]) else text.rstrip("\ufffd")).strip()
 
     def so_far(self, ids: Ids) -> str:
         """The part of an unfinished answer that will not change: no partial characters, no beginning of a stop string."""

@@ -5,6 +5,7 @@ To add one, add a field here, its Chinese help to scripts/options_zh.json, and i
 """
 
 import dataclasses
+import json
 from typing import Any
 
 from utils.cli import option
@@ -111,11 +112,11 @@ def bounded(values: dict[str, Any], longest: int) -> SamplingParams:
         most = longest if name == "max_new_tokens" else control.most
         least = max(control.least, 0)
         if kind is bool:
-            good = isinstance(value, bool)
+            good, wanted = isinstance(value, bool), "true or false"
         else:
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
-        if not good or (kind is int and value != int(value)):
-            wanted = "true or false" if kind is bool else f"{least:g} to {most:g}"
-            raise UserError(f"{name} {str(value)[:40]}: out of bounds; give {wanted}")
+            good = type(value) in (int, float) and least <= value <= most and (kind is float or value == int(value))
+            wanted = f"a {'whole ' * (kind is int)}number from {least} to {most}"
+        if not good:
+            raise UserError(f"{name} {json.dumps(value, ensure_ascii=False)[:40]}: not allowed; give {wanted}")
         typed[name] = kind(value)
     return SamplingParams(**typed)
