@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from utils.cli import option, run
 from utils.console import UserError, say
-from utils.files import check_folder
+from utils.files import check_folder, check_free
 
 if TYPE_CHECKING:
     from utils.evaluation.report import Findings
@@ -126,6 +126,7 @@ def main(options: Options) -> None:
 def check(options: Options) -> None:
     """Raises UserError if options contradict each other or lack others that they need."""
     check_folder(options.output_dir)
+    check_free(Path(options.output_dir).glob("*"))
     if options.answer_with and (options.judge_model or options.answers or options.chain or options.metrics):
         raise UserError("--answer_with: makes answers, while the other options compare them; run one after the other")
     if options.choices:

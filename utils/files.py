@@ -11,7 +11,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+LEAST_ROOM = 2**20  # bytes that a disk must have left for anything to be begun
+WRITTEN = {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".png", ".md", ".html"}  # how names of results end
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of network disks without locks
 
 
@@ -151,7 +153,8 @@ def digest(value: Any) -> str:
 
 
 def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
-    """Raises UserError if `folder`, which `option` names, cannot be one: it is a file, below one, or cannot be created."""
+    """Raises UserError if `folder`, which `option` names, cannot be one (it is a file, below one, or cannot be created), or
+    if its disk is full."""
     if not str(folder):
         raise UserError(f"{option}: is empty; name a folder")
     path = Path(folder).absolute()
@@ -162,6 +165,23 @@ def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
         is_read_only = hasattr(os, "statvfs") and os.statvfs(above).f_flag & os.ST_RDONLY
         number = errno.EROFS if is_read_only else errno.EACCES
         raise UserError(f"{above}: cannot be written to ({os.strerror(number)}); give another {option}")
+    check_room(above, LEAST_ROOM, option)
+
+
+def check_room(folder: str | Path, needed: int, option: str = "--output_dir") -> None:
+    """Raises UserError if the disk of `folder`, which `option` names, has less than `needed` bytes left."""
+    path = Path(folder).absolute()
+    room = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists()))
+    if room.total and room.free < needed:  # some network disks tell nothing
+        most = f"{needed / 1e6:,.0f} MB are needed and {room.free / 1e6:,.0f} MB are free"
+        raise UserError(f"{option} {folder}: {most}; make room, or choose another disk")
+
+
+def check_free(paths: Iterable[Path], option: str = "--output_dir") -> None:
+    """Raises UserError if one of the paths, where results may go, is a folder with the name of a file."""
+    for path in paths:
+        if path.suffix in WRITTEN and path.is_dir():
+            raise UserError(f"{path}: is a folder with the name of a file; move it, or give another {option}")
 
 
 def check_names(*paths: str) -> None:

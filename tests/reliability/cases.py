@@ -21,6 +21,7 @@ from scripting import ROOT, Ended
 FULL = os.environ.get("RELIABILITY") == "full"
 HANGS = 120  # seconds after which a process counts as hanging, and is killed: far more than any case takes
 SECONDS: list[tuple[float, str]] = []  # that refusals from a cold start took, and of which case
+WORK = re.compile(r"Loading weights|encoding|merging:|[1-9]\d* ?records")  # bars that a long work begins with
 PROGRESS = re.compile(r"\d+%\||\d+ ?records \[|\[\d\d:\d\d")
 RECORDS = [{"instruction": f"第{number}问？", "input": "", "output": f"答{number}。" * 3} for number in range(12)]
 GOOD = {
@@ -59,13 +60,17 @@ def run_cold(name: str, *argv: object, cwd: Path, before: Sequence[str] = (), **
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def refusal(run: Callable[..., Ended], name: str, words: str, tmp_path: Path, world: dict[str, Path], **more: Any) -> str:
+def refusal(
+    run: Callable[..., Ended], name: str, words: str, tmp_path: Path, world: dict[str, Path], at_once: bool = False, **more: Any
+) -> str:
     """The one line with which a script refuses what is broken in `tmp_path` or `world`, after checking that nothing is
-    left behind."""
+    left behind, and if `at_once` that no long work had begun."""
     cwd = tmp_path / "cwd"
     cwd.mkdir(exist_ok=True)
     before = listing(tmp_path) | listing(world["top"])
-    line = the_line(run(name, *(word.format(tmp=tmp_path, **world) for word in shlex.split(words)), cwd=cwd, **more))
+    ended = run(name, *(word.format(tmp=tmp_path, **world) for word in shlex.split(words)), cwd=cwd, **more)
+    line = the_line(ended)
+    assert not (at_once and WORK.search(ended.err)), ended.err
     assert listing(tmp_path) | listing(world["top"]) == before, "something was written, or removed"
     return line
 

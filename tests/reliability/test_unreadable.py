@@ -71,13 +71,6 @@ def test_what_cannot_be_read(refused, own, script, thing, options):
         place.chmod(0o700)
 
 
-@pytest.mark.parametrize("script", GOOD)
-def test_where_nothing_can_be_written(refused, tmp_path, script):
-    (tmp_path / "mine").mkdir(mode=0o500)
-    name, place = ("--output_path", "mine/a.json") if script == "generate.py" else ("--output_dir", "mine/out")
-    has(refused(script, f"{name} {{tmp}}/{place}"), ("mine: cannot be written to", f"give another {name}"))
-
-
 def test_adapters_that_no_answers_can_be_put_beside(refused, own):
     own["adapter"].chmod(0o500)
     line = refused("generate.py", "--output_path=")

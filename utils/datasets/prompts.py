@@ -10,7 +10,7 @@ from utils.datasets.records import Record, read_records
 from utils.datasets.sources import Source, is_hub_name, sources, weighted
 from utils.datasets.templates import split_thinking
 from utils.datasets.tool_calls import CARRIED, open_part
-from utils.files import check_folder, check_names, read_json
+from utils.files import check_folder, check_free, check_names, read_json
 
 RESULT = "test.json"
 
@@ -74,6 +74,7 @@ def output_paths(lora_weights: list[str], output_path: str) -> list[Path]:
     paths = [Path(output_path)] if output_path else [Path(folder) / RESULT for folder in lora_weights]
     for path in paths:
         check_folder(path.absolute().parent, "--output_path")
+        check_free([path.with_suffix(".yaml")], "--output_path")
     return paths
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from utils import lineage
 from utils.console import UserError, say
+from utils.files import check_room
 from utils.merging import biases, meta_writer, shards
 from utils.merging.adapter_deltas import Adapter
 from utils.merging.shards import Part
@@ -287,7 +287,4 @@ def check_output(sources: list[Path], size: int, output_dir: str, overwrite: boo
             raise UserError(f"--output_dir {output_dir}: is not empty; choose another folder, or give --overwrite")
         if not any((output / name).is_file() for name in ("config.json", "params.json", "adapter_config.json", "lineage.json")):
             raise UserError(f"--output_dir {output_dir}: holds no model that could be overwritten; choose another folder")
-    free = shutil.disk_usage(next(parent for parent in output.parents if parent.is_dir())).free
-    if free < size * 1.01:
-        needed = f"{size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
-        raise UserError(f"--output_dir {output_dir}: {needed}; make room, or choose another disk")
+    check_room(output, int(size * 1.01))

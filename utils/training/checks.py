@@ -9,7 +9,7 @@ from utils.datasets.sources import check_base_model, check_validation, data_file
 from utils.datasets.stages import READERS, REWARD, TEXT, stage_of
 from utils.datasets.templates import CHAT, check_template
 from utils.datasets.tool_calls import CARRIED
-from utils.files import check_folder, check_names
+from utils.files import check_folder, check_free, check_names
 from utils.training import trackers
 from utils.training.rewards import load_rewards, try_out
 
@@ -30,6 +30,7 @@ def check_together(options: Options) -> str:
             "or another micro-batch size"
         )
     check_folder(options.output_dir)
+    check_free(Path(options.output_dir).glob("*"))
     files = data_files(options.data_path)
     names = (options.base_model, options.tokenizer, options.output_dir, options.resume_from_checkpoint or "", *map(str, files))
     check_names(*names)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.console import UserError, is_main_process, say
 from utils.datasets.stages import INSTRUCTION, LABELLED, NAMES, PREFERENCE, TEXT
+from utils.files import check_room
 from utils.memory import peak_memory
 from utils.training.checks import check_layers, lora_options, named_dtype
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from utils.training.start import RunStart
     from utils.training.trainer import StepTrainer
 
+BYTES_TO_SAVE = 16  # of a parameter in float32: in the adapter, and in one checkpoint beside AdamW's two averages
 LONGEST_WAIT = datetime.timedelta(days=1)  # for the first rank to encode the data
 Options = Any  # finetune.Options; modules import no scripts
 
@@ -75,9 +77,11 @@ def prepare_model(options: Options, placement: "DeviceConfig", origin: "RunStart
     config = lora_config(base, lora_options(options), origin.checkpoint or origin.parent, stage == TEXT)
     fit_embeddings(base, tokenizer, options.base_model, config.modules_to_save or [])
     spread.check_adapter(base, config.modules_to_save or [], config.use_dora)
-    if origin.parent and not origin.checkpoint:
-        return adapters.load(base, origin.parent, config)
-    return adapters.add(base, config)
+    parent = None if origin.checkpoint else origin.parent
+    model = adapters.load(base, parent, config) if parent else adapters.add(base, config)
+    trained, _ = model.get_nb_trainable_parameters()
+    check_room(options.output_dir, trained * BYTES_TO_SAVE)
+    return model
 
 
 def show(options: Options, placement: "DeviceConfig", stage: str) -> None:
