@@ -68,6 +68,7 @@ def change_root(folder: str) -> None:
     """Show this process and its children only a small disk in memory, with Python's libraries read-only in it."""
     mount(None, "/", PRIVATE | RECURSIVE)
     mount("tmpfs", folder, NO_SUID | NO_DEV, "tmpfs", f"size={DISK_BYTES},nr_inodes={DISK_FILES},mode=755")
+    top, folder = folder, f"{folder}/inside"  # a root below the disk's: there the kernel allows no further user namespaces
     wanted = {os.path.realpath(path) for path in (*sys.path, *LIBRARIES) if os.path.isdir(path)}
     for path in sorted(wanted):
         if not any(path.startswith(f"{other}/") for other in wanted):
@@ -79,9 +80,9 @@ def change_root(folder: str) -> None:
             os.symlink(os.path.realpath(path), folder + path)
     os.makedirs(f"{folder}/tmp", exist_ok=True)  # it exists if Python's libraries are in it
     os.chmod(f"{folder}/tmp", 0o777)
-    os.chdir(folder)
+    os.chdir(top)
     mount(".", "/", MOVE)
-    os.chroot(".")
+    os.chroot("inside")
     os.chdir("/tmp")
 
 
