@@ -115,6 +115,7 @@ def test_a_password_is_asked_for(service):
         assert client.predict("你好", max_new_tokens=3, api_name="/answer")
 
 
+@pytest.mark.cli
 def test_the_script_shows_the_page_until_it_is_stopped(folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
