@@ -1,11 +1,10 @@
-"""Encoding 100,000 records: one by one with `map` as alpaca-lora does, in batches with `map`, and this toolkit, each in a
-process of its own.
+"""Encoding 100,000 records: one by one with `map` as alpaca-lora does, in batches with `map`, and this toolkit.
 
     python benchmarks/encode.py --base_model models/smollm2-135m
 
-All ids must be equal. Labels may differ in the token that straddles prompt and answer, which alpaca-lora, encoding the
-prompt a second time, does not see; how many records that concerns is shown. The memory of ours is measured for fewer
-records, too.
+Each runs in a process of its own. All ids must be equal. Labels may differ in the token that straddles prompt and answer,
+which alpaca-lora, encoding the prompt a second time, does not see; how many records that concerns is shown. The memory of
+ours is measured for fewer records, too.
 """
 
 import dataclasses
