@@ -344,6 +344,7 @@ def test_dialogues_survive_a_refresh_and_have_names(visit, url):
     assert "f2 · 贪心 · 6 个词元" in shown
     page.reload()
     expect(page.locator("#chat .bot.message")).to_have_text(shown)
+    expect(page.locator("#dialogues input")).to_have_value("第一段对话")
     page.locator("#name input, #name textarea").first.fill("我的对话")
     page.locator("#new").click()
     expect(page.locator("#chat .message")).to_have_count(0)

@@ -209,6 +209,9 @@ def test_what_files_hold_cannot_steer_the_terminal(prepare, tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("c.json")  # which is left out
+        link.type, link.linkname = tarfile.SYMTYPE, "b.json"
+        tar.addfile(link)
     raw.write_bytes(content.getvalue())
     assert "member \\x1b[31m\\udcff.json" in prepare("COIG", raw=raw).ok()
 

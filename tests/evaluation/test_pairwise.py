@@ -170,7 +170,8 @@ def test_votes_and_a_second_judge_beside_the_first(script, serve, systems, tmp_p
     assert "m and first agree in" in out
     found = json.loads((tmp_path / "out/comparisons.json").read_text("utf-8"))
     assert {one["judge"] for one in found} == {"votes", "m", "first"}
-    assert "votes: good before poor: good" in (tmp_path / "out/report.html").read_text("utf-8")
+    page = (tmp_path / "out/report.html").read_text("utf-8")
+    assert "<title>out</title>" in page and "votes: good before poor: good" in page
     alone = script("judge.py", *systems, "--votes", tmp_path / "votes.jsonl", "--output_dir", tmp_path / "alone").ok()
     assert "Bradley–Terry rating by votes" in alone
 

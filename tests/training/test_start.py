@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from trainings import losses, options, same, tensors
 from transformers import AutoModelForCausalLM
 
@@ -102,10 +103,12 @@ def test_the_same_base_in_another_dtype_and_shards_is_the_same(bases, tmp_path):
 
 
 def test_checkpoints_of_alpaca_lora_are_accepted(script, bases, data, first, tmp_path):
-    """A full pytorch_model.bin, without adapter_config.json, with the adapter's name in its keys."""
+    """A full pytorch_model.bin with the base's weights beside, no adapter_config.json, the adapter's name in its keys."""
     old = tmp_path / "checkpoint-200"
     old.mkdir()
-    torch.save({name.replace(".weight", ".default.weight"): t for name, t in tensors(first).items()}, old / "pytorch_model.bin")
+    saved = {f"base_model.model.{name}": tensor for name, tensor in load_file(bases["llama"] / "model.safetensors").items()}
+    saved |= {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors(first).items()}
+    torch.save(saved, old / "pytorch_model.bin")
     out = script(
         "finetune.py", *options(bases["llama"], data, tmp_path / "out", resume_from_checkpoint=old, lora_alpha=8, num_epochs=1)
     ).ok()

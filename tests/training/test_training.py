@@ -41,6 +41,12 @@ def test_each_family_learns_and_loads_with_peft_alone(script, bases, data, tmp_p
     assert {"lineage.json", "loss.png", "train_log.jsonl", "tokenizer.json"} <= {f.name for f in (tmp_path / "out").iterdir()}
 
 
+def test_one_number_that_has_moved_is_enough():
+    still = {"a.lora_A.weight": torch.ones(2), "a.lora_B.weight": torch.zeros(2)}
+    assert not adapters.has_moved(still)
+    assert adapters.has_moved(still | {"b.lora_B.weight": torch.tensor([0.0, 1.0])})
+
+
 def test_trainable_parameters_equal_the_formula(script, bases, data, tmp_path):
     """Row 4: r x (in + out) for each of the named layers: q 64 -> 64, v 64 -> 32, in two layers."""
     out = script("finetune.py", *options(bases["llama"], data, tmp_path / "out", lora_r=4)).ok()
