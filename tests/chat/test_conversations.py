@@ -6,6 +6,7 @@ import re
 import pytest
 
 from utils.chat.conversations import CUT, WHOLE, Conversation, Talk, Turn, from_file
+from utils.chat.feedback import Feedback
 from utils.chat.markdown import answer_as_markdown, from_markdown, question_as_markdown
 
 pytest_plugins = ["browsing"]  # fixtures
@@ -39,6 +40,16 @@ def test_what_a_browser_sends_is_looked_at():
     assert other.conversation == talk.conversation.stopped() != talk.conversation and other.id == talk.id
     names = [json.loads(Talk(Conversation((Turn("问" * size + "\n更多"),))).to_browser())["title"] for size in (24, 25)]
     assert names == ["问" * 24, "问" * 24 + "…"]
+
+
+def test_a_thumb_replaces_its_own_line_and_leaves_every_other_as_it_is(tmp_path):
+    feedback, path = Feedback(str(tmp_path)), tmp_path / "thumbs.jsonl"
+    path.write_text('{"broken\n', "utf-8")
+    record = {"instruction": '"id": "a-0", "time": ', "output": "x"}
+    for key, liked in (("a-0", True), ("b-0", True), ("a-0", False), ("b-0", None)):
+        feedback.thumb(key, record, {}, liked)
+    first, second = path.read_text("utf-8").splitlines()
+    assert first == '{"broken' and json.loads(second)["label"] is False
 
 
 def test_markdown_is_escaped_where_it_must_be_and_comes_back():

@@ -34,7 +34,7 @@ class Feedback:
         path = self.folder / THUMBS
         with self.lock:
             lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-            kept = [line for line in lines if json.loads(line).get("id") != key]
+            kept = [line for line in lines if f'"id": {json.dumps(key, ensure_ascii=False)}, "time": ' not in line]
             if liked is not None:
                 kept.append(line_of(record | {"label": liked, "by": by, "id": key, "time": now()}))
             self.folder.mkdir(parents=True, exist_ok=True)
