@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by expert-*.sh: from a folder of texts, questions and answers to an expert, in one command.
-#     bash scripts/expert-NAME.sh [FOLDER] [--base NAME] [--no-page]
-# Each step is skipped where its result is there. --base names another base model in $MODEL_DIR, such as a 7B.
+#     bash scripts/expert-NAME.sh [FOLDER] [--base NAME] [--replay SHARE] [--no-page]
+# Each step is skipped where its result is there. --base names another base model in $MODEL_DIR, such as a 7B. With --replay
+# the third step learns more*.json and that share of the dialogues again, in place of preferences.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export SKIP_DONE=1
 
@@ -32,12 +33,13 @@ step() {
 expert() {
     expert="$NAME"
     folder="$ROOT/data/experts/${NAME#expert-}"
-    local name=chinese-smollm2-135m page=1
+    local name=chinese-smollm2-135m page=1 replay=""
     while [ $# -gt 0 ]; do
         case "$1" in
             --base) name="${2:?--base: name a folder in $MODEL_DIR}" && shift ;;
+            --replay) replay="${2:?--replay: give a share of the new records, such as 0.5}" && shift ;;
             --no-page) page="" ;;
-            -*) echo "$NAME: error: $1: unknown; bash scripts/$NAME.sh [FOLDER] [--base NAME] [--no-page]" >&2 && exit 2 ;;
+            -*) echo "$NAME: error: $1: unknown; bash scripts/$NAME.sh [FOLDER] [--base NAME] [--replay SHARE] [--no-page]" >&2 && exit 2 ;;
             *) folder="$1" ;;
         esac
         shift
@@ -55,13 +57,22 @@ expert() {
     dialogues="$(files 'dialogues*.json' 'dialogues*.jsonl')"
     texts="$(files '*.txt' '*.md')"
     [ -n "$dialogues" ] || { echo "$NAME: error: $folder holds no dialogues*.json; see data/experts/README.md" >&2 && exit 2; }
+    local more
+    more="$(files 'more*.json' 'more*.jsonl')"
+    [ -z "$replay" ] || [ -n "$more" ] || { echo "$NAME: error: $folder holds no more*.json to learn with --replay; add it" >&2 && exit 2; }
     [ -n "${PLAN:-}" ] || mkdir -p "$out"
 
     make "$out/dialogues.json" "$PYTHON" "$ROOT/data/clean.py" --data_path "$dialogues" --output_path "$out/dialogues.json" \
         --against "$folder/heldout.json"
     step 1 "$texts" --num_epochs 3
     step 2 "$out/dialogues.json" --num_epochs 10 --train_on_inputs False
-    step 3 "$(files 'preferences*.json' 'preferences*.jsonl')" --num_epochs 4 --learning_rate 5e-4 --preference_sft 0.5
+    if [ -n "$replay" ]; then
+        make "$out/more.json" "$PYTHON" "$ROOT/data/clean.py" --data_path "$more" --output_path "$out/more.json" \
+            --against "$folder/heldout.json"
+        step 3 "$out/more.json" --num_epochs 10 --train_on_inputs False --replay "$replay"
+    else
+        step 3 "$(files 'preferences*.json' 'preferences*.jsonl')" --num_epochs 4 --learning_rate 5e-4 --preference_sft 0.5
+    fi
     make "$OUTPUT_DIR/$expert-measured/chain.md" "$PYTHON" "$ROOT/judge.py" --chain "$parent" \
         --test_input_path "$folder/heldout.json" --output_dir "$OUTPUT_DIR/$expert-measured"
     [ -z "$page" ] || SKIP_DONE="" chat "$@"

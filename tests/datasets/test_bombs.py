@@ -2,12 +2,15 @@
 
 import gzip
 import resource
+import tempfile
+import zipfile
 
 import pytest
 
 from utils.console import UserError
 from utils.datasets import file_formats
 from utils.datasets.documents import read_documents
+from utils.datasets.evaluation_sets import MOST_FILES, unpacked
 from utils.datasets.file_formats import read_items
 
 BLOCK = 1 << 24
@@ -56,3 +59,23 @@ def test_gzipped_parquet_that_unpacks_to_more_than_a_disk_should_give(tmp_path, 
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1" + bytes(1 << 23)))
     with pytest.raises(UserError, match=r"a\.parquet\.gz: unpacks to more than 0 GB; unpack it yourself"):
         list(read_items(tmp_path / "a.parquet.gz"))
+
+
+def test_an_archive_that_holds_more_than_it_declares(tmp_path, monkeypatch):
+    """No more is written than declared; and of empty files not any number."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path / "out"))
+    size, told = 1 << 25, 1000
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dev.csv", bytes(size))
+    packed = (tmp_path / "a.zip").read_bytes()
+    assert packed.count(size.to_bytes(4, "little")) == 2  # before the member, and in the directory
+    (tmp_path / "lies.zip").write_bytes(packed.replace(size.to_bytes(4, "little"), told.to_bytes(4, "little")))
+    with pytest.raises(UserError, match=r"lies\.zip: cannot be unpacked \(Bad CRC-32"):
+        unpacked(tmp_path / "lies.zip")
+    assert (tmp_path / "out" / "lies.zip" / "dev.csv").stat().st_size <= told
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        for number in range(MOST_FILES + 1):
+            archive.writestr(f"{number}.csv", "")
+    with pytest.raises(UserError, match=r"many\.zip: would unpack to 0 GB in 10,001 files"):
+        unpacked(tmp_path / "many.zip")

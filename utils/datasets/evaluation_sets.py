@@ -20,7 +20,7 @@ from utils.datasets.records import write_records
 from utils.datasets.sources import check_exists
 from utils.files import check_folder, locked
 
-LARGEST = 2 * 10**9  # bytes of an unpacked archive
+LARGEST, MOST_FILES = 2 * 10**9, 10_000  # bytes and files of an unpacked archive
 
 
 @dataclasses.dataclass
@@ -65,9 +65,10 @@ def unpacked(path: Path) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-            if size > LARGEST:
-                raise UserError(f"{path}: would unpack to {size / 1e9:.0f} GB, too much for an evaluation set; check the file")
+            sizes = [member.file_size for member in archive.infolist()]  # zipfile reads no more of a member than this
+            if sum(sizes) > LARGEST or len(sizes) > MOST_FILES:
+                much = f"{sum(sizes) / 1e9:.0f} GB in {len(sizes):,} files"
+                raise UserError(f"{path}: would unpack to {much}, too much for an evaluation set; check the file")
             archive.extractall(folder / path.name)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); fetch it again, or unpack it yourself") from None
