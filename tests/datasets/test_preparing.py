@@ -205,7 +205,8 @@ def test_what_files_hold_cannot_steer_the_terminal(prepare, tmp_path):
     raw = tmp_path / "counterfactural_correction_multi_round_chat.tar"
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
-        for name, data in ("\x1b[31m\udcff.json", b"{}"), ("b.json", json.dumps({"round_0": response("a", "b")}).encode()):
+        good = json.dumps({"round_0": response("a", "b")}).encode()
+        for name, data in ("\x1b[31m\udcff.json", b"{}"), ("b.json", good), ("._b.json", b"\0Mac"):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

@@ -131,6 +131,7 @@ def test_scores_go_back_to_the_systems_they_belong_to(script, serve, systems, tm
     assert "| 类别 | 样本数 | one | two | three |" in lines
     assert "| 知识问答 | 4 | **75** [65, 85] | 61.2* [40, 78.8] | 61.2* [21.2, 87.5] |" in lines
     assert "| mine | 2 | **75** [50, 100] | 70* [50, 90] | 30 [10, 50] |" in lines
+    assert "scores by " in out and "\n| mine | 2 | **75** [50, 100] " in out, "the table is printed, too"
     assert "知识问答 (4), mine (2)" in out and "means scaled to 100" in out
     assert "repeats differ by 0.00 points in the mean, 100% by at most one; 100% have the same best" in out
     rows = list(csv.DictReader((tmp_path / "out/scores.csv").open(encoding="utf-8")))
