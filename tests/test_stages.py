@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -61,19 +62,25 @@ def test_a_chain_of_all_stages(script, tiny_llama, tmp_path):
     assert "exact number (%), all 4 prompts: merged and adapter: no difference can be told" in out
 
 
-@pytest.mark.parametrize("name", ["counsellor", "assistant", "tutor"])
-def test_one_command_makes_an_expert_of_a_folder_on_another_base(tiny_llama, tmp_path, name):
+@pytest.mark.parametrize(("name", "third"), [("counsellor", "preference"), ("assistant", "preference"), ("tutor", "replay")])
+def test_one_command_makes_an_expert_of_a_folder_on_another_base(tiny_llama, tmp_path, name, third):
     """Cleaned, trained in three steps of one update each, asked what was held back, and measured."""
-    models, output = tmp_path / "models", tmp_path / "output"
+    models, output, folder = tmp_path / "models", tmp_path / "output", tmp_path / "mine"
     models.mkdir()
     (models / "tiny").symlink_to(tiny_llama)
+    shutil.copytree(ROOT / "data" / "experts" / name, folder)
+    write_json(folder / "more.json", [{"instruction": f"{n}是新的吗？", "input": "", "output": "是。"} for n in "甲乙丙丁"])
     env = {"MODEL_DIR": models, "OUTPUT_DIR": output, "PYTHON": sys.executable, "TRAIN_OPTIONS": "--max_steps 1",
            "ANSWER_OPTIONS": "--max_new_tokens 4"}  # fmt: skip
-    command = ["bash", ROOT / "scripts" / f"expert-{name}.sh", "--base", "tiny", "--no-page"]
+    command = ["bash", ROOT / "scripts" / f"expert-{name}.sh", folder, "--base", "tiny", "--no-page"]
+    command += ["--replay", "0.5"] if third == "replay" else []
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {k: str(v) for k, v in env.items()})
     assert ended.returncode == 0, ended.stderr[-3000:]
     chain = lineage.chain(output / f"expert-{name}-3")
-    assert [step["data"]["stage"] for step in chain] == ["text", "instruction", "preference"]
+    assert [step["data"]["stage"] for step in chain] == [
+        "text", "instruction", "instruction" if third == "replay" else "preference"
+    ]  # fmt: skip
+    assert ("2 of" in ended.stdout and "learned again" in ended.stdout) == (third == "replay")
     assert "expert-" in chain[1]["data"]["path"] and "clean" in chain[1]["data"]["path"]
     for step in range(1, 4):
         assert len(json.loads((output / f"expert-{name}-{step}" / "test.json").read_text("utf-8"))) == 10
