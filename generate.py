@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.chat.feedback import FOLDER, usable
 from utils.cli import option, run, write_options
 from utils.console import UserError, say
 from utils.datasets.sources import check_base_model, is_hub_name
@@ -78,7 +79,7 @@ class Options(SamplingParams, Answering):
     auth: str = option("", "user:password required by the page")
     api_key: str = option("", "key that API clients must send (required unless only this machine can reach the address)")
     adapters_dir: str = option("", "folder of adapters that programs may load while the server runs")
-    feedback_dir: str = option("feedback", "folder for votes and thumbs given on the page ('': off)")
+    feedback_dir: str = option(FOLDER, "folder for votes and thumbs given on the page ('': off)")
     lang: str = option("zh", "language of the page", choices=("zh", "en"))
 
 
@@ -146,13 +147,14 @@ def talk(options: Options) -> None:
         raise UserError(
             f"--server_name {options.server_name}: others can reach it; give --api_key KEY, which clients must then send"
         )
+    feedback_dir = usable(options.feedback_dir) if options.feedback_dir and options.is_ui != "api" else ""
     engine = load_engine(options)
     from utils.chat import server
 
     if options.is_ui == "api":
         server.serve_api(engine, decoding(options), address, options.adapters_dir)
     else:
-        server.serve(engine, decoding(options), options.lang, address, options.adapters_dir, options.feedback_dir)
+        server.serve(engine, decoding(options), options.lang, address, options.adapters_dir, feedback_dir)
 
 
 def check_together(options: Options) -> None:

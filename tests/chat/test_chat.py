@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from browsing import answer_of, served
@@ -16,6 +17,7 @@ from scripting import ROOT
 
 import generate
 from utils.chat import server
+from utils.chat.feedback import usable
 from utils.console import UserError
 from utils.inference.sampling_params import SamplingParams
 
@@ -131,6 +133,15 @@ def test_the_script_shows_the_page_until_it_is_stopped(folder):
         running.terminate()  # not SIGINT, which a program that was started in the background ignores
         running.stdout.read()
     assert running.returncode in (0, 128 + signal.SIGTERM)
+
+
+def test_feedback_goes_only_where_it_can_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("feedback").write_text("")
+    with pytest.raises(UserError, match="is not a folder; give another --feedback_dir"):
+        usable(str(tmp_path / "feedback"))
+    assert usable("feedback") == "" and "votes and thumbs are not taken" in capsys.readouterr().out
+    assert usable("other") == "other"
 
 
 def test_one_who_asks_much_does_not_keep_others_waiting(service):

@@ -65,6 +65,11 @@ def test_bad_questions_are_counted_and_named(tmp_path, capsys, changes, cause):
     assert f"1 of 2 questions dropped: {cause} (the first: {tmp_path}/set.json, line " in capsys.readouterr().out
 
 
+def test_a_choice_that_stands_there_twice_is_not_chosen_between():
+    with pytest.raises(InvalidRecord, match="choice A stands there twice, as A and a"):
+        as_choice({"question": "一加一？", "A": "1", "a": "2", "B": "3", "answer": "B"})
+
+
 def test_a_file_without_questions_is_refused(tmp_path):
     write_json(tmp_path / "set.json", [{"instruction": "你好", "output": "好"}])
     with pytest.raises(UserError, match="holds no usable question"):

@@ -6,9 +6,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from utils.files import replacing
+from utils.console import UserError, say
+from utils.files import check_folder, replacing
 
+FOLDER = "feedback"  # where it goes unless told otherwise
 VOTES, TIES, THUMBS = "votes.jsonl", "ties.jsonl", "thumbs.jsonl"
+
+
+def usable(folder: str) -> str:
+    """The folder for feedback; "" (none is taken) if it is FOLDER and cannot be written, as in a read-only container.
+
+    Raises UserError if another one cannot be written.
+    """
+    try:
+        check_folder(folder, "--feedback_dir")
+    except UserError as error:
+        if folder != FOLDER:
+            raise
+        say(f"{error}; votes and thumbs are not taken")
+        return ""
+    return folder
 
 
 class Feedback:

@@ -110,6 +110,8 @@ def listed(item: dict[str, Any]) -> tuple[str, ...]:
     given = next((item[name] for name in CHOICES if isinstance(item.get(name), list)), None)
     if given is None:
         texts = columns(item)
+        if twice := [letter for letter in texts if item.get(letter) and item.get(letter.lower())]:
+            raise InvalidRecord(f"choice {twice[0]} stands there twice, as {twice[0]} and {twice[0].lower()}")
         if "".join(sorted(texts)) != LETTERS[: len(texts)]:
             raise InvalidRecord("a choice is missing")
         given = [str(texts[letter]) for letter in sorted(texts)]
