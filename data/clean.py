@@ -267,7 +267,7 @@ def find_near_duplicates(options: Options, kept: Path, signatures: Path, offsets
 
 def write(target: Path, kept: Path, offsets: array, dropped: set[int], report: Report) -> None:
     """Write the kept records as one JSON array, completely or not at all."""
-    from utils.datasets.records import write_records
+    from utils.datasets.record_writer import write_records
 
     with kept.open("rb") as lines:
         stay = (json.loads(line) for number, line in enumerate(lines) if number not in dropped)

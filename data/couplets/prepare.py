@@ -20,7 +20,7 @@ from utils.datasets.file_formats import opened
 from utils.datasets.item_formats import InvalidRecord
 from utils.datasets.items import Item, UnreadableItem
 from utils.datasets.preparing import PrepareOptions, cleaned, output_files, refuse_json
-from utils.datasets.records import writers
+from utils.datasets.record_writer import writers
 from utils.datasets.sources import check_exists
 from utils.datasets.text_encoding import as_utf8
 

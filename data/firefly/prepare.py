@@ -22,7 +22,8 @@ from utils.cli import option, run
 from utils.console import say
 from utils.datasets.item_formats import InvalidRecord, dialogue
 from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognize
-from utils.datasets.records import Record, RecordWriter, printable, writers
+from utils.datasets.record_writer import RecordWriter, writers
+from utils.datasets.records import Record, printable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,8 @@ from utils.datasets.file_formats import read_items
 from utils.datasets.item_formats import InvalidRecord
 from utils.datasets.items import Item, UnreadableItem
 from utils.datasets.preparing import PrepareOptions, cleaned, find_raw, output_files, recognize
-from utils.datasets.records import Record, writers
+from utils.datasets.record_writer import writers
+from utils.datasets.records import Record
 
 
 def main(options: PrepareOptions) -> None:

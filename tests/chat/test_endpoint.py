@@ -21,7 +21,7 @@ from scripting import ROOT
 from starlette.applications import Starlette
 
 from utils.chat.endpoint import Endpoint
-from utils.datasets.records import write_records
+from utils.datasets.record_writer import write_records
 from utils.inference import scheduler as scheduling
 from utils.inference.sampling_params import SamplingParams
 

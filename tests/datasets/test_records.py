@@ -10,7 +10,8 @@ from record_files import RECORDS, as_lines, as_parquet, huge
 from utils.console import UserError
 from utils.datasets.item_formats import as_record
 from utils.datasets.items import UnreadableItem
-from utils.datasets.records import Repaired, Tally, all_good, one_by_one, read_records, write_records
+from utils.datasets.record_writer import write_records
+from utils.datasets.records import Repaired, Tally, all_good, one_by_one, read_records
 from utils.datasets.text_faults import FAULTS
 
 # ---- what is dropped, repaired and said

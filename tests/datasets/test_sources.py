@@ -13,7 +13,8 @@ import pytest
 from record_files import RECORDS, ROOT, as_lines
 
 from utils.console import UserError
-from utils.datasets.records import read_records, write_records
+from utils.datasets.record_writer import write_records
+from utils.datasets.records import read_records
 from utils.datasets.sources import data_files, sources
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from api_server import asked
 
-from utils.datasets.records import write_records
+from utils.datasets.record_writer import write_records
 
 RECORDS = [
     {"instruction": "你是谁？"},

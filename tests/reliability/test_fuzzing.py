@@ -26,7 +26,8 @@ from utils.adapters.settings import read_config
 from utils.chat.conversations import Conversation, from_file
 from utils.console import UserError
 from utils.datasets.file_formats import read_items
-from utils.datasets.records import read_records, write_records
+from utils.datasets.record_writer import write_records
+from utils.datasets.records import read_records
 from utils.datasets.templates import Prompter, parse
 from utils.evaluation.judge_scores import read_scores
 from utils.files import read_json

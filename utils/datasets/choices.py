@@ -75,9 +75,14 @@ def is_choice(item: Any) -> bool:
     return isinstance(item, dict) and (any(isinstance(item.get(name), list) for name in CHOICES) or len(columns(item)) > 1)
 
 
+def lettered(item: dict[str, Any]) -> list[str]:
+    """The names of an item's fields that are a letter, in either case, and hold something."""
+    return [name for name, value in item.items() if name.upper() in set(LETTERS) and value not in (None, "")]
+
+
 def columns(item: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an item that are named by a letter, in either case."""
-    return {name.upper(): value for name, value in item.items() if name.upper() in set(LETTERS) and value not in (None, "")}
+    """The choices of an item with a field for each, by letter."""
+    return {name.upper(): item[name] for name in lettered(item)}
 
 
 def as_choice(item: Any) -> Choice:
@@ -110,7 +115,7 @@ def listed(item: dict[str, Any]) -> tuple[str, ...]:
     given = next((item[name] for name in CHOICES if isinstance(item.get(name), list)), None)
     if given is None:
         texts = columns(item)
-        if twice := [letter for letter in texts if item.get(letter) and item.get(letter.lower())]:
+        if twice := [letter for letter in texts if {letter, letter.lower()} <= set(lettered(item))]:
             raise InvalidRecord(f"choice {twice[0]} stands there twice, as {twice[0]} and {twice[0].lower()}")
         if "".join(sorted(texts)) != LETTERS[: len(texts)]:
             raise InvalidRecord("a choice is missing")

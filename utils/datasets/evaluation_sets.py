@@ -16,7 +16,7 @@ from typing import Any
 from utils.cli import option
 from utils.console import UserError, say
 from utils.datasets.choices import Choice, as_record, read_file
-from utils.datasets.records import write_records
+from utils.datasets.record_writer import write_records
 from utils.datasets.sources import check_exists
 from utils.files import check_folder, locked
 

@@ -21,7 +21,8 @@ from utils.datasets.file_formats import opened, read_batches
 from utils.datasets.items import Item, in_batches
 from utils.datasets.json_items import patient_loads
 from utils.datasets.raw_sets import FILES, SHAPES, shape_of
-from utils.datasets.records import Record, Repaired, Tally, clean, printable, write_records
+from utils.datasets.record_writer import write_records
+from utils.datasets.records import Record, Repaired, Tally, clean, printable
 from utils.datasets.sources import check_exists
 from utils.datasets.text_faults import FIXES
 from utils.files import check_folder, locked

@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.console import UserError, say
 from utils.datasets.prompts import Record
-from utils.datasets.records import write_records
+from utils.datasets.record_writer import write_records
 from utils.files import read_json, sha256, write_json
 from utils.journal import Journal
 
