@@ -30,6 +30,12 @@ step() {
     answer "$folder/heldout.json" --num_beams 1 --max_new_tokens 96
 }
 
+# clean NAME FILES: the records of FILES, cleaned, as $out/NAME.json
+clean() {
+    make "$out/$1.json" "$PYTHON" "$ROOT/data/clean.py" --data_path "$2" --output_path "$out/$1.json" \
+        --against "$folder/heldout.json"
+}
+
 expert() {
     expert="$NAME"
     folder="$ROOT/data/experts/${NAME#expert-}"
@@ -53,22 +59,19 @@ expert() {
         # not those of the experiments: few records make fewer steps than their warm-up of 100 has
         settings=(--batch_size 32 --micro_batch_size 8 --val_set_size 0 --learning_rate 1e-4 --cutoff_len 512 --group_by_length)
     fi
-    local out="$OUTPUT_DIR/$expert-clean" dialogues texts
+    local out="$OUTPUT_DIR/$expert-clean" dialogues texts more
     dialogues="$(files 'dialogues*.json' 'dialogues*.jsonl')"
     texts="$(files '*.txt' '*.md')"
     [ -n "$dialogues" ] || { echo "$NAME: error: $folder holds no dialogues*.json; see data/experts/README.md" >&2 && exit 2; }
-    local more
     more="$(files 'more*.json' 'more*.jsonl')"
     [ -z "$replay" ] || [ -n "$more" ] || { echo "$NAME: error: $folder holds no more*.json to learn with --replay; add it" >&2 && exit 2; }
     [ -n "${PLAN:-}" ] || mkdir -p "$out"
 
-    make "$out/dialogues.json" "$PYTHON" "$ROOT/data/clean.py" --data_path "$dialogues" --output_path "$out/dialogues.json" \
-        --against "$folder/heldout.json"
+    clean dialogues "$dialogues"
     step 1 "$texts" --num_epochs 3
     step 2 "$out/dialogues.json" --num_epochs 10 --train_on_inputs False
     if [ -n "$replay" ]; then
-        make "$out/more.json" "$PYTHON" "$ROOT/data/clean.py" --data_path "$more" --output_path "$out/more.json" \
-            --against "$folder/heldout.json"
+        clean more "$more"
         step 3 "$out/more.json" --num_epochs 10 --train_on_inputs False --replay "$replay"
     else
         step 3 "$(files 'preferences*.json' 'preferences*.jsonl')" --num_epochs 4 --learning_rate 5e-4 --preference_sft 0.5

@@ -161,7 +161,7 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def check_answers(base: Path, adapter: Path) -> None:
     """Answers of a batch, at one and at four beams, equal those of `generate`, prompt by prompt."""
-    fit.check(adapter, base, grows=False)
+    fit.check(fit.Adapter(adapter), base, grows=False)
     engine = Engine(str(base), [ChatModel("a", adapter, "alpaca", None)], place(False, False))
     engine.use("a")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()

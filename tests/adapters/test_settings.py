@@ -186,7 +186,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(bases, 
 def test_all_linear_layers_of_a_mixture_leave_its_embeddings_and_its_router_out(tmp_path):
     base = families.make("qwen2_moe", tmp_path / "base")
     named = tiny.adapter(base, tmp_path / "named", target_modules="all-linear")  # peft writes names, this project the word
-    fit.check(changed(named, tmp_path / "adapter", target_modules="all-linear"), base)
+    fit.check(fit.Adapter(changed(named, tmp_path / "adapter", target_modules="all-linear")), base)
 
 
 @pytest.mark.parametrize(

@@ -22,21 +22,19 @@ from utils.models.names import Finder
 TURNED = ("gpt2", "openai-gpt")  # families whose linear layers hold inputs x outputs, as fan_in_fan_out tells of some of them
 
 
-def check(folder: str | Path, base: Path | None = None, grows: bool = True) -> dict[str, Any]:
-    """An adapter's settings; raises UserError if it is broken, its two files do not belong together, or not to `base`.
+def check(adapter: "Adapter", base: Path, grows: bool = True) -> None:
+    """Raises UserError if an adapter is for another base.
 
     Without `grows` it may not have more tokens than the base. A base whose tensors cannot be read here is left to who loads
     it: a dry run needs none, and some quantized ones are read by their own library only.
     """
-    adapter = Adapter(folder)
-    if base is None:
-        return adapter.settings
+    folder = adapter.folder
     biases.check_base(folder, adapter.names, base)
     try:
         config, weights = meta_layout.open_model(base)
         weights = quantized.full(base, config, weights)
     except UserError:
-        return adapter.settings
+        return
     find = Finder(weights.names, quantized.without_method(config))
     before = {name: weights.shape(name) for name in weights.names}
     after = adapter.check_fit(before, find, loading=True)
@@ -46,7 +44,6 @@ def check(folder: str | Path, base: Path | None = None, grows: bool = True) -> d
             f"{folder}: its vocabulary has {after[grown[0]][0]} tokens, that of {base} {before[grown[0]][0]}; merge it first: "
             f"python merge_weights.py --base_model {base} --lora_model {folder} --output_dir MERGED"
         )
-    return adapter.settings
 
 
 class Adapter:
@@ -164,7 +161,7 @@ class Adapter:
                 self.rows_of(module, after[find(f"{module}.weight")])
         return after
 
-    def _check_all_there(self, shapes: dict[str, tuple[int, ...]], find: "Finder") -> None:
+    def _check_all_there(self, shapes: dict[str, tuple[int, ...]], find: Finder) -> None:
         """Raises UserError if the settings name a layer of the base for which the adapter has nothing."""
         kept = [name.rpartition(".")[0] for name in self.replaced]
         saved = [name for name in self.settings.get("modules_to_save") or [] if not any(named([name], one) for one in kept)]

@@ -51,7 +51,7 @@ class Feedback:
         path = self.folder / THUMBS
         with self.lock:
             lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-            kept = [line for line in lines if f'"id": {json.dumps(key, ensure_ascii=False)}, "time": ' not in line]
+            kept = [line for line in lines if id_of(line) != key]
             if liked is not None:
                 kept.append(line_of(record | {"label": liked, "by": by, "id": key, "time": now()}))
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,14 @@ class Feedback:
 def line_of(value: dict[str, Any]) -> str:
     """An object as a line."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def id_of(line: str) -> Any:
+    """The answer that a line is about; None if the line cannot be read."""
+    try:
+        return json.loads(line).get("id")
+    except (ValueError, AttributeError, RecursionError):
+        return None
 
 
 def now() -> str:

@@ -39,10 +39,10 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
 
     names = labels(lora_weights)
     lora_weights = [str(base_folder(name)) if is_hub_name(name) else name for name in lora_weights]
-    found = {folder: (fit.check(folder), lineage.read(folder)) for folder in lora_weights}
+    found = {folder: (fit.Adapter(folder), lineage.read(folder)) for folder in lora_weights}
     if not base_model:
         recorded = [(known or {}).get("base") for _, known in found.values()]
-        base_model = common_base({folder: named_base(*known) for folder, known in found.items()}, recorded)
+        base_model = common_base({folder: named_base(one.settings, known) for folder, (one, known) in found.items()}, recorded)
         say(f"base model: {base_model}, which the adapter was trained on")
     base = base_folder(base_model)
     refuse_adapter(base)
@@ -53,8 +53,8 @@ def resolve(base_model: str, lora_weights: Sequence[str], prompt_template: str) 
         fingerprint = lineage.fingerprint(base_model)
         for folder, (_, known) in found.items():
             lineage.check_same_base(known, fingerprint, folder, base_model)
-    for folder in found:
-        fit.check(folder, base, grows=False)
+    for adapter, _ in found.values():
+        fit.check(adapter, base, grows=False)
     if not found:
         return base_model, [ChatModel(BASE, None, prompt_template or own_template(base), None)]
     return base_model, [

@@ -69,11 +69,11 @@ class Ending:
     def text(self, ids: Ids) -> str:
         """The whole answer, without what ended it, or the part of a character at which the token limit cut it."""
         whole = self._cut(self._read(ids))
-        if self.ends.intersection(ids[-1:]):
+        if self.ends.intersection(ids[-1:]) or not whole.endswith("\ufffd"):
             return whole.strip()
         # three tokens at most are a part of one character; where more than those cannot be read, the model gave no characters
-        texts = (self._cut(self._read(ids[: len(ids) - part])) for part in range(min(4, len(ids))))
-        return next((text for text in texts if not text.endswith("\ufffd")), whole).strip()
+        shorter = (self._cut(self._read(ids[:-part])) for part in range(1, min(4, len(ids))))
+        return next((text for text in shorter if not text.endswith("\ufffd")), whole).strip()
 
     def so_far(self, ids: Ids) -> str:
         """The part of an unfinished answer that will not change: no partial characters, no beginning of a stop string."""

@@ -106,7 +106,7 @@ def check_parent(start: RunStart, wanted: dict[str, Any], base_model: str) -> No
     if parent is None:
         return
     if (parent / FILE).is_file():
-        fit.check(parent, base_folder(base_model))
+        fit.check(fit.Adapter(parent), base_folder(base_model))
     inherited = settings_of(parent, wanted)
     differences = [
         f"--{name} is {shown(value)}, the adapter's is {shown(inherited[name])}"
