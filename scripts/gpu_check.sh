@@ -56,7 +56,7 @@ trap 'rm -rf "$work" "$REPORT.figures"' EXIT
 } > "$REPORT"
 : > "$REPORT.figures"
 
-part "tests on the card" "$VENV/bin/python" -m pytest -q -s -m "slow or not slow" tests/training/test_cuda.py
+part "tests on the card" env CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" "$VENV/bin/python" -m pytest -q -s -m "slow or not slow" tests/training/test_cuda.py
 demo_run 8bit --load_8bit
 demo_run bfloat16 --load_8bit False
 demo_run 4bit --load_4bit

@@ -8,16 +8,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dreamergpt-cache-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same tests with a card as without; scripts/gpu_check.sh shows it
 os.environ.pop("WANDB_PROJECT", None)
 os.environ.pop("BASE_MODEL", None)
 os.environ.pop("DATA_DIR", None)
 
 import pytest
 import tiny
+import torch
 from scripting import Script, warm
 
 pytest_plugins = ["api_server", "merges", "raw_sets", "trainings"]  # fixtures; what else has some is named by its tests
 pytest.register_assert_rewrite("browsing")  # so that what they check is told as a test tells it
+torch.ones(1, requires_grad=True).backward()  # before FakeTensor feigns a card: autograd's threads for it survive no fork
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has all children ignore
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all its children, would ignore it
 

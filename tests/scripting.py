@@ -54,11 +54,12 @@ class Running:
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
         sys.stdout.flush()
         sys.stderr.flush()
+        anew = "torch" in sys.modules and sys.modules["torch"].cuda.is_available()  # CUDA survives no fork
         self.pid = os.fork()
         if self.pid == 0:
-            self._be(argv, cwd, env)
+            self._be(argv, cwd, env, anew)
 
-    def _be(self, argv: list[str], cwd: Path | None, env: dict[str, str]) -> None:
+    def _be(self, argv: list[str], cwd: Path | None, env: dict[str, str], anew: bool) -> None:
         status = 70
         try:
             for number, path in ((1, self.out), (2, self.err)):
@@ -67,6 +68,8 @@ class Running:
             os.environ.update(env)
             os.chdir(cwd or os.getcwd())
             sys.argv = argv
+            if anew:
+                os.execv(sys.executable, [sys.executable, *argv])
             if "torch" in sys.modules:  # its pool of threads did not survive the fork, and only one thread may make it anew
                 sys.modules["torch"].set_num_threads(1)
             if "accelerate.state" in sys.modules:  # nor are its ranks those of a test that ran in the process itself

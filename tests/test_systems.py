@@ -87,15 +87,33 @@ def test_a_terminal_that_hangs_up_leaves_a_checkpoint(training):
 
 
 @pytest.mark.slow
-def test_a_home_that_cannot_be_written_to(training):
-    """Encoded records, matplotlib's fonts and the hub's cache find another place."""
+@pytest.mark.parametrize("home", ["/dev/null", None])
+def test_a_home_that_cannot_be_written_to_or_is_not_told(training, tmp_path, home):
+    """Encoded records, matplotlib's fonts and the hub's cache find another place, whichever script wants them."""
     command, out = training
-    places = ("MPLCONFIGDIR", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE")
-    env = {name: value for name, value in os.environ.items() if name not in places} | {"HOME": "/dev/null"}
-    argv = [sys.executable, *command, "--max_steps", "2"]
-    ended = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+    base, data = tmp_path / "base", tmp_path / "data.json"
+    places = ("MPLCONFIGDIR", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "HOME")
+    env = {name: value for name, value in os.environ.items() if name not in places} | ({"HOME": home} if home else {})
+    asked = ["--lora_weights", out, "--is_ui", "False", "--test_input_path", data, "--max_new_tokens", "2"]
+    for argv in (
+        [*command, "--max_steps", "2"],
+        ["merge_weights.py", "--base_model", base, "--lora_model", out, "--output_dir", tmp_path / "merged"],
+        ["generate.py", "--base_model", base, *asked, "--output_path", tmp_path / "answers.json"],
+        ["judge.py", "--chain", out, "--held_out", f"out={data}", "--output_dir", tmp_path / "judged"],
+        ["data/clean.py", "--data_path", data, "--output_path", tmp_path / "clean.json"],
+    ):
+        argv = [sys.executable, *map(str, argv)]
+        ended = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
     assert (out / "loss.png").is_file() and (out / "adapter_model.safetensors").is_file()
+
+
+def test_where_there_is_a_card_a_script_is_started_anew(script, tmp_path, monkeypatch):
+    """What a process knows of CUDA does not survive a fork; without a card, the tests' scripts are forks."""
+    (tmp_path / "tell.py").write_text("import sys\nprint('torch' in sys.modules, *sys.argv[1:])", "utf-8")
+    assert script(tmp_path / "tell.py", "a b").ok() == "True a b\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert script(tmp_path / "tell.py", "a b").ok() == "False a b\n"
 
 
 def test_names_are_utf8_in_any_locale(tmp_path):

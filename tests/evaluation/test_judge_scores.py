@@ -83,6 +83,9 @@ ANSWERS = [
     ("我认为 System1 优于 System2，8 分。", [None, None]),
     ("System1: 8\nSystem2: 7\n平均分: 7.5", [8.0, 7.0]),
     ("System_1: 8\nsystem-2: 7", [8.0, 7.0]),
+    ("System1: 8 -> 修正为 7\nSystem2: 6", [None, 6.0]),
+    ("System1：8分，改为7分\nSystem2：5 (corrected to 4)", [None, None]),
+    ("System1: 8 -> 解释：3 处错误\nSystem2: 5", [8.0, 5.0]),
 ]
 
 
@@ -98,7 +101,7 @@ def test_each_missing_score_has_its_reason():
     assert reading.problems == [
         "System1: more than one score (8, 9)",
         "System2: 12 is out of range",
-        "System3: a range, or a scale other than 0 to 10",
+        "System3: a range, a score that is changed, or a scale other than 0 to 10",
         "System4: no score",
     ]
 

@@ -8,12 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, MistralConfig, MptConfig
 
-from utils import lineage
 from utils.adapters import switching
-from utils.console import UserError
-from utils.datasets.templates import TEMPLATES, Prompter
+from utils.datasets.templates import Prompter
 from utils.inference import engine as engine_module
-from utils.inference.answerers import BASE, labels, resolve
+from utils.inference.answerers import BASE, resolve
 from utils.inference.decoding import decode, gumbel_noise, top_k_top_p
 from utils.inference.engine import Ending, Engine, seed
 from utils.inference.kv_cache import GrowingLayer, common_opening, families, groups
@@ -341,62 +339,6 @@ def test_a_quantized_base_keeps_its_weights_and_has_the_adapters_beside_them(fol
     one = engine.answerers[0].name
     plain = [step.running for step in decode(engine.model, prompts, [6, 6], settings, engine.ending(one), [0, 0])][-2]
     assert adapted != plain
-
-
-def test_base_and_template_come_from_what_the_adapter_records(folder, tmp_path, capsys):
-    base, answerers = resolve("", [str(folder / "a"), str(folder / "b")], "")
-    assert base == str(folder / "llama")
-    assert [(one.name, one.template) for one in answerers] == [("a", "alpaca"), ("b", "alpaca")]
-    assert "base model:" in capsys.readouterr().out
-    assert resolve(str(folder / "llama"), [], "chinese")[1][0].template == "chinese"
-    with pytest.raises(UserError, match="--base_model"):
-        resolve("", [], "")
-
-
-def test_what_contradicts_an_adapters_lineage_is_an_error(folder, tmp_path):
-    """Pitfall 7: base and template come from lineage.json, and another base or template is refused."""
-    adapter = tiny.adapter(folder / "llama", tmp_path / "run", 1)
-    other = tiny.llama(tmp_path / "other", seed=5)
-    template = tmp_path / "mine.json"
-    template.write_text((TEMPLATES / "chinese.json").read_text("utf-8"), "utf-8")
-    known = {
-        "kind": "finetune",
-        "options": {"prompt_template_name": str(template), "output_dir": str(adapter)},
-        "base": {"name": str(folder / "llama"), "fingerprint": lineage.fingerprint(str(folder / "llama"))},
-        "template": {"name": "mine", "texts": Prompter(str(template)).texts},
-    }
-    lineage.write(adapter, known)
-    base, (one,) = resolve("", [str(adapter)], "")
-    assert (base, one.template) == (str(folder / "llama"), str(template))
-    assert resolve("", [str(adapter)], "chinese")[1][0].template == "chinese"  # the same by another name
-    with pytest.raises(UserError, match="another base"):
-        resolve(str(other), [str(adapter)], "")
-    with pytest.raises(UserError, match=r"--prompt_template alpaca: .*mine"):
-        resolve("", [str(adapter)], "alpaca")
-    template.write_text((TEMPLATES / "vigogne.json").read_text("utf-8"), "utf-8")
-    with pytest.raises(UserError, match="has changed since training"):
-        resolve("", [str(adapter)], "")
-    tiny.adapter(other, tmp_path / "stranger", 1)
-    with pytest.raises(UserError, match="several bases"):
-        resolve("", [str(folder / "a"), str(tmp_path / "stranger")], "")
-
-
-def test_a_larger_vocabulary_has_to_be_merged_first(folder, tmp_path):
-    """Pitfall 5."""
-    large = tiny.llama(tmp_path / "large", vocab_size=500)
-    tiny.adapter(large, tmp_path / "wide", 1, modules_to_save=["embed_tokens", "lm_head"])
-    with pytest.raises(UserError, match=r"500 tokens.*merge_weights.py"):
-        resolve(str(folder / "llama"), [str(tmp_path / "wide")], "")
-
-
-def test_labels_are_short_and_distinct():
-    assert labels(["out/f1", "out/f2/"]) == ["f1", "f2"]
-    keys = {switching.key_of(name) for name in ("a.b", "a_b", "lora_A", "default")}  # as peft takes them beside each other
-    assert len(keys) == 4 and not any("." in key or key in ("lora_A", "default") for key in keys)
-    assert labels(["x/run", "y/run"]) == ["x/run", "y/run"]
-    assert labels(["models/base"]) == ["models/base"]
-    with pytest.raises(UserError, match="twice"):
-        labels(["x", "x"])
 
 
 def test_the_window_limits_prompt_and_answer_together(folder, tmp_path):

@@ -5,8 +5,8 @@
 Each round draws a script, a tiny model, a file of records, options and perhaps a kill, runs the script as a user does,
 and looks at what it left: exit status 0 with a result that a plain reference confirms (answers of transformers' own
 generate, scores of peft), or 2 with one line and nothing written; after a kill, the same command must end as an
-undisturbed run does, to the byte. No lock and no half-written file may stay.
-The page and the endpoint are served throughout and asked in between; their memory is measured. The last line is JSON.
+undisturbed run does, to the byte; no lock and no half-written file may stay. The page and the endpoint are served
+throughout and asked in between, and their memory is measured. The last line is JSON.
 """
 
 import argparse

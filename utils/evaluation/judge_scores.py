@@ -25,7 +25,8 @@ NUMBER = r"(?P<number>-?\d+(?:\.\d+)?)"
 SCALE = r"(?:\s*(?:分|points?|pts)?\s*(?:/|out\s+of)\s*(?P<scale>\d+(?:\.\d+)?)(?:\s*分)?)"
 POINTS = r"(?:\s*(?P<points>分(?![钟之数析别成类布享配开支段明歧辨])|points?\b|pts\b))"
 FULL = r"(?:\s*[(,]?\s*(?:满分\s*(?:为|是|:)?|out\s+of)\s*(?P<full>\d+)(?:\s*分)?\)?)?"
-RANGE = r"(?P<range>\s*(?:分\s*)?[-~–—至到]\s*\d)?"
+CHANGED = r"(?:[-=]>|→|修正|更正|修改|调整|改|(?:corrected|revised|changed|adjusted)\s+to)"
+RANGE = rf"(?P<range>\s*(?:分\s*)?(?:[-~–—至到]\s*|[,;(]?[^\S\n]*{CHANGED}(?:[^\S\n]|{CHANGED}|[为成至到:])*)\d)?"
 SCORE = rf"(?<![\d.]){NUMBER}(?:{SCALE}|{POINTS})?{FULL}{RANGE}"
 AFTER_BARE = re.compile(
     r"[^\S\t]*(?:$|\t|[;。!?|*_`\"'”\])}(:\n]|,(?!\d)|[—–-](?!\d)|\.(?!\d)|(?:解释|理由|说明|原因|评语|explanation|reason)|(?=system|系统|模型))",
@@ -42,7 +43,7 @@ RULE = re.compile(r"\s*\|?\s*:?-{2,}:?\s*(?:\|\s*:?-{2,}:?\s*)*\|?\s*")
 TOTAL_HEADING = re.compile(r"总分|总评|综合|总体|total|overall|final", re.I)
 SCORE_HEADING = re.compile(r"分|score|rating", re.I)
 JSON_SYSTEMS = ("system", "系统", "name", "名称", "id", "模型", "model")
-UNCLEAR = float("nan")  # a score was given, but on another scale, or as a range
+UNCLEAR = float("nan")  # a score was given, but on another scale, as a range, or changed on the spot
 
 Found = tuple[int, float]  # the number of a system (from 1), and one score that was given to it
 
@@ -81,7 +82,7 @@ def what_is_wrong(given: list[float]) -> str:
     if not given:
         return "no score"
     if any(score != score for score in given):
-        return "a range, or a scale other than 0 to 10"
+        return "a range, a score that is changed, or a scale other than 0 to 10"
     if len(set(given)) > 1:
         return f"more than one score ({', '.join(f'{score:g}' for score in dict.fromkeys(given))})"
     if not LOWEST <= given[0] <= HIGHEST:
@@ -127,7 +128,7 @@ def directly_after(text: str, start: int) -> float | None:
 
 
 def certain(match: re.Match) -> float | None:
-    """The score of a match, UNCLEAR for a range or another scale, None if the number may be something else."""
+    """The score of a match, UNCLEAR if it is a range, changed or of another scale; None if the number may be something else."""
     link, value = match["link"], float(match["number"])
     if match["range"] or any(scale and float(scale) != HIGHEST for scale in (match["scale"], match["full"])):
         return UNCLEAR
