@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -32,6 +33,9 @@ FORMATS = {
     "bom.csv": lambda path: "\ufeff" + as_csv(RECORDS),
     "table.parquet": lambda path: as_parquet(RECORDS, path),
 }
+ONE_LINE = [1, "line 1, item 2", "line 1, item 3"]
+PLACES = {".csv": [2, 4, 5], ".tsv": [2, 4, 5], ".jsonl": [1, 2, 3], ".parquet": [1, 2, 3]}  # as messages name the records
+PLACES |= {"lines.json": [1, 2, 3], "one_line.json": ONE_LINE, "bom.json": ONE_LINE, ".json": [2, 7, 12]}
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
@@ -42,6 +46,7 @@ def test_every_format_gives_the_same_records(tmp_path, name, zipped):
     path = tmp_path / (f"{name}.gz" if zipped else name)
     path.write_bytes(gzip.compress(content) if zipped else content)
     assert list(read_records(path, strict=True)) == RECORDS
+    assert [place for place, _ in read_items(path)] == PLACES.get(name, PLACES.get(Path(name).suffix))
 
 
 def test_format_is_told_by_content_not_by_name(tmp_path):
