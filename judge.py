@@ -65,7 +65,9 @@ class Options:
     max_tokens: int | None = option(1024, "maximum tokens of one reply; None: the server's default", least=1)
     price_in: float = option(0.0, "price of a million prompt tokens, to compute the cost", least=0)
     price_out: float = option(0.0, "price of a million completion tokens", least=0)
-    max_cost: float | None = option(None, "stop sending once the run, including earlier starts, has cost this much", least=0)
+    max_cost: float | None = option(
+        None, "send nothing that could make the run, including earlier starts, cost more than this", least=0
+    )
 
     run_code: bool = option(
         False, "run the code in the answers against the problems' tests (Linux; no network, limits on time, memory, files)"
@@ -108,12 +110,14 @@ def main(options: Options) -> None:
     prompts = add_references(prompts, setup.read_prompts(options))
     findings = setup.start_findings(prompts, answers, files, steps)
     with locked(options.output_dir):
-        if options.judge_model and not (options.pairwise or options.refusals):
-            setup.have_judged(options, findings, prompts, answers)
-        if options.pairwise or options.votes:
-            setup.have_compared(options, findings, prompts, answers)
-        if options.refusals:
-            setup.have_found_refusals(options, findings, prompts, answers)
+        with setup.judges(options, prompts, answers) as judges:
+            if "judge" in judges:
+                setup.have_judged(options, findings, prompts, answers, judges["judge"])
+            if options.pairwise or options.votes:
+                models = [one for name, one in judges.items() if name.startswith("pairwise")]
+                setup.have_compared(options, findings, prompts, answers, models)
+            if options.refusals:
+                setup.have_found_refusals(options, findings, prompts, answers, judges.get("refusals"))
         if options.run_code:
             setup.have_run(options, findings, prompts, answers)
         if files and (options.metrics or not (options.judge_model or options.votes or options.run_code or options.refusals)):
@@ -142,6 +146,8 @@ def check(options: Options) -> None:
         raise UserError("--pairwise: needs a --judge_model to compare; for people's votes alone give --votes without it")
     if options.second_judge and not options.pairwise:
         raise UserError("--second_judge: is for --pairwise; give both, or leave it out")
+    if options.second_judge and options.second_judge == options.judge_model:
+        raise UserError(f"--second_judge {options.second_judge}: is the first judge; name another model")
     if options.max_cost is not None and not (options.price_in or options.price_out):
         raise UserError("--max_cost: needs prices; give --price_in and --price_out, per million tokens")
     if options.answer_with or options.judge_model:

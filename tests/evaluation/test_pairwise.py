@@ -177,25 +177,23 @@ def test_votes_and_a_second_judge_beside_the_first(script, serve, systems, tmp_p
 
 
 def test_nothing_is_sent_beyond_what_it_may_cost(script, serve, systems, tmp_path):
-    usage = {"prompt_tokens": 1000, "completion_tokens": 0}
-    server = serve(lambda number, body: {"content": best(number, body), "usage": usage})
-    options = [
-        "judge.py",
-        *systems,
-        "--pairwise",
-        "--judge_model",
-        "m",
-        "--api_base",
-        server.url,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    assert "--max_cost: needs prices" in script(*options, "--max_cost", 1).error
-    error = script(*options, "--max_cost", 0.001, "--price_in", 10).error
-    assert "--max_cost 0.001: sending the prompts alone costs about" in error and not server.bodies
-    error = script(*options, "--max_cost", 0.05, "--price_in", 10, "--concurrency", 1).error
-    assert "--max_cost 0.05: reached, 0.0500 is spent" in error and len(server.bodies) == 5
-    assert script(*options, "--max_cost", 5, "--price_in", 10).ok() and len(server.bodies) == 30
+    """Of two judges and verdicts on refusals together: all is estimated first, and no answers under way exceed the limit."""
+    usage = {"prompt_tokens": 100, "completion_tokens": 100}  # at these prices 0.02 an answer, and at most about 0.025
+    server = serve(
+        lambda number, body: {"content": best(number, body), "usage": usage} if "助手对" in str(body) else "结论：拒绝"
+    )
+    options = ["judge.py", *systems, "--pairwise", "--judge_model", "m", "--second_judge", "n", "--refusals", "--api_base"]
+    options += [server.url, "--output_dir", tmp_path / "out", "--max_tokens", 100, "--concurrency", 16, "--max_cost"]
+    assert "--max_cost: needs prices" in script(*options, 1).error
+    options += [1.0, "--price_in", 100, "--price_out"]
+    assert "--second_judge m: is the first judge" in script(*options, 100, "--second_judge", "m").error
+    error = script(*options, 100, "--max_cost", 0.8).error
+    assert "--max_cost 0.8: sending the prompts alone costs about" in error and not server.bodies
+    error = script(*options, 100).error
+    known = len(server.bodies)
+    assert "is spent, and the next answer may cost 0.0" in error and 38 <= known <= 50  # 50 cost the 1.0
+    assert script(*options, 100).error and len(server.bodies) == known, "what was spent before counts, whoever it was paid to"
+    assert script(*options, 100, "--max_cost", 5).ok() and len(server.bodies) == 30 + 30 + 18
 
 
 def test_references_are_shown_in_either_way_of_judging(systems):

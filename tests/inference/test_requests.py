@@ -179,12 +179,12 @@ def test_what_was_spent_counts_before_prompts_are_sent(tmp_path):
     assert [tokens_in(text) for text in ("你好吗", "four", "fives", "")] == [3, 1, 2, 0]
     limits = RequestLimits(price_in=1e6, max_cost=10)  # a token costs 1
     with asking(ModelServer("m", "http://localhost:9/v1"), limits, tmp_path / "j.jsonl", {}) as endpoint:
-        endpoint.cost = 9
+        endpoint.spent.cost = 9
         endpoint.announce({"a": "好"})
         with pytest.raises(
             UserError, match=r"--max_cost 10: sending the prompts alone costs about 2\.0000, and 9\.0000 is spent"
         ):
-            endpoint.announce({"a": "好", "b": "坏"})
+            endpoint.announce({"b": "坏"})
 
 
 def test_tokens_and_cost_are_totalled(serve, tmp_path, capsys):

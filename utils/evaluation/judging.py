@@ -118,23 +118,19 @@ async def judge(endpoint: Endpoint, asked: Question) -> Judgement:
     return Judgement(asked.prompt, asked.repeat, asked.order, dict(zip(asked.order, best.scores, strict=True)), texts, problems)
 
 
-def judge_all(
-    endpoint: Endpoint,
-    records: list[Record],
-    answers: dict[str, list[str]],
-    repeats: int,
-    seed: int,
-    with_references: bool = False,
-) -> list[Judgement]:
-    """Judge every prompt `repeats` times. `answers`: for each system, one for each record.
-
-    The estimated cost is printed first. Raises UserError if it exceeds a limit.
-    """
-    questions = []
+def questions(
+    records: list[Record], answers: dict[str, list[str]], repeats: int, seed: int, with_references: bool = False
+) -> list[Question]:
+    """The requests that judge every prompt `repeats` times. `answers`: for each system, one for each record."""
+    found = []
     for repeat in range(repeats):
         for prompt, record in enumerate(records):
             order = shown_order(list(answers), seed, prompt, repeat)
             content = judge_prompt(record, [answers[system][prompt] for system in order], with_references)
-            questions.append(Question(prompt, repeat, order, content))
-    endpoint.announce({one.key(0): one.content for one in questions})
-    return endpoint.gather([judge(endpoint, one) for one in questions], "judging")
+            found.append(Question(prompt, repeat, order, content))
+    return found
+
+
+def judge_all(endpoint: Endpoint, asked: list[Question]) -> list[Judgement]:
+    """Ask the judge all questions."""
+    return endpoint.gather([judge(endpoint, one) for one in asked], "judging")

@@ -83,24 +83,34 @@ async def compare(endpoint: Endpoint, asked: Question) -> Comparison:
     return Comparison(*asked[:3], outcome, texts, problem)
 
 
-def compare_all(
-    endpoint: Endpoint, records: list[Record], answers: dict[str, list[str]], with_references: bool
-) -> list[Comparison]:
-    """Compare each pair of systems on every prompt, in both orders; equal answers are ties, without asking.
+def pairs_of(answers: dict[str, list[str]], prompt: int) -> Iterator[tuple[str, str, bool]]:
+    """The pairs of systems in both orders, and whether their answers to a prompt are equal."""
+    for first, second in itertools.permutations(answers, 2):
+        yield first, second, answers[first][prompt].strip() == answers[second][prompt].strip()
 
-    The estimated cost is printed first. Raises UserError if it exceeds a limit.
-    """
-    questions, equal = [], []
-    for prompt, record in enumerate(records):
-        for first, second in itertools.permutations(answers, 2):
-            texts = answers[first][prompt], answers[second][prompt]
-            if texts[0].strip() == texts[1].strip():
-                equal.append(Comparison(prompt, first, second, 0.5, [], "the answers are equal: a tie"))
-            else:
-                questions.append(Question(prompt, first, second, compare_prompt(record, *texts, with_references)))
-    endpoint.announce({one.key(0): one.content for one in questions})
-    found = endpoint.gather([compare(endpoint, one) for one in questions], "comparing")
-    return sorted([*found, *equal], key=lambda one: (one.prompt, one.first, one.second))
+
+def questions(records: list[Record], answers: dict[str, list[str]], with_references: bool) -> list[Question]:
+    """The requests that compare each pair of systems on every prompt, in both orders, unless their answers are equal."""
+    return [
+        Question(
+            prompt, first, second, compare_prompt(record, answers[first][prompt], answers[second][prompt], with_references)
+        )
+        for prompt, record in enumerate(records)
+        for first, second, equal in pairs_of(answers, prompt)
+        if not equal
+    ]
+
+
+def compare_all(endpoint: Endpoint, asked: list[Question], answers: dict[str, list[str]]) -> list[Comparison]:
+    """Ask the judge all questions; equal answers are ties, without asking."""
+    ties = [
+        Comparison(prompt, first, second, 0.5, [], "the answers are equal: a tie")
+        for prompt in range(len(next(iter(answers.values()))))
+        for first, second, equal in pairs_of(answers, prompt)
+        if equal
+    ]
+    found = endpoint.gather([compare(endpoint, one) for one in asked], "comparing")
+    return sorted([*found, *ties], key=lambda one: (one.prompt, one.first, one.second))
 
 
 def read_votes(paths: Sequence[str], records: list[Record], answers: dict[str, list[str]]) -> list[Comparison]:

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from utils.datasets.prompts import Record
@@ -41,16 +42,22 @@ def by_wordings(answers: dict[str, list[str]]) -> Verdicts:
     return {system: [refuses(answer) for answer in given] for system, given in answers.items()}
 
 
-def by_judge(endpoint: Endpoint, records: list[Record], answers: dict[str, list[str]]) -> Verdicts:
-    """A judge's verdicts. The estimated cost is printed first. Raises UserError if it exceeds a limit."""
-    questions = [
+def questions(records: list[Record], answers: dict[str, list[str]]) -> list[Asked]:
+    """The requests that ask of each answer whether it refuses."""
+    return [
         Asked(prompt, system, f"{TASK}\n\n[问题]\n{question(record)}\n[问题完]\n\n[回答]\n{given[prompt]}\n[回答完]")
         for system, given in answers.items()
         for prompt, record in enumerate(records)
     ]
-    endpoint.announce({one.key(0): one.content for one in questions})
-    found = endpoint.gather([ask(endpoint, one) for one in questions], "judging refusals")
-    return {system: found[place * len(records) : (place + 1) * len(records)] for place, system in enumerate(answers)}
+
+
+def by_judge(endpoint: Endpoint, asked: list[Asked], systems: Iterable[str]) -> Verdicts:
+    """A judge's verdicts on all questions."""
+    found = endpoint.gather([ask(endpoint, one) for one in asked], "judging refusals")
+    verdicts: Verdicts = {system: [] for system in systems}
+    for one, verdict in zip(asked, found, strict=True):
+        verdicts[one.system].append(verdict)
+    return verdicts
 
 
 async def ask(endpoint: Endpoint, asked: Asked) -> bool | None:

@@ -1,7 +1,9 @@
 """The stages of judge.py: find the systems, then have them judged, compared, measured or scored."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.console import UserError, say
 
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
     from utils.evaluation.report import Findings
     from utils.evaluation.tables import Table
     from utils.inference.openai_client import ModelServer
-    from utils.inference.requests import RequestLimits
+    from utils.inference.requests import Endpoint, RequestLimits
 
 TEST_DATA = Path(__file__).parents[2] / "test_data"
 Options = Any  # judge.Options; modules import no scripts
@@ -73,6 +75,46 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
     return files, steps
 
 
+class Judge(NamedTuple):
+    """A judge to be asked: the endpoint, and the questions for it."""
+
+    endpoint: "Endpoint"
+    questions: list[Any]
+
+
+@contextlib.contextmanager
+def judges(options: Options, prompts: list["Record"], answers: dict[str, list[str]]) -> Iterator[dict[str, Judge]]:
+    """All judges of the run by the name of their journal, and their questions; what these cost is printed for all of them
+    before anything is sent, and the limits hold for all together. Raises UserError if the cost exceeds the limit."""
+    from utils.evaluation import judging, pairwise, refusals
+    from utils.inference.requests import asking
+
+    found: dict[str, Judge] = {}
+    limits = terms(options)
+    with contextlib.ExitStack() as stack:
+
+        def add(name: str, model: str, header: dict[str, Any], questions: list[Any]) -> None:
+            path = Path(options.output_dir, f"{name}.jsonl")
+            endpoint = stack.enter_context(asking(service(options, model), limits, path, header))
+            found[name] = Judge(endpoint, questions)
+
+        if options.judge_model and not (options.pairwise or options.refusals):
+            shown = bool(options.show_references)
+            header = {"seed": options.seed} | judged_header(prompts, answers, shown)
+            add("judge", "", header, judging.questions(prompts, answers, options.repeats, options.seed, shown))
+        if options.pairwise:
+            shown = options.show_references is not False
+            header, questions = judged_header(prompts, answers, shown), pairwise.questions(prompts, answers, shown)
+            for name, model in zip(("pairwise", "pairwise-2"), (options.judge_model, options.second_judge), strict=True):
+                if model:
+                    add(name, model, header, questions)
+        if options.refusals and options.judge_model:
+            add("refusals", "", judged_header(prompts, answers, False), refusals.questions(prompts, answers))
+        for one in found.values():
+            one.endpoint.announce({asked.key(0): asked.content for asked in one.questions})
+        yield found
+
+
 def completed(tables: list["Table"], findings: "Findings") -> list["Table"]:
     """Tables as shown: with the samples of a system as one column, and how the answers were made."""
     from utils.evaluation.answers import over_samples
@@ -80,20 +122,16 @@ def completed(tables: list["Table"], findings: "Findings") -> list["Table"]:
     return [over_samples(one).telling(findings.how) for one in tables]
 
 
-def have_judged(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
+def have_judged(
+    options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]], judge: Judge
+) -> None:
     """Score the answers; write the scores and their chart, and print notes on the judge."""
     from utils.evaluation import aggregate, tables
     from utils.evaluation.charts import draw
     from utils.evaluation.judging import judge_all
     from utils.files import write_json
-    from utils.inference.requests import asking
 
-    folder = Path(options.output_dir)
-    header = {"seed": options.seed} | judged_header(prompts, answers, bool(options.show_references))
-    with asking(service(options), terms(options), folder / "judge.jsonl", header) as endpoint:
-        judgements = judge_all(
-            endpoint, prompts, answers, options.repeats, options.seed, with_references=bool(options.show_references)
-        )
+    folder, judgements = Path(options.output_dir), judge_all(*judge)
     each = aggregate.tabulate(f"scores by {options.judge_model}", prompts, list(answers), judgements)
     notes = aggregate.notes(prompts, each, judgements)
     (table,) = completed([each], findings)
@@ -118,21 +156,22 @@ def judged_header(prompts: list["Record"], answers: dict[str, list[str]], with_r
     return header | ({"references": digest([prompt.get("reference") for prompt in prompts])} if with_references else {})
 
 
-def have_compared(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
+def have_compared(
+    options: Options,
+    findings: "Findings",
+    prompts: list["Record"],
+    answers: dict[str, list[str]],
+    models: list[Judge],
+) -> None:
     """Compare each pair of systems by each judge, including people's votes; write and print ratings, and how far judges
     agree."""
     from utils.evaluation import pairwise, tables
     from utils.files import write_json
-    from utils.inference.requests import asking
 
-    folder, with_references = Path(options.output_dir), options.show_references is not False
+    folder = Path(options.output_dir)
     judges = {pairwise.PEOPLE: pairwise.read_votes(options.votes, prompts, answers)} if options.votes else {}
-    models = [model for model in (options.judge_model, options.second_judge) if options.pairwise and model]
-    for number, model in enumerate(models):
-        path = folder / ("pairwise.jsonl", "pairwise-2.jsonl")[number]
-        header = judged_header(prompts, answers, with_references)
-        with asking(service(options, model), terms(options), path, header) as endpoint:
-            judges[model] = pairwise.compare_all(endpoint, prompts, answers, with_references)
+    for endpoint, asked in models:
+        judges[endpoint.service.model] = pairwise.compare_all(endpoint, asked, answers)
     found, notes = [], pairwise.agreement(judges)
     for judge, comparisons in judges.items():
         found += completed(pairwise.tabulate(judge, prompts, list(answers), comparisons), findings)
@@ -147,18 +186,18 @@ def have_compared(options: Options, findings: "Findings", prompts: list["Record"
     findings.notes += notes
 
 
-def have_found_refusals(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
+def have_found_refusals(
+    options: Options,
+    findings: "Findings",
+    prompts: list["Record"],
+    answers: dict[str, list[str]],
+    asked: Judge | None,
+) -> None:
     """Count refused prompts, by the judge or by the answers' wording; write the shares by category."""
     from utils.evaluation import refusals, tables
-    from utils.inference.requests import asking
 
     folder, judge = Path(options.output_dir), options.judge_model or refusals.WORDINGS
-    if options.judge_model:
-        header = judged_header(prompts, answers, False)
-        with asking(service(options), terms(options), folder / "refusals.jsonl", header) as endpoint:
-            verdicts = refusals.by_judge(endpoint, prompts, answers)
-    else:
-        verdicts = refusals.by_wordings(answers)
+    verdicts = refusals.by_judge(*asked, answers) if asked else refusals.by_wordings(answers)
     table, notes = refusals.tabulate(prompts, verdicts, judge)
     found = completed([table], findings)
     tables.write(folder / "refusals", found, notes)

@@ -32,10 +32,21 @@ REFUSALS = 3  # if this many are refused and none answered, the settings are wro
 NOTICEABLE = 10.0  # seconds; longer waits are printed
 
 
+@dataclasses.dataclass
+class Spent:
+    """What all requests under the same limits have used, earlier starts included: how many there were, and their cost; the most
+    that each of those under way may cost; and the cost of prompts that are announced but not yet being sent."""
+
+    requests: int = 0
+    cost: float = 0.0
+    under_way: list[float] = dataclasses.field(default_factory=list)
+    announced: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class RequestLimits:
     """Limits of requests: how many at once, how many in all (`budget`, None: no limit), prices per million tokens, and the
-    highest cost (`max_cost`, None: no limit).
+    highest cost (`max_cost`, None: no limit). They hold for all endpoints with these limits together.
 
     `backoff`: the first pause after a failure, in seconds.
     """
@@ -46,10 +57,19 @@ class RequestLimits:
     price_out: float = 0.0
     max_cost: float | None = None
     backoff: float = 1.0
+    spent: Spent = dataclasses.field(default_factory=Spent)
 
     def cost(self, sent: float, received: float) -> float:
         """The cost of these numbers of tokens."""
         return (sent * self.price_in + received * self.price_out) / 1e6
+
+    def cost_of(self, entry: dict[str, Any]) -> float:
+        """The cost of an entry of a journal: of an answer by the server's counts, else estimated from its texts."""
+        if "answer" not in entry:
+            return 0.0
+        sent, received = entry["prompt_tokens"], entry["completion_tokens"]
+        sent = tokens_of(entry.get("messages") or entry.get("prompt") or []) if sent is None else sent
+        return self.cost(sent, tokens_in(entry["answer"]) if received is None else received)
 
 
 class Reply(NamedTuple):
@@ -71,8 +91,9 @@ class Endpoint:
 
     def __init__(self, service: ModelServer, journal: Journal, terms: RequestLimits):
         self.service, self.journal, self.terms = service, journal, terms
-        self.sent = len(journal.values)
-        self.cost = sum(self._cost_of(entry) for entry in journal.values.values())
+        self.spent, self.announced = terms.spent, 0.0
+        self.spent.requests += len(journal.values)
+        self.spent.cost += sum(terms.cost_of(entry) for entry in journal.values.values())
         self.settings = {"temperature": service.temperature, "max_tokens": service.max_tokens} | service.more
         self.stop: Exception | None = None
         self.reached, self.answered, self.refused = False, 0, 0
@@ -85,6 +106,7 @@ class Endpoint:
         are paid for. Raises UserError if continuing is useless: a wrong key, model or address, an exhausted account,
         a used-up budget.
         """
+        self.spent.announced, self.announced = self.spent.announced - self.announced, 0.0
         try:
             return asyncio.run(self._gather(list(jobs), name))
         except (Stopped, asyncio.CancelledError):
@@ -128,7 +150,8 @@ class Endpoint:
     def announce(self, prompts: Mapping[str, str]) -> None:
         """Print about how many tokens the prompts not yet in the journal will take, and what they cost.
 
-        Raises UserError, before anything is sent, if sending them alone costs more than the limit leaves.
+        Raises UserError if sending them, and what else is announced, costs more than the limit leaves: announce all before
+        anything is sent.
         """
         left = [text for key, text in prompts.items() if key not in self.journal.values]
         sent = sum(map(tokens_in, left))
@@ -138,20 +161,13 @@ class Endpoint:
         if self.terms.price_in or self.terms.price_out:
             text += f"; cost about {self.terms.cost(sent, 0):.4f} to {self.terms.cost(sent, received):.4f}"
         say(text)
-        if self.terms.max_cost is not None and self.cost + self.terms.cost(sent, 0) > self.terms.max_cost:
+        self.announced += self.terms.cost(sent, 0)
+        self.spent.announced += self.terms.cost(sent, 0)
+        if self.terms.max_cost is not None and self.spent.cost + self.spent.announced > self.terms.max_cost:
             raise UserError(
-                f"--max_cost {self.terms.max_cost:g}: sending the prompts alone costs about {self.terms.cost(sent, 0):.4f}, "
-                f"and {self.cost:.4f} is spent; give fewer prompts or systems, or a higher limit"
+                f"--max_cost {self.terms.max_cost:g}: sending the prompts alone costs about {self.spent.announced:.4f}, "
+                f"and {self.spent.cost:.4f} is spent; give fewer prompts or systems, or a higher limit"
             )
-
-    def _cost_of(self, entry: dict[str, Any]) -> float:
-        """The cost of an answer in the journal, by the server's counts, else estimated from its texts."""
-        if "answer" not in entry:
-            return 0.0
-        sent, received = entry["prompt_tokens"], entry["completion_tokens"]
-        if sent is None:
-            sent = tokens_in("".join(str(one.get("content", "")) for one in entry.get("messages", [])))
-        return self.terms.cost(sent, tokens_in(entry["answer"]) if received is None else received)
 
     async def ask(self, key: str, prompt: Messages | list[int]) -> Reply:
         """The answer to `prompt`, messages or token ids; from the journal if it has one under `key`."""
@@ -166,11 +182,12 @@ class Endpoint:
 
     async def _send(self, key: str, prompt: Messages | list[int]) -> str | None:
         """Send until there is an answer in the journal, or a refusal; returns the refusal's reason."""
-        tries = 0
+        tries, most = 0, self._most(prompt)
         while True:
-            await self._admitted()
+            await self._admitted(most)
             tries += 1
             settings = {name: value for name, value in self.settings.items() if value is not None}
+            self.spent.under_way.append(most)
             try:
                 entry = await request_completion(self.client, self.service.model, prompt, settings)
             except (openai.APIError, Unusable) as error:
@@ -186,25 +203,37 @@ class Endpoint:
                 self.reached = True
                 kind = "messages" if isinstance(prompt[0], dict) else "prompt"
                 self.journal.put(key, {kind: prompt} | settings | entry)
-                self.cost += self._cost_of(self.journal.values[key])
+                self.spent.cost += self.terms.cost_of(self.journal.values[key])
                 return None
+            finally:
+                self.spent.under_way.remove(most)
 
-    async def _admitted(self) -> None:
-        """Wait until a request may be sent, and count it. Raises what stopped the run, or UserError if a limit is reached."""
+    def _most(self, prompt: Messages | list[int]) -> float:
+        """The most that one answer to `prompt` may cost, as estimated; 0 if nothing is limited by it."""
+        if self.terms.max_cost is None:
+            return 0.0
+        return self.terms.cost(tokens_of(prompt), self.service.max_tokens or 0)
+
+    async def _admitted(self, most: float) -> None:
+        """Wait until a request that may cost so much may be sent, and count it: one that might go beyond the limit waits for
+        those under way. Raises what stopped the run, or UserError if a limit is reached."""
         await self._pause(0)
-        if self.stop is None and self.terms.budget is not None and self.sent >= self.terms.budget:
+        limit, spent = self.terms.max_cost, self.spent
+        while self.stop is None and limit is not None and spent.cost + sum(spent.under_way) + most > limit:
+            if not spent.under_way:
+                self.stop = UserError(
+                    f"--max_cost {limit:g}: {spent.cost:.4f} is spent, and the next answer may cost {most:.4f}; the answers "
+                    f"are kept in {self.journal.path}, and the same command with a larger --max_cost resumes"
+                )
+            await asyncio.sleep(0.01)
+        if self.stop is None and self.terms.budget is not None and spent.requests >= self.terms.budget:
             self.stop = UserError(
-                f"--budget {self.terms.budget}: used up, {self.sent} requests are sent; their answers are kept in "
+                f"--budget {self.terms.budget}: used up, {spent.requests} requests are sent; their answers are kept in "
                 f"{self.journal.path}, and the same command with a larger --budget resumes"
-            )
-        if self.stop is None and self.terms.max_cost is not None and self.cost >= self.terms.max_cost:
-            self.stop = UserError(
-                f"--max_cost {self.terms.max_cost:g}: reached, {self.cost:.4f} is spent; the answers are kept in "
-                f"{self.journal.path}, and the same command with a larger --max_cost resumes"
             )
         if self.stop is not None:
             raise self.stop
-        self.sent += 1
+        spent.requests += 1
 
     def _failed(self, key: str, error: Exception) -> None:
         """Journal a request without an answer: it was sent, and may have to be paid for."""
@@ -303,6 +332,11 @@ def tokens_in(text: str) -> int:
     return wide + (len(text) - wide + 3) // 4
 
 
+def tokens_of(prompt: Messages | list[int]) -> int:
+    """About how many tokens a prompt has, messages or token ids."""
+    return sum(tokens_in(str(one.get("content", ""))) if isinstance(one, dict) else 1 for one in prompt)
+
+
 def usage(journal: Journal, terms: RequestLimits) -> str:
     """A line about the requests, tokens and cost of a run, including its earlier starts."""
     answers = [entry for entry in journal.values.values() if "answer" in entry]
@@ -312,4 +346,4 @@ def usage(journal: Journal, terms: RequestLimits) -> str:
     uncounted = sum(entry["prompt_tokens"] is None for entry in answers)
     text += f" (not counted by the server: those of {uncounted} answers)" if uncounted else ""
     priced = terms.price_in or terms.price_out
-    return text + (f", cost {terms.cost(sent, received):.4f}" if priced else "")
+    return text + (f", cost {sum(map(terms.cost_of, answers)):.4f}" if priced else "")
