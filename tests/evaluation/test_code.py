@@ -158,7 +158,8 @@ def test_systems_are_compared_problem_by_problem():
     records = [{"instruction": str(n), "category": "x"} for n in range(10)]
     good, poor = [""] * 8 + ["E"] * 2, ["E"] * 10
     line = "pass@1, all 10 problems: a is better than b (only a right 8, only b right 0, McNemar p = 0.008)"
-    assert line in code.tabulate(records, {"a": good, "b": poor})[1]
+    (table,), notes = code.tabulate(records, {"a": good, "b": poor})
+    assert line in notes and table.rows[0].intervals["b"] == pytest.approx((0, 27.75), abs=0.01)  # Wilson's of 0 of 10
     notes = code.tabulate(records, {"a": good, "a#2": poor, "b": [""] * 4 + ["E"] * 6, "b#2": [*poor[:9], ""]})[1]
     assert any(note.startswith("pass@1, all 10 problems: a and b: no difference can be told (95 % interval") for note in notes)
     notes = code.tabulate(records, {"a": good, "a#2": good, "b": poor, "b#2": ["", *poor[1:]]})[1]

@@ -54,12 +54,14 @@ def test_differences_are_told_in_words_only_if_they_can_be():
 
 
 def test_scores_are_compared_on_the_prompts_that_both_have():
-    records = [{"category": "01qa"}] * 4
-    scores = [(9, 5), (8, 4), (None, 10), (7, 3)]
+    records = [{"category": "01qa"}] * 7
+    scores = [(9, 5), (8, 4), (None, 10), (7, 3), (8, 4), (8, 4), (8, 4)]
     judgements = [Judgement(n, 0, ["a", "b"], {"a": a, "b": b}, [], []) for n, (a, b) in enumerate(scores)]
     assert differences(records, ["a", "b"], judgements) == [
         "a is better than b (95 % interval of the difference +40.0 to +40.0)"
     ]
+    few = [one for one in judgements if one.prompt]
+    assert differences(records, ["a", "b"], few) == ["a and b: too few prompts to tell a difference"]
     found = intervals(records, ["a", "b"], judgements)
     assert found[""] == found["01qa"] and 70 <= found[""]["a"][0] <= 80 <= found[""]["a"][1] <= 90
 
@@ -108,7 +110,7 @@ def test_samples_of_a_system_are_taken_together():
     from utils.evaluation.metrics import differences
 
     assert differences(exact, counts, False) == ["a is better than b (95 % interval of the difference +50.0 to +50.0)"]
-    assert differences(length, {"a": length.count([("长长", "")] * 2), "b": length.count([("短", "")] * 2)}, True) == [
+    assert differences(length, {"a": length.count([("长长", "")] * 6), "b": length.count([("短", "")] * 6)}, True) == [
         "a has more than b (95 % interval of the difference +1.0 to +1.0)"
     ]
 

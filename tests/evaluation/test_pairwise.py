@@ -5,6 +5,7 @@ import math
 
 import numpy
 import pytest
+from scipy import stats
 from scipy.optimize import minimize
 
 from utils.chat.feedback import Feedback
@@ -57,9 +58,29 @@ def test_three_systems_have_the_likeliest_ratings():
     assert [found[name][0] for name in "abc"] == pytest.approx((1000 + SCALE * best).tolist(), abs=1)
 
 
-def test_who_always_wins_has_a_finite_rating():
-    found = ratings(["a", "b"], [Verdict(prompt, "a", "b", 1.0) for prompt in range(5)])
-    assert 1000 < found["a"][0] < 2500 and found["b"][0] < 1000
+def test_who_always_wins_has_a_finite_rating_that_is_in_doubt():
+    """By hand: the share of the prompt that is a tie is Beta(1, n) / 2, half of it losses."""
+    for count in (5, 40):
+        found = ratings(["a", "b"], [Verdict(prompt, "a", "b", 1.0) for prompt in range(count)])
+        assert 1000 < found["a"][0] < 2500 and found["b"][0] < 1000
+        losses = [stats.beta.ppf(share, 1, count) / 2 + WEIGHT / count for share in (0.975, 0.025)]
+        by_hand = [1000 + SCALE * math.log((1 + 2 * WEIGHT / count - lost) / lost) / 2 for lost in losses]
+        low, high = found["a"][1]
+        assert low == pytest.approx(by_hand[0], abs=25) and high == pytest.approx(max(found["a"][0], by_hand[1]), abs=25)
+
+
+def test_who_was_not_compared_has_no_rating_beside_the_others():
+    pairs = [("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")]
+    given = [Comparison(n, *pair, outcome, [], "") for n, pair in enumerate(pairs) for outcome in (1.0, 0.5)]
+    records = [{"instruction": str(n), "category": "x"} for n in range(4)]
+    (wins, rating) = pairwise.tabulate("votes", records, list("abcde"), given)
+    assert rating.rows[0].values["e"] is rating.rows[0].intervals["e"] is wins.rows[0].values["e"] is None
+    assert rating.rows[0].values["a"] == pytest.approx(1000)
+    line = "votes: no comparison links a and b; c and d; e: ratings can be compared only within these"
+    assert line in notes("votes", records, {name: [name] * 4 for name in "abcde"}, given)
+    given = [Comparison(n, "a", "b", 1.0, [], "") for n in range(4)]
+    (wins, _) = pairwise.tabulate("votes", records, ["a", "b"], given)  # Wilson's of 4 of 4: resampling shows no doubt at all
+    assert wins.rows[0].intervals == {"a": pytest.approx((51.01, 100), abs=0.01), "b": pytest.approx((0, 48.99), abs=0.01)}
 
 
 def test_kappa_by_hand():

@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import by_category
-from utils.evaluation.intervals import Interval, bootstrap, compare
+from utils.evaluation.intervals import FEWEST, Interval, bootstrap, compare
 from utils.evaluation.judging import Judgement
 from utils.evaluation.tables import Row, Table
 
@@ -57,7 +57,7 @@ def differences(records: list[Record], systems: list[str], judgements: list[Judg
     lines = []
     for one, other in itertools.combinations(systems, 2):
         gaps = [[10 * (given[p, one] - given[p, other]) for p in g if {(p, one), (p, other)} <= given.keys()] for g in groups]
-        lines.append(compare(one, other, bootstrap(gaps)))
+        lines.append(compare(one, other, bootstrap(gaps) if sum(map(len, gaps)) >= FEWEST else None))
     return lines
 
 

@@ -18,7 +18,7 @@ from utils.datasets.file_formats import read_items
 from utils.datasets.items import UnreadableItem
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import ALL, key_of, samples
-from utils.evaluation.intervals import bootstrap, compare, compare_shares
+from utils.evaluation.intervals import FEWEST, Interval, bootstrap, compare, compare_shares, of_share
 from utils.evaluation.sandbox import REFUSED
 from utils.evaluation.tables import Row, Table
 
@@ -139,7 +139,9 @@ def tabulate(records: Sequence[Record], results: Mapping[str, list[str | None]])
             values: dict[str, float | None] = {
                 name: statistics.fmean(found[p] for p in inside) for name, found in shares.items()
             }
-            doubt = {name: bootstrap([[found[p] for p in inside]]) for name, found in shares.items()}
+            doubt: dict[str, Interval | None] = {
+                name: of_share([(found[p], 100) for p in inside]) for name, found in shares.items()
+            }
             rows.append(Row(category, len(inside), values, doubt))
         tables.append(Table(f"pass@{k} in % ({fewest} samples per problem, {SECONDS} s, {MEGABYTES} MB)", list(groups), rows))
         lines += [f"pass@{k}, all {len(places)} problems: {line}" for line in differences(shares)]
@@ -152,7 +154,7 @@ def differences(shares: Mapping[str, Mapping[int, float]]) -> list[str]:
     if all(share in (0, 100) for found in shares.values() for share in found.values()):
         return compare_shares({name: [share == 100 for share in found.values()] for name, found in shares.items()})
     gaps = {(a, b): [shares[a][p] - shares[b][p] for p in shares[a]] for a, b in itertools.combinations(shares, 2)}
-    return [compare(one, other, bootstrap([found])) for (one, other), found in gaps.items()]
+    return [compare(one, other, bootstrap([of]) if len(of) >= FEWEST else None) for (one, other), of in gaps.items()]
 
 
 def notes(groups: Mapping[str, list[str]], results: Mapping[str, list[Any]]) -> list[str]:

@@ -9,11 +9,12 @@ from typing import Any
 
 SURE = 0.95
 RESAMPLES = 2000
+FEWEST = 6  # prompts; of fewer not even a system that is better on each is shown to be: by signs alone p = 2 / 2⁵ > 0.05
 
 Interval = tuple[float, float]
 
 
-def wilson(right: int, total: int) -> Interval:
+def wilson(right: float, total: int) -> Interval:
     """The interval of a share, `right` of `total` (Wilson 1927), each from 0 to 1."""
     z = NormalDist().inv_cdf((1 + SURE) / 2)
     share, spread = right / total, z * z / total
@@ -22,7 +23,7 @@ def wilson(right: int, total: int) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def wilson_percent(right: int, total: int) -> Interval:
+def wilson_percent(right: float, total: int) -> Interval:
     """The same interval in percent."""
     low, high = wilson(right, total)
     return 100 * low, 100 * high
@@ -76,6 +77,21 @@ def resampled(counts: Sequence[Sequence[float]], value: Callable[[Sequence[float
     return numpy.array([value(sums) for sums in (times @ numpy.asarray(counts)).tolist()])
 
 
+def percent(sums: Sequence[float]) -> float:
+    """A share in percent, from a count and its total."""
+    return 100 * sums[0] / sums[1]
+
+
+def of_share(counts: Sequence[Sequence[float]]) -> Interval:
+    """The interval in percent of a share, given for each question as a count and its total: by resampling questions; Wilson's
+    if each is yes or no, or all are alike, of which resampling would show no doubt at all."""
+    shares = {one / total for one, total in counts}
+    if len(shares) > 1 and not shares <= {0.0, 1.0}:
+        return middle(resampled(counts, percent))
+    one, total = (sum(column) for column in zip(*counts, strict=True))
+    return wilson_percent(len(counts) * one / total, len(counts))
+
+
 def middle(values: Any) -> Interval:
     """The interval that holds the middle 95 % of values."""
     import numpy
@@ -87,7 +103,7 @@ def middle(values: Any) -> Interval:
 def compare(one: str, other: str, interval: Interval | None, digits: int = 1, word: str = "better") -> str:
     """In words, how the system `one` differs from `other`, by the interval of the difference of their means.
 
-    `word` says what a larger value means.
+    `word` says what a larger value means; None: fewer than FEWEST prompts.
     """
     if interval is None:
         return f"{one} and {other}: too few prompts to tell a difference"

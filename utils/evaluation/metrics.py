@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import samples
-from utils.evaluation.intervals import Interval, compare, compare_shares, middle, resampled, wilson_percent
+from utils.evaluation.intervals import FEWEST, Interval, compare, compare_shares, middle, resampled, wilson_percent
 from utils.evaluation.tables import Row, Table, Values
 
 Pairs = list[tuple[str, str]]  # answers with their references
@@ -249,7 +249,7 @@ def differences(one: Measure, counts: dict[str, list[Any]], neither_is_better: b
         name: [[sum(column) for column in zip(*of_one, strict=True)] for of_one in zip(*map(counts.get, systems), strict=True)]  # type: ignore[arg-type]
         for name, systems in groups.items()
     }
-    if any(len(found) < 2 for found in pooled.values()):
+    if any(len(found) < FEWEST for found in pooled.values()):
         return [compare(first, second, None) for first, second in itertools.combinations(pooled, 2)]
     drawn = {name: resampled(found, one.value) for name, found in pooled.items()}
     pairs = itertools.combinations(drawn, 2)

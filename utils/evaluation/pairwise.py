@@ -15,9 +15,9 @@ from utils.datasets.preferences import read_pairs
 from utils.datasets.prompts import Record
 from utils.datasets.templates import without_thoughts
 from utils.evaluation.answers import by_category, key_of
-from utils.evaluation.intervals import middle, resampled, wilson, wilson_percent
+from utils.evaluation.intervals import of_share, percent, wilson, wilson_percent
 from utils.evaluation.judging import ask_for_verdict, question
-from utils.evaluation.ratings import Verdict, ratings
+from utils.evaluation.ratings import Verdict, linked, ratings
 from utils.evaluation.tables import Row, Table
 from utils.inference.requests import Endpoint
 
@@ -185,7 +185,7 @@ def tabulate(judge: str, records: list[Record], systems: list[str], comparisons:
         values = {
             name: percent([sum(column) for column in zip(*of, strict=True)]) if of else None for name, of in counts.items()
         }
-        doubt = {name: middle(resampled(of, percent)) if len(of) > 1 else None for name, of in counts.items()}
+        doubt = {name: of_share(of) if of else None for name, of in counts.items()}
         rows.append(Row(category, len(members), values, doubt))
     found = ratings(systems, verdicts(comparisons))
     overall = Row(
@@ -196,11 +196,6 @@ def tabulate(judge: str, records: list[Record], systems: list[str], comparisons:
     )
     titles = f"wins in %, a tie is half a win, by {judge}", f"Bradley–Terry rating by {judge}"
     return [Table(titles[0], systems, rows), Table(titles[1], systems, [overall], digits=0)]
-
-
-def percent(sums: Sequence[float]) -> float:
-    """A share in percent, from a count and its total."""
-    return 100 * sums[0] / sums[1]
 
 
 def notes(judge: str, records: list[Record], answers: dict[str, list[str]], comparisons: Sequence[Comparison]) -> list[str]:
@@ -220,6 +215,9 @@ def notes(judge: str, records: list[Record], answers: dict[str, list[str]], comp
     if decided:
         first = sum(one.outcome == 1.0 for one in decided)
         lines.append(f"{judge}: position: the answer shown first wins {share(first, len(decided))} of {len(decided)} decided")
+    groups = [" and ".join(group) for group in linked(list(answers), verdicts(comparisons))]
+    if len(groups) > 1:
+        lines.append(f"{judge}: no comparison links {'; '.join(groups)}: ratings can be compared only within these")
     lines += length_notes(judge, answers, [one for one in read if one.outcome != 0.5])
     return lines + differences(judge, list(answers), comparisons)
 

@@ -23,10 +23,13 @@ class Verdict(NamedTuple):
     outcome: float
 
 
-def ratings(systems: Sequence[str], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, tuple[float, Interval | None]]:
-    """Each system's rating, on average 1000, with its interval by resampling prompts (None for fewer than two prompts).
+def ratings(
+    systems: Sequence[str], verdicts: Sequence[Verdict], seed: int = 0
+) -> dict[str, tuple[float | None, Interval | None]]:
+    """Each system's rating, on average 1000 (None: it has no verdict), with its interval (None for fewer than two prompts).
 
-    A tie is half a win for both.
+    A tie is half a win for both. The interval is by random weights of the prompts (the Bayesian bootstrap, Rubin 1981), and of
+    one more on which all are equal: without it, one that always wins would have a rating beyond doubt.
     """
     import numpy
 
@@ -38,12 +41,31 @@ def ratings(systems: Sequence[str], verdicts: Sequence[Verdict], seed: int = 0) 
         wins[rows[prompt], places[one], places[other]] += outcome
         wins[rows[prompt], places[other], places[one]] += 1 - outcome
     middle = rated(wins.sum(0))
+    known = {system for verdict in verdicts for system in (verdict.one, verdict.other)}
     if len(prompts) < 2:
-        return {system: (middle[place], None) for system, place in places.items()}
-    chance = numpy.random.default_rng(seed)
-    drawn = [rated(wins[chance.integers(len(prompts), size=len(prompts))].sum(0)) for _ in range(RESAMPLES)]
+        return {system: (middle[place] if system in known else None, None) for system, place in places.items()}
+    pairs = len(systems) * (len(systems) - 1)
+    units = numpy.concatenate([wins, [(1 - numpy.eye(len(systems))) * wins.sum() / len(prompts) / pairs]])
+    weights = numpy.random.default_rng(seed).dirichlet(numpy.ones(len(units)), RESAMPLES) * len(prompts)
+    drawn = [rated(numpy.tensordot(each, units, 1)) for each in weights]
     low, high = numpy.quantile(drawn, [(1 - SURE) / 2, (1 + SURE) / 2], axis=0).tolist()
-    return {system: (middle[place], (low[place], high[place])) for system, place in places.items()}
+    return {
+        system: (middle[place], (min(low[place], middle[place]), max(high[place], middle[place])))
+        if system in known
+        else (None, None)
+        for system, place in places.items()
+    }
+
+
+def linked(systems: Sequence[str], verdicts: Sequence[Verdict]) -> list[list[str]]:
+    """The systems in groups that verdicts link, directly or by way of others."""
+    groups = {system: [system] for system in systems}
+    for verdict in verdicts:
+        one, other = groups[verdict.one], groups[verdict.other]
+        if one is not other:
+            one += other
+            groups |= dict.fromkeys(other, one)
+    return list({id(group): group for group in groups.values()}.values())
 
 
 def rated(wins: "numpy.ndarray") -> list[float]:
