@@ -5,8 +5,8 @@
 Answer them with generate.py, and compare with judge.py --metrics, which counts exact numbers by school year.
 """
 
-import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from utils.cli import run
 from utils.console import UserError, say
 from utils.datasets.evaluation_sets import EvaluationOptions, raw_files, write
 from utils.datasets.file_formats import read_items
+from utils.evaluation.metrics import NUMBER
 
 LICENCE = "CMATH is under CC BY 4.0 (XiaoMi/cmath); cite Wei et al. 2023, arXiv:2306.16636"
 
@@ -32,12 +33,13 @@ def prompts(path: Path) -> Iterator[dict[str, Any]]:
     for _, item in read_items(path):
         fields = [item.get(name) for name in ("input", "golden", "grade")] if isinstance(item, dict) else [None]
         filled = all(isinstance(field, (str, int, float)) and str(field).strip() for field in fields)
-        if not (filled and re.search(r"\d", str(fields[1]))):
+        reference = unicodedata.normalize("NFKC", str(fields[1])).strip() if filled else ""
+        if not NUMBER.fullmatch(reference):
             dropped += 1
             continue
         kept += 1
-        question, golden, grade = map(str, fields)
-        yield {"instruction": question, "input": "", "output": "", "category": f"grade {grade}", "reference": golden.strip()}
+        found = {"instruction": str(fields[0]), "input": "", "output": "", "category": f"grade {fields[2]}"}
+        yield found | {"reference": reference}
     if dropped:
         say(f"{path}: {dropped} of {kept + dropped} items dropped: input, grade or a number as golden is missing")
     if not kept:

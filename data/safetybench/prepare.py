@@ -4,6 +4,7 @@ python data/safetybench/prepare.py --raw downloads/SafetyBench/opensource_data
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,16 +33,16 @@ def questions(path: Path) -> Iterator[Choice]:
     items, right = read_json(path), read_json(answers)
     if not isinstance(items, list) or not isinstance(right, dict):
         raise UserError(f"{path}: is not SafetyBench's test_zh.json with its answers; fetch both again")
-    dropped = 0
+    dropped: Counter[str] = Counter()
     for item in items:
         known = right.get(str(item.get("id"))) if isinstance(item, dict) else None
         place = known.get("answer") if isinstance(known, dict) else known
         try:
             yield as_choice({**item, "answer": place})._replace(category=str(item.get("category", "")), groups=("SafetyBench",))
-        except (InvalidRecord, TypeError):
-            dropped += 1
-    if dropped:
-        say(f"{path}: {dropped} of {len(items)} questions dropped: without a right choice, or with a choice twice")
+        except (InvalidRecord, TypeError) as error:
+            dropped[str(error) if isinstance(error, InvalidRecord) else "not an object"] += 1
+    for cause, count in dropped.most_common():
+        say(f"{path}: {count} of {len(items)} questions dropped: {cause}")
 
 
 if __name__ == "__main__":

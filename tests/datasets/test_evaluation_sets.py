@@ -23,7 +23,7 @@ def test_cmmlu(prepare, tmp_path):
     for split, answer in (("dev", "B"), ("test", "C")):
         write_csv(tmp_path / f"raw/{split}/anatomy.csv", [[0, "心脏有几个腔？", 2, 3, 4, 5, answer]], COLUMNS)
         write_csv(tmp_path / f"raw/{split}/alchemy.csv", [[0, "点什么成金？", "石", "木", "水", "木", "A"]] * 2 +
-                  [[1, "点什么成金？", "石", "木", "水", "火", "A"]], COLUMNS)  # fmt: skip
+                  [[1, "点什么成金？", "石", "木", "水", "火", "Ａ．"]], COLUMNS)  # fmt: skip
     said = prepare("cmmlu").ok()
     first, other = sorted(records_in(tmp_path / "out/test.json"), key=lambda record: record["category"], reverse=True)
     assert first == {
@@ -68,7 +68,7 @@ def test_archives_are_read_as_they_are(prepare, tmp_path):
 
 
 def test_agieval_and_logiqa(prepare, tmp_path):
-    item = {"passage": "甲在乙左。", "question": "谁在右？", "options": ["(A)甲", "(B)乙"], "label": "B", "answer": None}
+    item = {"passage": "甲在乙左。", "question": "谁在右？", "options": ["(Ａ)甲", "（B）乙"], "label": "ｂ", "answer": None}
     several = {
         "passage": None,
         "question": "哪些？",
@@ -118,14 +118,31 @@ def test_gaokao_bench_takes_one_text_apart(prepare, tmp_path):
 
 
 def test_cmath_has_numbers_as_references(prepare, tmp_path):
-    items = [{"grade": 2, "input": "3个2是多少？", "golden": "6", "reasoning_step": 1}, {"grade": 2, "input": "几？"}]
-    items += [{"grade": 2, "input": "几？", "golden": wrong} for wrong in ("不知道", float("nan"))]
+    items = [{"grade": 2, "input": "3个2是多少？", "golden": "６", "reasoning_step": 1}, {"grade": 2, "input": "几？"}]
+    items += [{"grade": 2, "input": "几？", "golden": wrong} for wrong in ("不知道", float("nan"), "约12")]
     (tmp_path / "raw").write_text(lines(items), "utf-8")
     said = prepare("cmath").ok()
     assert records_in(tmp_path / "out/test.json") == [
         {"instruction": "3个2是多少？", "input": "", "output": "", "category": "grade 2", "reference": "6"}
     ]
-    assert "3 of 4 items dropped: input, grade or a number as golden is missing" in said and "CC BY 4.0" in said
+    assert "4 of 5 items dropped: input, grade or a number as golden is missing" in said and "CC BY 4.0" in said
+
+
+def test_safetybench_has_its_answers_in_another_file(prepare, tmp_path):
+    items = [{"id": n, "category": f"害{n}", "question": "问", "options": ["甲", "乙" if n else "甲"]} for n in range(4)]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/test_zh.json").write_text(json.dumps(items), "utf-8-sig")
+    assert "is missing; also fetch it" in prepare("safetybench").error
+    write_answers = (tmp_path / "raw/test_answers_zh.json").write_text
+    write_answers(json.dumps({"0": {"answer": 0}, "1": {"answer": 1}, "2": 0}), "utf-8")
+    said = prepare("safetybench").ok()
+    found = records_in(tmp_path / "out/test.json")
+    assert [(one["category"], one["answer"], one["groups"]) for one in found] == [
+        ("害1", "B", ["SafetyBench"]),
+        ("害2", "A", ["SafetyBench"]),
+    ]
+    assert "1 of 4 questions dropped: a choice occurs twice" in said and "MIT" in said
+    assert "1 of 4 questions dropped: the right choice is missing" in said
 
 
 @pytest.mark.parametrize("name", ["cmmlu", "ceval", "agieval", "gaokao_bench", "cmath", "logiqa_zh"])

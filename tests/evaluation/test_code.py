@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -29,12 +30,34 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k(count, right, k):
     assert pass_at(k, count, right) == pytest.approx(statistics.fmean(map(any, drawn)))
 
 
+ROOT = Task(
+    "from typing import List\n\ndef at(xs, x):\n    return xs[0] + xs[1] * x\n\n"
+    'def root(xs: List[int]):\n    """The root."""\n',
+    "root",
+    "assert at([2, 1], root([2, 1])) == 0",
+)
+WHOLE = "def root(xs: List[int]):\n    return -xs[0] / xs[1]"  # needs the import above it, and its test the function there
+
+
 @pytest.mark.parametrize(
     "answer",
-    ["好的：\n```python\ndef add(a, b):\n    return a + b\n```\n完", "    return a + b", "def add(a, b):\n    return a + b"],
+    [
+        f"好的：\n```python\n{WHOLE}\n```\n完",
+        f"先引入：\n```python\nimport math\n```\n再写：\n~~~ py\n{WHOLE}\n~~~",
+        f"1. 如下：\n   ```Python3\n{textwrap.indent(WHOLE, '   ')}\n   ```".replace("\n", "\r\n"),
+        WHOLE,
+        "    return -xs[0] / xs[1]",
+        "x = xs[0]\n    return -x / xs[1]",
+        "```\n    return -xs[0] / xs[1]",
+    ],
 )
 def test_right_code_passes_however_it_is_given(answer):
-    assert outcome(program(answer, ADD)) == ""
+    assert outcome(program(answer, ROOT)) == ""
+
+
+def test_the_beginning_of_the_problem_does_not_stand_in_for_an_answer():
+    assert "AssertionError" in outcome(program("def root(xs): return 1", ROOT)) and outcome(program("", ROOT))
+    assert outcome(program("```python\nx = 1\n```", Task("", "", "assert x == 1"))) == ""
 
 
 @pytest.mark.parametrize(

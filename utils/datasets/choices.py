@@ -1,6 +1,7 @@
 """Choice records: a question, its choices, and the right one, in the formats in which such sets are published."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ LETTERS = "ABCDEFGHIJ"
 QUESTIONS = ("instruction", "question")  # column names of tables are read in lower case
 CHOICES = ("choices", "options")
 ANSWERS = ("answer", "label")
-MARK = re.compile(r"\s*(?:[(（]([A-J])[)）]|([A-J])\s*[.．、:：)）])\s*")
+MARK = re.compile(r"\s*(?:[(（]([A-JＡ-Ｊ])[)）]|([A-JＡ-Ｊ])\s*[.．、:：)）])\s*")
 
 
 class Choice(NamedTuple):
@@ -124,7 +125,10 @@ def listed(item: dict[str, Any]) -> tuple[str, ...]:
         raise InvalidRecord("a choice is empty or not a text")
     choices = [str(text).strip() for text in given]
     marks = [MARK.match(text) for text in choices]
-    if all(mark and (mark[1] or mark[2]) == letter for mark, letter in zip(marks, LETTERS, strict=False)):
+    if all(
+        mark and unicodedata.normalize("NFKC", mark[1] or mark[2]) == letter
+        for mark, letter in zip(marks, LETTERS, strict=False)
+    ):
         choices = [text[mark.end() :] for text, mark in zip(choices, marks, strict=True) if mark]
     if not 2 <= len(choices) <= len(LETTERS):
         raise InvalidRecord(f"{len(choices)} choices, not 2 to {len(LETTERS)}")
@@ -140,7 +144,7 @@ def right_places(given: Any, count: int) -> tuple[int, ...]:
     if (isinstance(given, int) and not isinstance(given, bool)) or (isinstance(given, float) and given.is_integer()):
         places = [int(given)]
     elif isinstance(given, str) or (isinstance(given, list) and all(isinstance(one, str) for one in given)):
-        letters = re.sub(r"[\s,，、;；]", "", "".join(given)).upper()
+        letters = re.sub(r"[\s,、;.()]", "", unicodedata.normalize("NFKC", "".join(given))).upper()
         places = [LETTERS.find(letter) for letter in letters]
     else:
         places = []

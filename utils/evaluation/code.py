@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from utils.evaluation.tables import Row, Table
 
 SECONDS, WALL, MEGABYTES = 10, 30, 1024
 SANDBOX = Path(__file__).with_name("sandbox.py")
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S | re.I)
+BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*(?:python3?|py3?)?[ \t]*\n(.*?)(?:^[ \t]*\1|\Z)", re.S | re.I | re.M)
 
 
 class Task(NamedTuple):
@@ -49,12 +50,24 @@ def read_tasks(paths: Sequence[str]) -> dict[str, Task]:
 
 
 def program(answer: str, task: Task) -> str:
-    """The program made from an answer: its first code block, or all of it, after the problem's prefix if it does not define the
-    function itself; then the tests."""
-    block = BLOCK.search(answer)
-    code = block[1] if block else answer
-    defines = re.search(rf"^\s*def\s+{re.escape(task.entry_point)}\b", code, re.M) if task.entry_point else True
-    return f"{code if defines else task.prefix + code}\n\n{task.tests}\n"
+    """The program made from an answer: its first code block that defines the problem's function, else its first one, or all of
+    it, after the problem's prefix; then the tests.
+
+    A function that is defined takes the place of the prefix's, whose imports and other functions it may use.
+    """
+    lines = answer.replace("\r\n", "\n")
+    blocks = [textwrap.dedent(match[2]) if is_defined(match[2], task) else match[2] for match in BLOCK.finditer(lines)]
+    code = next((block for block in blocks if is_defined(block, task)), blocks[0] if blocks else lines)
+    if is_defined(code, task):
+        before = f"{task.prefix.rstrip()}\n    pass\n\n" if task.prefix.strip() else ""
+    else:
+        before = task.prefix if code[:1].isspace() else f"{task.prefix}    "  # an answer is stored without outer spaces
+    return f"{before if task.entry_point else ''}{code}\n\n{task.tests}\n"
+
+
+def is_defined(code: str, task: Task) -> bool:
+    """True if code defines the problem's function."""
+    return bool(task.entry_point and re.search(rf"^\s*(?:async\s+)?def\s+{re.escape(task.entry_point)}\b", code, re.M))
 
 
 def outcome(text: str) -> str:
