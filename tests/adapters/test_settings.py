@@ -36,6 +36,7 @@ KINDS = {
     "patterns for ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     "DoRA": {"use_dora": True},
     "whole layers": {"modules_to_save": ["norm", "lm_head"]},
+    "tied output layer": {"target_modules": ["q_proj", "lm_head"]},
     "tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "MiCA": {"init_lora_weights": "mica"},
     "single parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
@@ -45,7 +46,7 @@ KINDS = {
     "all of the base's biases": {"bias": "all", "target_modules": ["q_proj", "k_proj", "v_proj"], "use_rslora": True},
     "EVA": {"init_lora_weights": "eva", "target_modules": ["q_proj", "v_proj", "up_proj"]},
 }
-BASES = {"tied": "tied", "the base's own biases": "qwen2", "all of the base's biases": "qwen2"}
+BASES = {"tied": "tied", "tied output layer": "tied", "the base's own biases": "qwen2", "all of the base's biases": "qwen2"}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ def test_training_answering_and_merging_give_what_peft_computes(bases, tmp_path,
     folder = (eva if kind == "EVA" else tiny.adapter)(base, tmp_path / "adapter", **KINDS[kind])
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
     close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+    fit.check(fit.Adapter(folder), base)
     config = adapters.config_on(AutoModelForCausalLM.from_pretrained(base), folder)
     config.inference_mode = False
     trained = adapters.load(AutoModelForCausalLM.from_pretrained(base), folder, config)

@@ -42,6 +42,7 @@ def llama():
         (["q_proj"], ["lm_tail"], "--modules_to_save: the model has no layer lm_tail"),
         (["q_proj", "v_proj"], ["v_proj"], "v_proj is in both"),
         (["q_proj"], ["self_attn"], "q_proj is in both"),
+        (["q_proj"], ["rotary_emb"], "--modules_to_save rotary_emb: has no weights to train"),
         (["q_proj", ".*_proj"], [], "is a pattern; give it alone"),
         (["q_proj", "all-linear"], [], "is a pattern; give it alone"),
         (["(q_proj"], [], "not a regular expression"),

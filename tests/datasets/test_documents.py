@@ -28,6 +28,8 @@ def test_documents_of_every_kind_of_file(tmp_path, capsys):
     assert list(read_documents(write(tmp_path / "gbk.txt", (LINE * 3).encode("gb18030")))) == [LINE * 3]
     assert "gbk.txt: is not UTF-8; read as GB18030 (GBK)" in capsys.readouterr().out
     assert list(read_documents(write(tmp_path / "A.MD.gz", gzip.compress(LINE.encode())))) == [LINE]
+    open_end = LINE + LINE.strip()
+    assert list(read_documents(write(tmp_path / "b.txt", open_end))) == [open_end]
 
 
 @pytest.mark.parametrize(

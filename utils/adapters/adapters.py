@@ -73,7 +73,7 @@ def config_on(model: nn.Module, folder: str | Path) -> "LoraConfig":
     peft saves grown embeddings. Raises UserError where they are under a LoRA: the adapter is for another base.
     """
     config, tensors = read_config(folder), read_tensors(folder)
-    own = {WRAPPED.sub("", name): parameter.detach() for name, parameter in model.named_parameters()}
+    own = {WRAPPED.sub("", name): one.detach() for name, one in model.named_parameters(remove_duplicate=False)}
     saved = set(config.modules_to_save or [])
     for name, tensor in consistency.unnamed(config.modules_to_save, tensors).items():
         values = own.get(WRAPPED.sub("", name), NONE)

@@ -37,6 +37,8 @@ def check(adapter: "Adapter", base: Path, grows: bool = True) -> None:
         return
     find = Finder(weights.names, quantized.without_method(config))
     before = {name: weights.shape(name) for name in weights.names}
+    if find.tied_head and find.embedding:
+        before[find.tied_head] = before[find.embedding]
     after = adapter.check_fit(before, find, loading=True)
     grown = [name for name in find.embeddings & before.keys() if after[name] != before[name]]
     if grown and not grows:

@@ -36,6 +36,8 @@ def check_layers(model: nn.Module, targets: list[str] | str | None, modules_to_s
             raise UserError(f"--modules_to_save: the model has no layer {name}; {layers}")
         if any(isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in found):
             raise UserError(f"--modules_to_save {name}: is a list of layers, not a layer; name layers in it; {layers}")
+        if not any(True for module in found for _ in module.parameters()):
+            raise UserError(f"--modules_to_save {name}: has no weights to train; leave it out; {layers}")
     if targets is None or targets == ALL_LINEAR:
         return
     for target in [targets] if isinstance(targets, str) else targets:

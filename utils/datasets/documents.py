@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils.console import UserError, say
 from utils.datasets.file_formats import opened, read_items
@@ -46,16 +46,27 @@ def read_documents(path: Path) -> Iterator[str]:
 
 def text_parts(path: Path) -> Iterator[tuple[int, str]]:
     """A text file as one document or, if it is large, as several that end at line ends, with a notice; each with a number."""
+    number = 0
     with opened(path) as file:
-        number = 1
-        text = as_utf8(path, file)
-        for lines in lines_of(path, text, LONGEST):
+        for number, part in enumerate(cut(path, as_utf8(path, file)), 1):
             try:
-                yield number, b"".join(lines).decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, part.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 raise UserError(
                     f"{path}: has bytes that are not UTF-8; convert it (iconv -c -t UTF-8), or download it again"
                 ) from None
-            number += 1
-    if number > 2:
-        say(f"{path}: read as {number - 1} documents, since it is longer than {LONGEST / 1e6:.0f} MB")
+    if number > 1:
+        say(f"{path}: read as {number} documents, since it is longer than {LONGEST / 1e6:.0f} MB")
+
+
+def cut(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+    """A text in parts of about `LONGEST` bytes that end at line ends; a last line without one is no part by itself."""
+    part = b""
+    for lines in lines_of(path, file, LONGEST):
+        more = b"".join(lines)
+        if part and len(part) + len(more) > LONGEST:
+            yield part
+            part = b""
+        part += more
+    if part:
+        yield part
