@@ -1,6 +1,7 @@
 """Where answers end: after training, each answer ends by itself, and none goes on as the user."""
 
 import copy
+import json
 
 import chat_templates
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
+from utils.console import say_once
 from utils.datasets.chat_templates import make_prompter
 from utils.datasets.encoding import IGNORED, encode, encode_prompt
 from utils.datasets.templates import TEMPLATES
@@ -17,6 +19,7 @@ from utils.inference.decoding import decode
 from utils.inference.engine import Ending, Engine
 from utils.inference.sampling_params import SamplingParams
 from utils.models.placement import place
+from utils.models.tokenizer import load_tokenizer
 from utils.training.batching import pad
 
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.json"))
@@ -90,3 +93,27 @@ def test_each_end_token_of_the_base_ends_an_answer(tmp_path):
     end = words.convert_tokens_to_ids("<|im_end|>")
     assert engine.ending(BASE).ends == {2, other, end}
     assert all(engine.ending(BASE)([40, token]) for token in (2, other, end)) and not engine.ending(BASE)([40, 41])
+
+
+@pytest.mark.parametrize(
+    ("named", "configured", "ends", "words"),
+    [
+        (None, 2, {2}, "the tokenizer names no eos_token; answers end with </s>, from config.json"),
+        ("", 2, {2}, "answers end with </s>"),
+        (None, None, set(), "neither tokenizer nor config.json names a token to end answers with"),
+    ],
+)
+def test_a_tokenizer_that_names_no_end(tmp_path, capsys, named, configured, ends, words):
+    """Said once, also where several answer; "" would mean the unknown token."""
+    say_once.cache_clear()
+    base = tiny.llama(tmp_path / "base")
+    for name, changes in (
+        ("tokenizer_config", {"eos_token": named, "pad_token": None}),
+        ("config", {"eos_token_id": configured}),
+    ):
+        path = base / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (base / "generation_config.json").unlink()
+    engine = Engine(str(base), [ChatModel(name, None, "alpaca", None) for name in (BASE, "other")], place(False, False))
+    assert engine.ending(BASE).ends == ends and capsys.readouterr().out.count(words) == 1
+    assert load_tokenizer(base).eos_token_id is None  # which training refuses

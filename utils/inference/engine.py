@@ -24,7 +24,7 @@ from utils.memory import is_out_of_memory
 from utils.models.architecture import read_architecture, window_of
 from utils.models.loading import check_vocabulary, load_base
 from utils.models.placement import DeviceConfig
-from utils.models.tokenizer import end_tokens, load_tokenizer
+from utils.models.tokenizer import end_tokens, load_tokenizer, tell_ends
 from utils.models.weights import base_folder
 
 CACHE_SHARE = 0.5  # of the memory that the weights leave; the rest is for activations and other programs
@@ -51,7 +51,7 @@ class Ending:
         an answer."""
         self.tokenizer, self.stops, self.markers = tokenizer, stops, markers
         self.channels = channels or Channels([], [], [])
-        self.ends = frozenset(ends) or {tokenizer.eos_token_id}
+        self.ends = frozenset(ends) or frozenset({tokenizer.eos_token_id} - {None})
         self.tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token has at least one byte
         self.lasts = {stop[-1] for stop in stops} | {"\ufffd"}  # \ufffd: part of a character, which may be one of these
         self.known: dict[int, bool] = {}  # which tokens can be the last of a stop string
@@ -129,6 +129,8 @@ class Engine:
         self.tokenizers = {one.name: load_tokenizer(tokenizer_home(one, base_model)) for one in self.answerers}
         self.ends = {name: end_tokens(base_model, tokenizer) for name, tokenizer in self.tokenizers.items()}
         self.prompters = {one.name: self.make_prompter(one.name, one.template) for one in self.answerers}
+        for one in self.answerers:
+            tell_ends(tokenizer_home(one, base_model), self.tokenizers[one.name], self.ending(one.name).ends)
         self.config = read_architecture(base_folder(base_model))
 
     @functools.cached_property

@@ -127,7 +127,7 @@ def encoded(
         name = choose_template(template, known, str(folder))
         base_model = base_model or named_base(read_settings(folder), known)
     tokenizer = load_tokenizer(tokenizer_home(ChatModel(name, folder, name, None), base_model))
-    prompter = make_prompter(name, tokenizer, [tokenizer.eos_token_id], asking.thinking)
+    prompter = make_prompter(name, tokenizer, {tokenizer.eos_token_id} - {None}, asking.thinking)
     say(f"{asking.api_base}: sending token ids with the template {name}")
     with progress(records, desc="encoding", leave=False) as bar:
         return [encode_prompt(record, prompter, tokenizer) for record in bar], prompter.stop_strings, name

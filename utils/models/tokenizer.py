@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from utils.console import UserError, reason, say
+from utils.console import UserError, reason, say, say_once
 from utils.files import read_json, replacing_folder, write_json
 from utils.models.tokenizer_files import CONFIG, JSON, MODEL, check_numbers, copy_tokenizer, is_sentencepiece, read_settings
 from utils.models.weights import base_folder
@@ -55,7 +56,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
     tokenizer = read_tokenizer(base_folder(str(name)))
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        ends = tokenizer.convert_ids_to_tokens(end_tokens(name, tokenizer))
+        tokenizer.pad_token = next(filter(None, (tokenizer.unk_token, *ends)), None)
         if tokenizer.pad_token is None:
             raise UserError(f"{name}: the tokenizer names no eos_token to end answers with; {PUT_IT}")
         say(f"{name}: the tokenizer names no padding token; {tokenizer.pad_token} ({tokenizer.pad_token_id}) is used")
@@ -71,10 +73,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder}: holds neither {MODEL} (of SentencePiece) nor {JSON}; put the model's tokenizer there")
     try:
         if settings:
-            return SentencePieceTokenizer(vocab_file=str(folder / MODEL), name_or_path=str(folder), **settings)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = SentencePieceTokenizer(vocab_file=str(folder / MODEL), name_or_path=str(folder), **settings)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the libraries check nothing, and may fail in any way on unexpected files
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason(error)}); download it again") from None
+    if tokenizer.eos_token != tokenizer.unk_token and tokenizer.eos_token_id == tokenizer.unk_token_id:
+        tokenizer.eos_token = None  # a name, or "", that is no token, and would mean the unknown one
+    return tokenizer
 
 
 def end_tokens(base_model: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -93,6 +99,18 @@ def end_tokens(base_model: str | Path, tokenizer: PreTrainedTokenizerBase) -> li
     wanted = [token for token in found if isinstance(token, int) and (token in known and token not in others)]
     first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*first, *wanted]))
+
+
+def tell_ends(home: str | Path, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> None:
+    """Print how answers end if the tokenizer of the folder `home` does not say so: with `ends`, or not by themselves."""
+    names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends)))
+    if tokenizer.eos_token_id is None and names:
+        say_once(f"{home}: the tokenizer names no eos_token; answers end with {names}, from config.json or the chat template")
+    elif tokenizer.eos_token_id is None:
+        say_once(
+            f"{home}: neither tokenizer nor config.json names a token to end answers with; they go on to --max_new_tokens, "
+            "or to a text given as --stop"
+        )
 
 
 def save_whole(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
