@@ -104,7 +104,7 @@ LEETCODE = [
             "output": "['def f():\\n    pass', '说明']",
             **LEETCODE_MORE,
         },
-        record("写", "def f():\n    pass\n\n说明", "题目：\n第一段\n\n第二'段"),
+        record("写", "def f():\n    pass\n\n说明", "题目：['第一段', \"第二'段\"]"),
     ),
     (
         {"instruction": "写", "input": "", "output": "a[0] = [1, 2]", **LEETCODE_MORE},

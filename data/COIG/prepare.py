@@ -58,20 +58,21 @@ def translated(item: dict) -> dict:
 
 
 def leetcode(item: dict) -> dict:
-    """A programming task; an input or output written as a Python list becomes its texts."""
-    return item | {key: unlisted(item.get(key)) for key in ("input", "output")}
+    """A programming task; an input or output that is a Python list of texts becomes these, which is counted."""
+    texts = {key: unlisted(item.get(key)) for key in ("input", "output")}
+    lists = [key for key in texts if texts[key] != item.get(key)]
+    return item | texts | ({"read_as": f"Python list in {' and '.join(lists)} read as its texts"} if lists else {})
 
 
 def unlisted(text: Any) -> Any:
-    """A text whose trailing Python list of texts is replaced by these, separated by blank lines; others unchanged."""
-    before, bracket, after = text.partition("[") if isinstance(text, str) else ("", "", "")
+    """The texts of a Python list that is all of a text, separated by blank lines; other values unchanged."""
     try:
-        parts = ast.literal_eval(bracket + after) if bracket else None
+        parts = ast.literal_eval(text.strip()) if isinstance(text, str) and text.lstrip().startswith("[") else None
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
     if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
         return text
-    return "\n".join(filter(None, [before.strip(), "\n\n".join(parts)]))
+    return "\n\n".join(parts)
 
 
 def rounds(item: dict) -> dict | Repaired:

@@ -32,12 +32,12 @@ def main(options: PrepareOptions) -> None:
 
 def single_or_dialogue(item: dict) -> dict:
     """One turn or, if the instruction begins with a speaker, the dialogue in it; outer line breaks are removed."""
-    record = {key: trimmed(text) if isinstance(text, str) else text for key, text in item.items()}
+    record = as_record({key: trimmed(text) if isinstance(text, str) else text for key, text in item.items()})
     instruction = record.get("instruction")
     if isinstance(instruction, str) and (speaker := SPEAKER.match(instruction.lstrip())) and speaker[1] == "Human":
         if record.get("input"):
             raise InvalidRecord("a dialogue with an input beside it")
-        return multi_turn(instruction.lstrip(), record.get("output"))
+        return record | multi_turn(instruction.lstrip(), record.get("output"))
     return record
 
 

@@ -37,12 +37,15 @@ def test_documents_of_every_kind_of_file(tmp_path, capsys):
     [
         ("a.txt", LINE.encode() * 9 + b"\xff\xfe", "bytes that are not UTF-8"),
         ("a.md", " \n ", "holds no text"),
+        ("in.txt", "春 江\n", "is one half of couplets; first run python data/couplets/prepare.py"),
         ("a.jsonl", '{"text": ""}', "holds no text"),
     ],
 )
 def test_what_holds_no_text_is_one_line(tmp_path, name, content, words):
+    (tmp_path / "out.txt").write_text("秋 月\n")
     with pytest.raises(UserError, match=words):
-        list(read_documents(write(tmp_path / name, content)))
+        assert stage_of(str(write(tmp_path / name, content))) == TEXT
+        list(read_documents(tmp_path / name))
 
 
 def test_a_large_text_is_read_in_parts_that_end_with_a_line(tmp_path, capsys, monkeypatch):

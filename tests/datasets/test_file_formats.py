@@ -106,7 +106,7 @@ def test_lines_of_items(tmp_path):
         (b"", "is empty"),
         (b" \n ", "no record in it can be used (it holds none)"),
         (b"[]", "no record in it can be used (it holds none)"),
-        (b"\x89PNG\r\n\x1a\n", "is neither UTF-8 nor GB18030"),
+        (b"\x89PNG\r\n\x1a\n", "is neither UTF-8 nor surely GB18030"),
         ("你好\n".encode(), "is neither JSON"),
         ("[1]".encode("utf-16"), "(a number, not an object: 1)"),
         (b'{\n "instruction": "a",\n "output": "b"\n}', "one JSON object over several lines"),
@@ -168,6 +168,20 @@ def test_a_quoted_table_keeps_line_breaks_in_cells_which_are_counted(tmp_path, c
     assert "1 rows have a line break in a cell" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'instruction,output\r"a, ""b""",c\rd,e\r',
+        '\n\r\ninstruction,output\n"a, ""b""",c\nd,e\n',
+        'instruction,output\n"a, \\"b\\"",c\nd,e\n',
+    ],
+    ids=["CR", "blank lines first", "backslashes"],
+)
+def test_tables_as_old_and_other_programs_write_them(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    assert [(one["instruction"], one["output"]) for one in read_records(tmp_path / "a.csv")] == [('a, "b"', "c"), ("d", "e")]
+
+
 def test_the_separator_is_found_and_a_column_twice_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt;response\na,b;c\n")
@@ -192,12 +206,20 @@ def test_an_encoding_is_the_files_and_printed(tmp_path, capsys, encoding, name):
     assert ("is not UTF-8; read as" in capsys.readouterr().out) == (encoding != "utf-8-sig")
 
 
-@pytest.mark.parametrize("encoding", ["big5", "shift_jis"])
-def test_text_in_an_unknown_encoding_is_refused(tmp_path, encoding):
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("big5", "臺灣的問題與這個國語詞彙"),
+        ("shift_jis", "これはにほんごのテキストです"),
+        ("euc_jp", "東京の歴史を紹介してください"),
+        ("euc_kr", "서울의 역사를 소개해 주세요"),
+    ],
+)
+def test_text_in_an_unknown_encoding_is_refused(tmp_path, encoding, text):
+    """Also where its bytes could be Chinese characters that nobody would write one after the other."""
     path = tmp_path / "a.jsonl"
-    text = {"big5": "臺灣的問題與這個國語詞彙", "shift_jis": "これはにほんごのテキストです"}[encoding]
     path.write_bytes(as_lines([{"instruction": text, "output": text}] * 3).encode(encoding))
-    with pytest.raises(UserError, match="neither UTF-8 nor GB18030"):
+    with pytest.raises(UserError, match="neither UTF-8 nor surely GB18030"):
         list(read_records(path))
 
 
@@ -206,6 +228,8 @@ def test_text_in_an_unknown_encoding_is_refused(tmp_path, encoding):
     [
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"PK\x03\x04....", "zip archive or an Excel file"),
+        (b"a.json".ljust(257, b"\0") + b"ustar", "is a tar archive; unpack it"),
+        (b"\x80\x04\x95", "is a Python pickle"),
         (b"<!DOCTYPE html><html>", "web page"),
         (gzip.compress(b"<html>", mtime=0), "web page"),
     ],

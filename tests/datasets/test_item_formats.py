@@ -5,7 +5,7 @@ import json
 import pytest
 from record_files import RECORDS, as_lines
 
-from utils.console import UserError
+from utils.console import UserError, say_once
 from utils.datasets.records import read_records
 
 ANSWER = {"instruction": "问", "input": "", "output": "答"}
@@ -89,7 +89,7 @@ DROPPED = [
     (two({"weight": 0.5}), "weight is 0.5: only 0 and 1"),
     (two({"weight": "0"}), "weight is 0: only 0 and 1"),
     (two() | {"loss": [True]}, "loss has 1 entries for 2 answers"),
-    (ANSWER | {"label": False}, "label is false"),
+    *((ANSWER | label, "label is false") for label in ({"label": False}, {"kto_tag": False}, {"label": "FALSE"})),
     (two({"tool_calls": [{"name": "f"}]}), "tool calls"),
     (two() | {"images": ["a.png"]}, "images"),
     (ANSWER | {"context": "一", "input": "二"}, "both input and context are given"),
@@ -105,6 +105,27 @@ def test_records_that_would_be_learned_wrongly_are_dropped(tmp_path, capsys, ite
     assert list(read_records(path)) == RECORDS[:1]
     assert "1 dropped, 1 kept: " in (said := capsys.readouterr().out)
     assert cause in said
+
+
+def test_records_in_an_object_beside_other_things(tmp_path, capsys):
+    say_once.cache_clear()
+    path = tmp_path / "a.json"
+    for beside in ({"version": "1"}, {"test": RECORDS[:1]}):
+        path.write_text(json.dumps(beside | {"data": RECORDS}))
+        assert list(read_records(path)) == RECORDS
+        assert f"the records in data are read, not what is beside them: {next(iter(beside))}" in capsys.readouterr().out
+    turns = [{"from": "human", "value": "一"}, {"from": "gpt", "value": "二"}]
+    path.write_text(json.dumps([{"id": "1", "items": turns}]))
+    assert list(read_records(path)) == [{"instruction": "一", "input": "", "output": "二"}]
+
+
+@pytest.mark.parametrize("beside", [{"choices": ["1", "2"]}, {"A": "1", "B": "2", "C": "3"}])
+def test_questions_with_choices_are_not_learned_without_them(tmp_path, beside):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"question": "1+1", "answer": "B"} | beside]))
+    with pytest.raises(UserError, match="holds multiple-choice questions"):
+        list(read_records(path))
+    assert len(list(read_records(path, need_output=False))) == 1
 
 
 RAW = {
@@ -129,7 +150,8 @@ def test_a_set_as_it_is_downloaded_is_refused_by_name(tmp_path, capsys, name):
 
 def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, capsys):
     items = [
-        two({"name": "x"}, question={"loss": True}) | {"id": number, "empty": None, "tools": [{"name": "f"}]}
+        two({"name": "x", "trainable": False}, question={"loss": True})
+        | {"id": number, "empty": None, "tools": [{"name": "f"}]}
         for number in range(1, 40)
     ]
     path = tmp_path / "a.json"
@@ -138,5 +160,5 @@ def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, cap
     said = [line for line in capsys.readouterr().out.splitlines() if "unused" in line]
     assert said == [
         f"{path}: unused fields, with the number of records that have them: "
-        "id (39), tools (39), loss (of a question) (39), name (in turns) (39)"
+        "id (39), tools (39), loss (of a question) (39), name (in turns) (39), trainable (in turns) (39)"
     ]

@@ -85,7 +85,15 @@ def test_folder_of_the_hub_reads_each_split_once(tmp_path, capsys):
     for name in ("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write(folder / name, 2, name)
-    for name in ("data/train.csv", ".cache/train.json", "checkpoint-5/train.json", "dataset_infos.json", "trainer_state.json"):
+    write(folder / "data/train-00000-of-00002.jsonl.gz", 2)
+    for name in (
+        "data/train.csv",
+        "lineage.json",
+        ".cache/train.json",
+        "checkpoint-5/train.json",
+        "dataset_infos.json",
+        "trainer_state.json",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("instruction,input,output\na,,b\n")
     (tmp_path / "datasets--owner--name" / "refs").mkdir()
@@ -93,8 +101,8 @@ def test_folder_of_the_hub_reads_each_split_once(tmp_path, capsys):
     for path in (folder, tmp_path / "datasets--owner--name"):
         assert [file.name for file in data_files(str(path))] == [f"train-0000{n}-of-00002.jsonl" for n in (0, 1)]
         said = capsys.readouterr().out
-        assert "left out as copies in another format: data/train.csv" in said
-        assert "reading 2 of its 4 files" in said
+        assert "left out as copies in another format: data/train-00000-of-00002.jsonl.gz, data/train.csv" in said
+        assert "reading 2 of its 5 files" in said
     (folder / "other").mkdir()
     write(folder / "other" / "train.json", 1)
     with pytest.raises(UserError, match=r"holds several training sets \(data, other\); name the folder"):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +13,8 @@ from utils.console import UserError, say_once
 from utils.datasets.item_formats import DIALOGUES, QUESTIONS
 from utils.datasets.items import LONGEST, Item, UnreadableItem, batched, format_ending, lines_of, text_of, without_surrogates
 
+UNQUOTED: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
+ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}  # as MySQL and Spark write quotation marks in cells
 COLUMNS = {*QUESTIONS, *DIALOGUES}  # one of these makes the first line of a table a header
 
 
@@ -20,18 +23,16 @@ def csv_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
     """The rows of a CSV or TSV file as objects, after the header; cells that hold JSON lists are parsed.
 
     The delimiter is the one that splits the header into the most known names. If quotation marks are ordinary characters
-    (see `is_unquoted`), this is printed, as is the number of rows with a line break in a cell.
+    (see `style_of`), this is printed, as is the number of rows with a line break in a cell.
     """
     csv.field_size_limit(LONGEST)
     delimiter = delimiter_of(path, file)
-    unquoted = is_unquoted(path, file, delimiter)
+    style = style_of(path, file, delimiter)
     file.seek(0)
-    rows = csv.reader(
-        text_of(file), delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
-    )
+    rows = csv.reader(text_of(file), delimiter=delimiter, strict=True, **style)
     broken = 0
     try:
-        header = checked_header(path, next(rows, []))
+        header = checked_header(path, next(filter(None, rows), []))
         start = rows.line_num + 1
         for row in rows:
             if row:
@@ -40,7 +41,7 @@ def csv_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
             start = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}: is not CSV ({error}) in line {rows.line_num}; fix the file") from None
-    if unquoted:
+    if style == UNQUOTED:
         say_once(f"{path}: its quotation marks do not enclose cells; they are read as characters, and each line as a row")
     if broken:
         say_once(f"{path}: {broken:,} rows have a line break in a cell")
@@ -48,7 +49,8 @@ def csv_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
 
 def delimiter_of(path: Path, file: IO[bytes]) -> str:
     """The delimiter of a table: the character that splits its header into the most known names."""
-    first = file.readline(1 << 20).decode("utf-8-sig", "replace")
+    lines = re.split(r"[\r\n]+", file.read(1 << 20).decode("utf-8-sig", "replace"))
+    first = next(filter(str.strip, lines), "")
     file.seek(0)
     usual = "\t" if format_ending(path) == ".tsv" else ","
 
@@ -59,21 +61,23 @@ def delimiter_of(path: Path, file: IO[bytes]) -> str:
     return max((usual, ",", "\t", ";"), key=known)
 
 
-def is_unquoted(path: Path, file: IO[bytes], delimiter: str) -> bool:
-    """True if each line of a table is a row, and a quotation mark at the beginning of a cell is an ordinary character.
+def style_of(path: Path, file: IO[bytes], delimiter: str) -> dict[str, Any]:
+    """How a table uses quotation marks, as options of `csv.reader`.
 
-    That is so if each line has as many cells as the first, and some quoted cell is not closed or a TSV file has quotation
-    marks that no writer would need; for a TSV file also if more rows have the right number of cells than with quoting.
+    They are ordinary characters, and each line is a row, if each line has as many cells as the first, and some quoted cell
+    is not closed or a TSV file has quotation marks that no writer would need; for a TSV file also if more rows have the
+    right number of cells than with quoting. Those in cells have a backslash if only so the file can be read.
     """
     lines = itertools.chain.from_iterable(lines_of(path, file, 1 << 20))
     cells = next(lines, b"").count(mark := delimiter.encode())
-    misfits = quotes = odd = doubled = plain = 0
+    misfits = quotes = odd = doubled = plain = escaped = 0
     for line in lines:
         if not (line := line.rstrip(b"\r\n")):
             continue
         misfits += line.count(mark) != cells
         if b'"' not in line:
             continue
+        escaped += b'\\"' in line
         for cell in line.split(mark):
             if cell[:1] == b'"':
                 quotes += 1
@@ -84,18 +88,20 @@ def is_unquoted(path: Path, file: IO[bytes], delimiter: str) -> bool:
                 odd += b'"' in cell
                 plain += bool(cell)
     if not quotes:
-        return False
+        return {}
+    if escaped and quoted_misfits(file, delimiter, cells + 1) and not quoted_misfits(file, delimiter, cells + 1, ESCAPED):
+        return ESCAPED
     if not misfits:
-        return bool(odd) or (delimiter == "\t" and bool(plain) and not doubled)
-    return delimiter == "\t" and misfits < quoted_misfits(file, delimiter, cells + 1)
+        return UNQUOTED if odd or (delimiter == "\t" and plain and not doubled) else {}
+    return UNQUOTED if delimiter == "\t" and misfits < quoted_misfits(file, delimiter, cells + 1) else {}
 
 
-def quoted_misfits(file: IO[bytes], delimiter: str, cells: int) -> float:
+def quoted_misfits(file: IO[bytes], delimiter: str, cells: int, style: dict[str, Any] | None = None) -> float:
     """How many rows of a table, read with quoting, have another number of cells; infinite if it cannot be read that way."""
     file.seek(0)
     text = text_of(file)
     try:
-        return sum(len(row) not in (0, cells) for row in csv.reader(text, delimiter=delimiter, strict=True))
+        return sum(len(row) not in (0, cells) for row in csv.reader(text, delimiter=delimiter, strict=True, **(style or {})))
     except csv.Error:
         return float("inf")
     finally:

@@ -30,6 +30,9 @@ NAMED = {
     b"BZh": "is compressed with bzip2; unpack it (bunzip2)",
     b"\xfd7zXZ": "is compressed with xz; unpack it (unxz)",
     b"\x28\xb5\x2f\xfd": "is compressed with zstd; unpack it (unzstd)",
+    b"ORC": "is an ORC table; write it as Parquet or CSV",
+    b"\x93NUMPY": "is a NumPy array; write its texts as records",
+    b"\x80": "is a Python pickle, which may run code; write its records as JSON",
     b"SQLite format 3": "is an SQLite database; write its table as CSV",
 }
 LARGEST = 2 * 10**10  # bytes of a Parquet file that was gzipped
@@ -86,6 +89,8 @@ def refuse_other_formats(path: Path, file: IO[bytes]) -> None:
     """Raises UserError with advice for a file in a known unsupported format; leaves the file at its beginning."""
     head = file.read(4096)
     file.seek(0)
+    if head[257:262] == b"ustar":
+        raise UserError(f"{path}: is a tar archive; unpack it (tar -xf), and name a file in it")
     for mark, advice in NAMED.items():
         if head.removeprefix(BOM).lstrip().startswith(mark) or head.startswith(mark):
             raise UserError(f"{path}: {advice}")

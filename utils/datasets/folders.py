@@ -10,7 +10,9 @@ from utils.console import UserError, say
 from utils.datasets.file_formats import ENDINGS
 from utils.datasets.items import format_ending
 
-INFO = re.compile(r"(dataset_infos?|dataset_dict|state|config|.*_config|trainer_state|package|tokenizer.*|.*\.index)\.json")
+INFO = re.compile(
+    r"(dataset_infos?|dataset_dict|state|config|.*_config|trainer_state|package|tokenizer.*|.*\.index|lineage|.*_(results|args|map|tokens))\.json"
+)
 WORDS = re.compile(r"[a-z]+")
 SPLITS = {"train": "train", "training": "train"} | dict.fromkeys(("test", "eval", "evaluation"), "test")
 SPLITS |= dict.fromkeys(("valid", "validation", "val", "dev"), "validation")
@@ -88,8 +90,8 @@ def group_of(path: Path) -> str:
 
 def without_copies(folder: Path, files: list[Path]) -> list[Path]:
     """The files; of those that are there in several formats only the first in `PREFERRED`. The others are printed."""
-    formats = {format_ending(file) for file in files}
-    if len(formats) < 2:
+    names = {file.name.lower() for file in files}
+    if len({format_ending(file) for file in files}) < 2 and not any(f"{name}.gz" in names for name in names):
         return files
     kept: dict[tuple, Path] = {}
     copies: list[Path] = []
@@ -97,10 +99,11 @@ def without_copies(folder: Path, files: list[Path]) -> list[Path]:
         path = file.relative_to(folder)
         stem = re.sub(r"-\d+-of-\d+$", "", path.name.lower().removesuffix(".gz").rpartition(".")[0])
         first = kept.setdefault((path.parent, stem), file)
-        if format_ending(first) == format_ending(file):
-            kept[path.parent, stem, file] = file
-        else:
+        plain = file.with_name(file.name.removesuffix(".gz"))
+        if format_ending(first) != format_ending(file) or (plain != file and plain in files):
             copies.append(path)
+        else:
+            kept[path.parent, stem, file] = file
     if copies:
         say(f"{folder}: left out as copies in another format: {listed(map(str, copies))}")
     return sorted({*kept.values()})

@@ -27,8 +27,9 @@ LEARNED = ("learn", "loss", "weight", "train", "train_on_turn", "output_with_los
 MASKED = ("mask", "masked")  # 1 or true: the answer is not learned
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
+LABELS = ("label", "kto_tag")  # of answers that are good or not, in trl and in LLaMA-Factory
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-USED = {*FIELDS, *KEPT, *KEPT_AS, *SYSTEMS, *LEARNED, *MASKED, "history", "label", "reasoning_content"}
+USED = {*FIELDS, *KEPT, *KEPT_AS, *SYSTEMS, *LEARNED, *MASKED, "history", "reasoning_content"}
 USED_IN_TURNS = {"role", "from", "content", "value", "system", *LEARNED, *MASKED, *THOUGHTS}
 
 
@@ -43,8 +44,10 @@ def as_record(item: dict) -> dict:
     for name in MEDIA:
         if item.get(name):
             raise InvalidRecord(f"it has {name}, which is not read")
-    if item.get("label") is False:
+    if (label := label_of(item)) is False:
         raise InvalidRecord("label is false: the answer is not to be learned")
+    if label:
+        item = {name: item[name] for name in item if name not in LABELS}
     system = agreed_system([item.get(key) for key in SYSTEMS])
     key = next((key for key in DIALOGUES if item.get(key) is not None), None) if item.get("instruction") is None else None
     if key:
@@ -64,6 +67,21 @@ def as_record(item: dict) -> dict:
     return raw | ({} if all(flags) else {"learn": flags})
 
 
+def label_of(item: dict) -> bool | None:
+    """Whether an item's answer is labelled good; None if it has no such label: a number may as well name a class."""
+    for name in LABELS:
+        value = item.get(name)
+        value = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value  # from a table
+        if isinstance(value, bool):
+            return value
+    return None
+
+
+def is_set(value: Any) -> bool:
+    """True for the value of a field that says something: 0 and false do."""
+    return value not in (None, "", [], {})
+
+
 def renamed(item: dict) -> dict:
     """A raw record of an item with fields of any of the names above. Raises InvalidRecord if several compete."""
     chosen = {field: chosen_name(item, names) for field, names in zip(FIELDS, (QUESTIONS, MATERIALS, ANSWERS), strict=True)}
@@ -71,7 +89,7 @@ def renamed(item: dict) -> dict:
     raw |= {name: item[key] for key, name in KEPT_AS.items() if item.get(key)}
     raw |= {key: item[key] for key in ("history", *KEPT) if item.get(key) is not None}
     other = [f"{name} read as {field}" for field, name in chosen.items() if name != field and item.get(name) is not None]
-    unused = [name for name in item if name not in USED | {*chosen.values()} and item[name] not in (None, "", [], {})]
+    unused = [name for name in item if name not in USED | {*chosen.values()} and is_set(item[name])]
     return raw | ({"read_as": ", ".join(other)} if other else {}) | ({"unused": unused} if unused else {})
 
 
@@ -99,8 +117,8 @@ def dialogue_record(turns: Any, system: Any, rest: dict) -> dict:
     raw = dialogue(spoken, system)
     if len(flags) <= len(raw["history"]):
         flags.append(True)  # the answer that is still to come
-    unused = [name for name in rest if name not in USED and rest[name] not in (None, "", [], {})]
-    in_turns = {f"{name} (in turns)" for turn in turns for name in turn if name not in USED_IN_TURNS and turn[name]}
+    unused = [name for name in rest if name not in USED and is_set(rest[name])]
+    in_turns = {f"{name} (in turns)" for turn in turns for name in turn if name not in USED_IN_TURNS and is_set(turn[name])}
     asked = {
         f"{name} (of a question)"
         for turn, role in zip(turns, roles, strict=True)
@@ -246,6 +264,6 @@ def parsed_parts(content: Any) -> Any:
 
 def text_of_part(part: Any) -> Any:
     """The text of a part of a message, or None if it is not text."""
-    if not isinstance(part, dict) or part.get("type", "text") != "text":
+    if not isinstance(part, dict) or part.get("type", "text") not in ("text", "input_text", "output_text"):
         return None
     return next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), None)

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from utils.console import UserError, say
 from utils.datasets.file_formats import read_items
-from utils.datasets.item_formats import InvalidRecord, as_record, dialogue, roles_and_texts
+from utils.datasets.item_formats import LABELS, InvalidRecord, as_record, dialogue, label_of, roles_and_texts
 from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.records import Record, validate
 
 ANSWERS = ("chosen", "rejected")
-LABELS = ("label", "kto_tag")  # the names in trl and in LLaMA-Factory
 Form = TypeVar("Form")
 
 
@@ -37,7 +36,7 @@ def is_pair(item: Any) -> bool:
 
 def is_judged(item: Any) -> bool:
     """True for an item whose answer has a label, true or false."""
-    return isinstance(item, dict) and not is_pair(item) and any(isinstance(item.get(name), bool) for name in LABELS)
+    return isinstance(item, dict) and not is_pair(item) and label_of(item) is not None
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
@@ -84,9 +83,9 @@ def as_judged(item: Any) -> list[Judged]:
         return [Judged(pair.chosen, True), Judged(pair.rejected, False)]
     if isinstance(item, UnreadableItem):
         raise InvalidRecord(item.cause)
-    if not is_judged(item):
+    label = label_of(item) if isinstance(item, dict) else None
+    if label is None:
         raise InvalidRecord("label is neither true nor false")
-    label = next(item[name] for name in LABELS if isinstance(item.get(name), bool))
     return [Judged(validate(as_record({name: item[name] for name in item if name not in LABELS})), label)]
 
 

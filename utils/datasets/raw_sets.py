@@ -76,3 +76,10 @@ def prepared_by(item: dict) -> str | None:
         return None
     owner = SHAPES[name].sets[0]
     return f"data/{FOLDERS.get(owner, owner)}/prepare.py"
+
+
+def has_choices(item: dict) -> bool:
+    """True for an item whose answer names one of its choices, as in the evaluation sets."""
+    beside = {"A", "B", "C"} <= {name.upper() for name in item}
+    listed = any(isinstance(item.get(name), list) for name in ("choices", "options"))
+    return (beside or listed) and "output" not in item and bool({"answer", "Answer", "label"} & item.keys())

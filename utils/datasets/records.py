@@ -14,11 +14,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Required, TypedDict, cast
 
-from utils.console import UserError, say
+from utils.console import UserError, say, say_once
 from utils.datasets.file_formats import read_batches
-from utils.datasets.item_formats import ALPACA, FIELDS, KEPT, InvalidRecord, as_record, parsed
+from utils.datasets.item_formats import (
+    ALPACA,
+    DIALOGUES,
+    FIELDS,
+    KEPT,
+    MATERIALS,
+    QUESTIONS,
+    InvalidRecord,
+    as_record,
+    is_set,
+    parsed,
+)
 from utils.datasets.items import Item, UnreadableItem, place_of
-from utils.datasets.raw_sets import prepared_by
+from utils.datasets.raw_sets import has_choices, prepared_by
 from utils.datasets.text_faults import (
     BROKEN_LATEX,
     FAULTS,
@@ -32,7 +43,8 @@ from utils.datasets.text_faults import (
 from utils.datasets.tool_calls import as_record_with_tools
 
 LONGEST = 1_000_000  # characters of a record: several times any model's window, and seconds of tokenizing
-HOLDERS = {"data", "train", "records", "rows"}  # the name of an object's one field that holds the records
+HOLDERS = ("train", "data")  # names of the records to learn beside others in one object
+ASKED = {*QUESTIONS, *MATERIALS, *DIALOGUES, "text"}  # fields of items that hold a question, not records
 KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a text"}
 
 
@@ -127,27 +139,46 @@ def read_records(
     `carries`: which of "tools" and "calls" their template supports; without "calls", dialogues with tool calls are dropped.
     Raises UserError if the file cannot be read or, at its end, had no usable record.
     """
-    batches = ([one for place, item in batch for one in unwrapped(place, item)] for batch in read_batches(path))
+    batches = ([one for place, item in batch for one in unwrapped(path, place, item)] for batch in read_batches(path))
     convert = functools.partial(prepared_record, carries=carries)
-    for batch in clean(path, checked_first(path, batches), convert, Tally(strict, fixes), need_output):
+    for batch in clean(path, checked_first(path, batches, need_output), convert, Tally(strict, fixes), need_output):
         for _, record in batch:
             yield record
 
 
-def unwrapped(place: int | str, item: Any) -> list[Item]:
+def unwrapped(path: str | Path, place: int | str, item: Any) -> list[Item]:
     """Turn a text into a prompt, a list of turns into a dialogue, and an item that holds records into these."""
     if isinstance(item, str):
         return [(place, {"instruction": item})]
-    held = next(iter(item.values())) if isinstance(item, dict) and len(item) == 1 and HOLDERS & item.keys() else item
-    if not (isinstance(held, list) and held and all(isinstance(one, dict) for one in held)):
+    held = held_in(path, item) if isinstance(item, dict) and not ASKED & item.keys() else item
+    if not is_list_of_objects(held):
         return [(place, item)]
     if all({"role", "from"} & turn.keys() for turn in held):
         return [(place, {"messages": held})]
     return [(place, one) for one in held]
 
 
-def checked_first(path: str | Path, batches: Iterable[list[Item]]) -> Iterator[list[Item]]:
-    """The batches. Raises UserError if most items of the first batch are those of a raw set that must be prepared first."""
+def held_in(path: str | Path, item: dict) -> Any:
+    """The list that an object without a question holds: its only one, or that of a split for training. What is beside it is
+    not read, which is printed."""
+    lists = [name for name, value in item.items() if is_list_of_objects(value)]
+    chosen = lists[0] if len(lists) == 1 else next((name for name in lists if name in HOLDERS), "")
+    if not chosen:
+        return item
+    left = [printable(name[:40]) for name, value in item.items() if name != chosen and is_set(value)]
+    if left:
+        say_once(f"{path}: the records in {printable(chosen[:40])} are read, not what is beside them: {', '.join(left[:8])}")
+    return item[chosen]
+
+
+def is_list_of_objects(value: Any) -> bool:
+    """True for a list that holds objects only, and at least one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def checked_first(path: str | Path, batches: Iterable[list[Item]], need_output: bool) -> Iterator[list[Item]]:
+    """The batches. Raises UserError if most items of the first are those of a raw set that must be prepared first or, in a
+    file to learn from, questions with choices."""
     for number, batch in enumerate(batches):
         if number == 0:
             scripts = [script for _, item in batch if isinstance(item, dict) and (script := prepared_by(item))]
@@ -155,6 +186,11 @@ def checked_first(path: str | Path, batches: Iterable[list[Item]]) -> Iterator[l
                 script = max(scripts, key=scripts.count)
                 raise UserError(
                     f"{path}: is a raw downloaded set; first run python {script} --raw {path}, then give the files it writes"
+                )
+            if need_output and sum(isinstance(item, dict) and has_choices(item) for _, item in batch) > len(batch) / 2:
+                raise UserError(
+                    f"{path}: holds multiple-choice questions, whose choices would not be read; judge.py --choices asks "
+                    "them; to train on them, write question and choices into instruction, the answer into output"
                 )
         yield batch
 

@@ -23,6 +23,7 @@ NAMES = {
     PREFERENCE: "preferences",
     LABELLED: "answers with a label",
 }
+HALVES = ("in.txt", "out.txt")
 LOOKED_AT = 1000  # records of a file, to find those of another form
 STAGES = {TEXT: (TEXT,), INSTRUCTION: (INSTRUCTION, REWARD), PREFERENCE: (PREFERENCE,), LABELLED: (PREFERENCE, INSTRUCTION)}
 
@@ -80,6 +81,8 @@ def form_of(data_path: str) -> str:
 def form_of_file(file: Path) -> str:
     """The form of the records in one file, by the first that can be read; others among the next ones are announced."""
     if is_text_file(file):
+        if file.name.lower().removesuffix(".gz") in HALVES and any(file.parent.glob(f"{HALVES[file.name[:3] == 'in.']}*")):
+            raise UserError(f"{file}: is one half of couplets; first run python data/couplets/prepare.py --raw FOLDER")
         return TEXT
     places: dict[str, str] = {}
     for number, item in itertools.islice(read_items(file), LOOKED_AT):

@@ -16,7 +16,8 @@ MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf
 NAMES = {"utf-32": "UTF-32", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "gb18030": "GB18030 (GBK)"}
 SEQUENCE = re.compile(rb"[\xe1-\xef][\x80-\xbf]{2}")  # a Chinese character in UTF-8; in GBK such bytes are rare
 PAIR = re.compile(rb"[\x81-\xfe][\x40-\x7e\x80-\xfe]")
-COMMON = re.compile(rb"[\xa1-\xf7][\xa1-\xfe]")  # the part of GBK used for simplified Chinese (GB 2312)
+COMMON = re.compile(rb"[\xa1-\xa3\xa6-\xf7][\xa1-\xfe]")  # what simplified Chinese uses of GBK: GB 2312 without kana
+EARLY, LATE = re.compile(rb"[\xb0-\xc8]"), re.compile(rb"[\xc9-\xf7]")  # Chinese characters by sound; where EUC-KR has Hangul
 MOST = 0.75
 
 known: dict[tuple, str] = {}  # the encodings found so far, by path and version
@@ -56,14 +57,18 @@ def detect(path: Path, file: IO[bytes]) -> str:
             return encoding
     if is_all(file, "utf-8"):
         return "utf-8"
-    total, high, sequences, pairs, common = counts(path, file)
+    total, high, sequences, pairs, common, early, late = counts(path, file)
     if 3 * sequences >= high / 2:
         return "utf-8"
-    if common >= MOST * pairs and 2 * pairs >= MOST * high and is_all(file, "gb18030"):
+    is_korean = early > 40 and late < early / 10
+    if common >= MOST * pairs and 2 * pairs >= MOST * high and not is_korean and is_all(file, "gb18030"):
         return "gb18030"
     if high < total / 20:
         return "utf-8"
-    raise UserError(f"{path}: is neither UTF-8 nor GB18030 (GBK); convert it to UTF-8 (iconv -f ENCODING -t UTF-8)")
+    raise UserError(
+        f"{path}: is neither UTF-8 nor surely GB18030 (GBK); convert it to UTF-8 (iconv -f ENCODING -t UTF-8), from what it "
+        "was written in: GB18030, BIG5, EUC-KR, …"
+    )
 
 
 def is_all(file: IO[bytes], encoding: str) -> bool:
@@ -80,14 +85,16 @@ def is_all(file: IO[bytes], encoding: str) -> bool:
 
 
 def counts(path: Path, file: IO[bytes]) -> tuple[int, ...]:
-    """A file's numbers of bytes, non-ASCII bytes, three-byte UTF-8 sequences, GBK pairs, and common ones among these."""
+    """A file's numbers of bytes, non-ASCII bytes, three-byte UTF-8 sequences, GBK pairs, and among these common, early and
+    late ones."""
     file.seek(0)
-    found = [0] * 5
+    found = [0] * 7
     for lines in lines_of(path, file, CHUNK):
         chunk = b"".join(lines)
         pairs = PAIR.findall(chunk)
         high = len(chunk) - len(re.sub(rb"[\x80-\xff]+", b"", chunk))
-        counted = (len(chunk), high, len(SEQUENCE.findall(chunk)), len(pairs), sum(map(bool, map(COMMON.match, pairs))))
+        kinds = (sum(map(bool, map(kind.match, pairs))) for kind in (COMMON, EARLY, LATE))
+        counted = (len(chunk), high, len(SEQUENCE.findall(chunk)), len(pairs), *kinds)
         found = [one + more for one, more in zip(found, counted, strict=True)]
     return tuple(found)
 

@@ -11,12 +11,17 @@ LATEX = re.compile(
     r"\x08(?=[A-Za-z])|\f(?=[A-Za-z])|\r(?=ight|ho\b|angle|ceil|floor|m\b|aise|ef\b)"
     r"|\t(?=imes\b|heta\b|ext(?:bf|it|rm|tt)?\{|frac\b|riangle|herefore\b|ilde\b)|\n(?=abla\b|otin\b|eq\b)"
 )
+IN_MATH = re.compile(r"\t(?=(?:au|an|anh|o|op)(?![A-Za-z]))|\n(?=(?:e|u|eg|i|ot|mid|leq|geq)(?![A-Za-z]))")  # between dollars
 LETTERS = {"\b": "b", "\f": "f", "\r": "r", "\t": "t", "\n": "n"}
 ENTITY = re.compile(r"&(?:quot|amp|lt|gt|nbsp|apos|[lr][ds]quo|hellip|mdash|middot|times|#\d{2,6}|#x[0-9A-Fa-f]{2,5});")
 ZERO_WIDTH = re.compile("[\u200b\u2060]")
 ESCAPED_LINE = re.compile(r"(?<!\\)\\n(?!(?:abla|eg|ewline|eq|i|ot|otin|u|um|e|mid|parallel|less|gtr)\b)")
 PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d][\w .]{0,40}\}\}|\{\{[^{}\n]{0,40}[\u4e00-\u9fff][^{}\n]{0,40}\}\}")
-NOTHING = {"nan", "NaN", "None", "null", "NULL", "<NA>", "<noinput>", "<no input>", "<nooutput>", "<no output>"}
+LOST = re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯")
+TOKENS = re.compile(r"<[|｜][\w▁]{2,30}[|｜]>|</s>|<(?:start|end)_of_turn>")
+NOTHING = {"nan", "NaN", "None", "null", "NULL", "<NA>", "<noinput>", "<no input>", "<nooutput>", "<no output>"} | {
+    *("undefined", "[object Object]", "#N/A", "#NAME?", "#VALUE!", "#REF!"),
+}
 
 BROKEN_LATEX = "control characters in a text where LaTeX has a backslash and a letter (JSON with single backslashes)"
 CLEANED = {
@@ -48,7 +53,9 @@ FAULTS = {
         r"a literal \n in place of a line break", "\\n", has_escaped_lines, lambda text: ESCAPED_LINE.sub("\n", text)
     ),
     "placeholders": Fault("an unfilled placeholder such as {{name}}", "{{", PLACEHOLDER.search, None),
-    "empty": Fault("nan, None or <noinput> for a text", "", lambda text: text.strip() in NOTHING, lambda text: ""),
+    "lost": Fault("characters lost in an earlier conversion (\ufffd or 锟斤拷)", "", LOST.search, None),
+    "control_tokens": Fault("a model's control token such as <|im_end|> or </s>", "<", TOKENS.search, None),
+    "empty": Fault("nan, None, undefined or <noinput> for a text", "", lambda text: text.strip() in NOTHING, lambda text: ""),
 }
 FIXES = ("all", *FAULTS, "latex")
 
@@ -57,7 +64,7 @@ def is_clean(joined: str, texts: Collection[str]) -> bool:
     """True if there is nothing to fix or report in a batch of texts, where `joined` is all of them; a quick check."""
     if CONTROL.search(joined) or any(mark in joined for mark in ("\ufeff", "\\n", "\nabla", "\notin", "\neq")):
         return False
-    if "\t" in joined and LATEX.search(joined):
+    if ("\t" in joined and LATEX.search(joined)) or ("$" in joined and IN_MATH.search(joined)):
         return False
     marked = (fault for name, fault in FAULTS.items() if name not in ("empty", "lines") and fault.mark in joined)
     return NOTHING.isdisjoint(map(str.strip, texts)) and not any(fault.found(joined) for fault in marked)
@@ -89,12 +96,25 @@ def changed(record: dict, change: Callable[[str], str]) -> dict:
 
 def has_broken_latex(record: dict) -> bool:
     """True if a text has a control character in place of a LaTeX backslash and letter."""
-    return any(LATEX.search(text) for text in texts_of(record))
+    return any(restored(text) != text for text in texts_of(record))
 
 
 def with_backslashes(record: dict) -> dict:
     """The record with LaTeX backslashes restored where control characters replaced them."""
-    return changed(record, lambda text: LATEX.sub(lambda found: "\\" + LETTERS[found[0]], text))
+    return changed(record, restored)
+
+
+def restored(text: str) -> str:
+    """The text with LaTeX backslashes where control characters replaced them."""
+
+    def backslash(found: re.Match) -> str:
+        return "\\" + LETTERS[found[0]]
+
+    text = LATEX.sub(backslash, text)
+    parts = text.split("$")
+    if len(parts) % 2 == 0:  # dollars that are not in pairs enclose no formulas
+        return text
+    return "$".join(IN_MATH.sub(backslash, part) if number % 2 else part for number, part in enumerate(parts))
 
 
 def cleaned(record: dict) -> tuple[dict, str]:

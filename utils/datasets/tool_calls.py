@@ -24,6 +24,7 @@ from utils.datasets.item_formats import (
     as_record,
     content_of,
     is_learned,
+    is_set,
     parsed,
     record_flags,
     role_of,
@@ -80,9 +81,9 @@ def called(item: dict, key: str, turns: list[dict]) -> dict:
     is_open = messages[-1]["role"] != "assistant"
     flags = [flag and own for flag, own in zip(flags, record_flags(item, len(flags)), strict=True)]
     read = {key, "completion"} if key == "prompt" else {key}
-    unused = sorted(name for name in item if name not in USED | read and item[name] not in (None, "", [], {}))
+    unused = sorted(name for name in item if name not in USED | read and is_set(item[name]))
     known = USED_IN_TURNS | FIELDS_OF_CALLS
-    unused += sorted({f"{name} (in turns)" for turn in turns for name in turn if name not in known and turn[name]})
+    unused += sorted({f"{name} (in turns)" for turn in turns for name in turn if name not in known and is_set(turn[name])})
     raw = {"instruction": asked[-1], "input": "", "output": None if is_open else messages[-1]["content"], "messages": messages}
     raw |= {name: item[name] for name in KEPT if item.get(name) is not None}
     raw |= {"system": system} if system else {}
