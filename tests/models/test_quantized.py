@@ -26,6 +26,12 @@ WAYS = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float16
     ),
     "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32),
+    "nf4 in bfloat16": BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    ),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
     "fp8": None,
 }
@@ -149,6 +155,32 @@ def test_scales_that_no_configuration_names(bases, tmp_path, script, way):
         "merge_weights.py", "--base_model", folder, "--lora_model", bases["adapter"], "--output_dir", tmp_path / "m"
     )
     assert refused.status == 2 and words in refused.error
+
+
+@pytest.mark.parametrize(
+    ("way", "told", "words"),
+    [
+        ("nf4", {"load_in_8bit": True}, "is quantized, and nothing says how it is scaled"),
+        ("int8", {"load_in_4bit": True}, "is quantized, and nothing says how it is scaled"),
+        ("full", {"load_in_4bit": True}, "says that its weights are quantized (bitsandbytes), and none is"),
+        ("full", {"quant_method": "fp8", "weight_block_size": [32, 32]}, "is quantized, and nothing says how it is scaled"),
+    ],
+)
+def test_weights_that_are_not_what_the_configuration_says(bases, tmp_path, way, told, words):
+    """All say the same of them; the library would end with a traceback, or leave float8 unscaled."""
+    folder = without_entry(bases[way], tmp_path / "base", quantization_config=told)
+    if "quant_method" in told:
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {name: one.to(torch.float8_e4m3fn) for name, one in tensors.items() if name.endswith("_proj.weight")}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for use in (
+        lambda: load_base(str(folder), load_tokenizer(folder), place(None, False)),
+        lambda: resolve(str(folder), [str(bases["adapter"])], ""),
+        lambda: quantized.full(folder, *open_model(folder)),
+    ):
+        with pytest.raises(UserError) as caught:
+            use()
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from utils.models.weights import Weights
 # tensors of quantized weights: bitsandbytes, GPTQ and AWQ, fp8 and compressed-tensors, mxfp4
 SCALES = re.compile(
     r"\.(SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|qweight|qzeros|g_idx|weight_scale|weight_scale_inv"
-    r"|weight_packed|weight_shape|weight_zero_point|input_scale|input_activation_scale)$|\.quant_state\.|_proj_(scales|blocks)$"
+    r"|weight_scale_2|weight_global_scale|weight_packed|weight_shape|weight_zero_point|input_scale|input_activation_scale)$"
+    r"|\.quant_state\.|_proj_(scales|blocks)$"
 )
+DEQUANTIZED = ("bitsandbytes", "fp8")  # methods whose weights are dequantized here for merging
 OTHER = "use the same model in float16 or bfloat16"
 
 
@@ -23,7 +25,14 @@ def method_of(config: dict[str, Any]) -> str:
     settings = config.get("quantization_config") or config.get("compression_config")
     if not settings:
         return ""
+    if isinstance(settings, dict) and not settings.get("quant_method") and way_of(settings):
+        return "bitsandbytes"  # as the library takes it
     return str(settings.get("quant_method") or "an unnamed method") if isinstance(settings, dict) else str(settings)[:80]
+
+
+def way_of(settings: dict[str, Any]) -> str:
+    """How bitsandbytes' settings say that weights are quantized: "4-bit", "8-bit", or "" if they do not."""
+    return "4-bit" if settings.get("load_in_4bit") else "8-bit" if settings.get("load_in_8bit") else ""
 
 
 def without_method(config: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +56,8 @@ def check(folder: Path, config: Any, device: str = "cpu", training: bool = False
         return
     from transformers.quantizers import AutoHfQuantizer
 
-    method = method_of({"quantization_config": settings if isinstance(settings, dict) else settings.to_dict()})
+    settings_dict = settings if isinstance(settings, dict) else settings.to_dict()
+    method = method_of({"quantization_config": settings_dict})
     try:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
@@ -56,6 +66,12 @@ def check(folder: Path, config: Any, device: str = "cpu", training: bool = False
         raise UserError(
             f"{folder}: its weights are quantized ({method}), which does not work here ({reason(error)}); {OTHER}"
         ) from None
+    if method in DEQUANTIZED:
+        try:
+            weights = Weights(folder)
+        except UserError:
+            return
+        full(folder, {"quantization_config": settings_dict}, weights)  # raises if they lack scales
     if training and not can_train:
         raise UserError(f"{folder}: its weights are quantized ({method}), and the library cannot train on them; {OTHER}")
 
@@ -87,11 +103,14 @@ def full(folder: Path, config: dict[str, Any], weights: Weights) -> Weights:
     if not method:
         refuse_scales(folder, weights)
         return weights
-    way = "4-bit" if isinstance(settings, dict) and settings.get("load_in_4bit") else "8-bit"
-    kinds = {"bitsandbytes": Bits4 if way == "4-bit" else Bits8, "fp8": BlockFp8}
-    if method not in kinds or not isinstance(settings, dict):
+    if method not in DEQUANTIZED or not isinstance(settings, dict):
         raise UserError(f"{folder}: its weights are quantized ({method}), and are not dequantized here; {OTHER}")
-    return kinds[method](weights, full_dtype(config))
+    found = (BlockFp8 if method == "fp8" else Bits4 if way_of(settings) == "4-bit" else Bits8)(weights, full_dtype(config))
+    if method == "bitsandbytes" and not found.quantized:
+        raise UserError(
+            f"{folder}: its config.json says that its weights are quantized ({method}), and none is; copy both again"
+        )
+    return found
 
 
 def full_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -109,10 +128,10 @@ class Dequantized(Weights):
     def __init__(self, stored: Weights, dtype: torch.dtype):
         self.folder, self.files, self.stored, self.full = stored.folder, stored.files, stored, dtype
         self.names = [name for name in stored.names if not SCALES.search(name)]
-        self.quantized = {name for name in self.names if is_quantized(stored, name)}
-        lost = [name for name in self.quantized if not self.has_scales(name)]
-        if lost:
-            raise UserError(f"{self.folder}: {lost[0]} is quantized, and nothing says how it is scaled; copy the model again")
+        scaled = set(filter(self.has_scales, self.names))  # 4-bit values may be packed into a type of more than a byte
+        self.quantized = scaled | {name for name in self.names if is_quantized(stored, name)}
+        if lost := self.quantized - scaled:
+            raise UserError(f"{self.folder}: {min(lost)} is quantized, and nothing says how it is scaled; copy the model again")
         self.tensor_of = functools.lru_cache(maxsize=4)(self._dequantize)  # blocks of one tensor are requested in parallel
 
     def has_scales(self, name: str) -> bool:
