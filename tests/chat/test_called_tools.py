@@ -157,6 +157,15 @@ def test_a_call_is_streamed_whole_and_its_text_as_it_grows(client):
         ({"tools": [{"type": "function", "function": {"name": 3}}]}, "tools"),
         ({"tools": TOOLS * 129}, "tools"),
         ({"extra_body": {"template": "alpaca"}}, "does not support tools"),
+        (
+            {
+                "messages": [
+                    QUESTION,
+                    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]},
+                ]
+            },
+            "the last one must be",
+        ),
         ({"messages": [QUESTION, {"role": "tool", "tool_call_id": "x", "content": "晴"}]}, "messages"),
         ({"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]}, "messages"),
     ],

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.datasets.templates import Prompter
+from utils.evaluation import forgetting
 from utils.files import write_json
 
 PROMPTS = {
@@ -153,7 +154,7 @@ def test_an_adapter_whose_base_is_not_there_is_measured_without_likelihoods(scri
     assert "log-likelihood of the reference" in out
 
 
-def test_the_matrix_of_forgetting(script, tmp_path):
+def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):
     """Two steps with validation sets: each one's own entry is its validation loss, and the loss by hand; f2 forgets f1."""
     tiny.llama(tmp_path / "base")
     for name, parent, output in (("f1", None, "我是梦想家。"), ("f2", "f1", "蓝色。")):
@@ -178,9 +179,11 @@ def test_the_matrix_of_forgetting(script, tmp_path):
 
     write_json(tmp_path / "other.json", [{"instruction": "问100", "input": "", "output": "我是梦想家。"}])
     more = ["--held_out", f"f1={tmp_path}/other.json", "--output_dir", tmp_path / "more"]
-    script("judge.py", "--chain", tmp_path / "f2", *more).ok()
+    monkeypatch.setattr(forgetting, "MOST", 2)
+    out = script("judge.py", "--chain", tmp_path / "f2", *more).ok()
+    assert "f2: the first 2 of 3 held-out records are measured" in out and out.count("held-out records are measured") == 1
     found = json.loads((tmp_path / "more/forgetting.json").read_text("utf-8"))["tables"][0]["rows"]
-    assert [row["samples"] for row in found] == [1, 3]
+    assert [row["samples"] for row in found] == [1, 2]
 
     write_json(tmp_path / "f1.json", [{"instruction": "变了", "input": "", "output": "变了"}] * 12)
     out = script("judge.py", "--chain", tmp_path / "f2", "--output_dir", tmp_path / "third").ok()

@@ -136,6 +136,10 @@ def test_gpt2_stores_its_weights_turned(tmp_path, dora, targets):
     GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2)).save_pretrained(base)
     adapter = tiny.adapter(base, tmp_path / "adapter", target_modules=targets, fan_in_fan_out=True, use_dora=dora)
     assert same_logits(loaded(merge(base, adapter, tmp_path / "out")), with_peft(base, adapter))
+    step = {"kind": "train", "options": {"load_4bit": True}, "dtype": "float32"}
+    (adapter / "lineage.json").write_text(json.dumps(step))
+    into = tensors(merge(base, adapter, tmp_path / "beside", "--merge_into", "dequantized"))
+    assert torch.equal(into["transformer.wpe.weight"], tensors(base)["transformer.wpe.weight"]), "positions are no linear layer"
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
