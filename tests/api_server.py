@@ -24,7 +24,7 @@ class Server:
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.keys: list[str | None] = []
-        self.models = ["m"]
+        self.models: list[str | dict[str, Any]] = ["m"]
         lock = threading.Lock()
         server = self
 
@@ -35,7 +35,8 @@ class Server:
                 pass
 
             def do_GET(self) -> None:
-                data = [{"id": name, "object": "model", "created": 1, "owned_by": "x"} for name in server.models]
+                cards = [one if isinstance(one, dict) else {"id": one} for one in server.models]
+                data = [{"object": "model", "created": 1, "owned_by": "x"} | card for card in cards]
                 self.send({"body": json.dumps({"object": "list", "data": data}).encode()})
 
             def do_POST(self) -> None:

@@ -2,12 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import tiny
 from api_server import asked
 
+from utils.console import UserError
 from utils.datasets.record_writer import write_records
+from utils.inference.remote import Asking, model_names
+from utils.inference.requests import RequestLimits
+from utils.inference.sampling_params import SamplingParams
 
 RECORDS = [
     {"instruction": "你是谁？"},
@@ -52,6 +57,38 @@ def test_messages_go_where_no_tokenizer_is_known(serve, script, prompts, tmp_pat
     assert (third["temperature"], third["stop"], third["model"]) == (0.0, ["END"], "only")
     again = script("generate.py", *options(server, prompts, "--output_path", tmp_path / "out.json", "--stop", "END")).ok()
     assert "holds the answers" in again and len(server.bodies) == 3
+
+
+SGLANG = [{"id": "models/base", "owned_by": "sglang"}, {"id": "f1", "owned_by": "sglang", "parent": "models/base"}]
+VLLM = [{"id": "models/base", "owned_by": "vllm"}, {"id": "f1", "owned_by": "vllm", "parent": "models/base"}]
+
+
+@pytest.mark.parametrize(
+    ("models", "asked_for", "name"),
+    [
+        (SGLANG, "f1", "models/base:f1"),  # at f1 alone the base answers
+        (SGLANG, "models/base:f1", "models/base:f1"),
+        (SGLANG, "models/base", "models/base"),
+        (SGLANG, "models/base:f2", None),
+        (SGLANG[:1], "models/base:f1", "models/base:f1"),  # one that lists no adapters
+        (VLLM, "f1", "f1"),
+        (["f1:latest", "f2:latest"], "f1", "f1:latest"),  # Ollama
+        (["qwen:0.5b", "f1:latest"], "qwen:0.5b", "qwen:0.5b"),
+        (["qwen:0.5b", "f1:latest"], "qwen", None),
+        (["/models/f1.gguf"], "", "/models/f1.gguf"),  # llama.cpp
+    ],
+)
+def test_each_server_is_asked_by_the_name_that_it_knows(serve, models, asked_for, name):
+    server = serve(lambda *_: "")
+    server.models = models
+    asking = Asking(server.url, asked_for, "chat", SamplingParams(), (), RequestLimits())
+    if name:
+        assert model_names(asking, []) == [name]
+    else:
+        with pytest.raises(UserError, match=f"--api_model {asked_for}: not served there; .* serves "):
+            model_names(asking, [])
+    if models == SGLANG and asked_for == "f1":
+        assert model_names(replace(asking, model=""), ["output/f1"]) == [name]
 
 
 def test_a_stopped_run_goes_on_and_a_refused_setting_is_left_out(serve, script, prompts, f1, tmp_path):

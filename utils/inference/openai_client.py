@@ -103,12 +103,17 @@ async def request_completion(
     return {"answer": answer, "finish": str(finish)} | {n: c if isinstance(c, int) else None for n, c in counts.items()}
 
 
-def served_models(server: ModelServer) -> list[str]:
-    """The names of the models that a server has. Raises UserError if it does not list them."""
+def served_models(server: ModelServer) -> dict[str, str]:
+    """The models that a server has, each with the name to ask for it by. Raises UserError if it does not list them.
 
-    async def names() -> list[str]:
+    SGLang lists an adapter by its name alone, but at that name the base answers: it is asked for as BASE:ADAPTER.
+    """
+
+    async def names() -> dict[str, str]:
         async with server.connect() as client:
-            return [model.id async for model in client.models.list()]
+            found = [model async for model in client.models.list()]
+        bases = {one.id: getattr(one, "parent", None) for one in found if one.owned_by == "sglang"}
+        return {one.id: f"{bases[one.id]}:{one.id}" if bases.get(one.id) else one.id for one in found}
 
     try:
         return asyncio.run(names())

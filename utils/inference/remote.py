@@ -7,7 +7,7 @@ models written by merge_weights.py carry the training template.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +88,34 @@ def model_names(asking: Asking, lora_weights: Sequence[str]) -> list[str]:
     """The server's names of the models to ask. Raises UserError if it has none of that name, or the name is missing."""
     if asking.model and len(lora_weights) > 1:
         raise UserError(f"--api_model {asking.model}: one name for {len(lora_weights)} adapters; leave it out, or name one")
-    found = served_models(ModelServer(asking.model, asking.api_base))
+    served = served_models(ModelServer(asking.model, asking.api_base))
     wanted = [asking.model] if asking.model else labels(lora_weights)
-    if not asking.model and len(found) == 1 and len(wanted) <= 1:
-        if wanted != found:
-            say(f"{asking.api_base}: uses its only model, {found[0]}")
-        return found
-    missing = [name for name in wanted if name not in found]
+    if not asking.model and len(served) == 1 and len(wanted) <= 1:
+        if wanted != list(served):
+            say(f"{asking.api_base}: uses its only model, {next(iter(served))}")
+        return list(served.values())
+    names = {name: name_there(name, served) for name in wanted}
+    missing = [name for name, there in names.items() if not there]
     if missing or not wanted:
-        there = ", ".join(found) or "none"
+        there = ", ".join(served) or "none"
         what = f"--api_model {missing[0]}: not served there" if missing else "--api_model: missing"
         raise UserError(f"{what}; {asking.api_base} serves {there}")
-    return wanted
+    for name, there in names.items():
+        if name != there:
+            say(f"{asking.api_base}: {name} is asked for as {there}")
+    return list(names.values())
+
+
+def name_there(name: str, served: Mapping[str, str]) -> str:
+    """The name by which a server is asked for the model `name`; "" if it has none.
+
+    Ollama lists a model without a tag as NAME:latest. A server that lists no adapters may have one of its model, BASE:NAME.
+    """
+    if name in served or f"{name}:latest" in served:
+        return served.get(name) or served[f"{name}:latest"]
+    lists_adapters = any(one != there for one, there in served.items())
+    of_base = not lists_adapters and any(name.startswith(f"{one}:") for one in served)
+    return name if name in served.values() or of_base else ""
 
 
 def encoded(
