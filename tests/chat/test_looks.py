@@ -54,6 +54,9 @@ def test_questions_are_shown_and_copied_as_they_were_typed(visit, url):
     assert page.locator("#chat .user.message").inner_text() == question
     page.locator("#chat .user-row + * button").first.click()
     page.wait_for_function("text => navigator.clipboard.readText().then(now => now === text)", arg=question)
+    named = "text => [...document.querySelectorAll('#chat [aria-label]')].some(one => one.ariaLabel === text)"
+    page.wait_for_function(named, arg="问题：" + question)  # so it is read out, too
+    assert page.evaluate(ENGLISH) == []
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_all_has_names_and_contrast(visit, service):
@@ -71,6 +74,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_all_has_names_and_contr
         assert page.get_by_role("button", name="Retry").count()  # gradio's own words, in the page's language
 
 
+ENGLISH = """[...document.querySelectorAll("[aria-label], [title]")].flatMap(one => [one.ariaLabel, one.title]).filter(
+  name => name && /[a-z]{3}/.test(name) && !/[\\u4e00-\\u9fff]|^(base|f1|f2)$/.test(name))"""
 UNNAMED = """[...document.querySelectorAll("button, input, textarea, select")].filter(one => one.checkVisibility() &&
   !(one.getAttribute("aria-label") || one.title || one.labels?.length && one.labels[0].innerText.trim() || one.innerText?.trim()
     || one.getAttribute("aria-labelledby"))).map(one => one.outerHTML.slice(0, 120))"""

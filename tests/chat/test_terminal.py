@@ -54,7 +54,7 @@ def test_questions_commands_and_keys(folder):
     person.reads("f1> ")
     person.reads("f1> ", "你".encode()[:2] + b"\n")
     assert "names are base, f1" in person.reads("f1> ", b"/model nobody\n")
-    person.reads("base> ", b"/model base\n")
+    person.reads("base> ", b"/model  base \n")
     os.write(person.own, b"/exit\n")
     assert person.process.wait(60) == 0
     os.close(person.own)

@@ -63,11 +63,35 @@ const dreamer = {
     input.click();
   }),
 
+  // gradio's names for which it has no translation; a message's name has its text, as it was typed
+  chinese: [
+    [/^Copy conversation$/, "复制对话"], [/^Copy( message)?$/, "复制"], [/^Copied( message| conversation)?$/, "已复制"],
+    [/^Reset to default value$/, "恢复默认值"], [/^number input for (.*)$/, "$1（数值）"], [/^range slider for (.*)$/, "$1（滑块）"], [/^undo$/, "撤销"],
+    [/^chatbot conversation$/, "对话"], [/^More tabs$/, "更多标签页"], [/^Vega visualization$/, "曲线图"],
+    [/^Gradio footer navigation$/, "页脚"], [/^user's message: (.*)$/s, "问题：$1"], [/^bot's message: (.*)$/s, "回答：$1"],
+  ],
+
+  rename(part) {
+    for (const name of ["aria-label", "title"]) {
+      const old = part.getAttribute(name);
+      if (!old) continue;
+      const pairs = document.documentElement.lang.startsWith("zh") ? this.chinese : [];
+      const found = pairs.reduce((text, [english, chinese]) => text.replace(english, chinese), dreamer.typed(old));
+      if (found !== old) part.setAttribute(name, found);
+    }
+  },
+
   // undoes utils/chat/markdown.py
   typed: (text) => text.replace(/\n\n<small class="by">.*?<\/small>/g, "")
     .replace(/&#0(\d+);/g, (_, code) => String.fromCharCode(code)),
 };
 
+new MutationObserver((changes) => changes.forEach(({target, addedNodes}) => {
+  dreamer.rename(target);
+  for (const part of addedNodes) {
+    if (part.nodeType === 1) [part, ...part.querySelectorAll("[aria-label], [title]")].forEach((one) => dreamer.rename(one));
+  }
+})).observe(document.documentElement, {subtree: true, childList: true, attributeFilter: ["aria-label", "title"]});
 if (navigator.clipboard) {
   const write = navigator.clipboard.writeText.bind(navigator.clipboard);
   navigator.clipboard.writeText = (text) => write(dreamer.typed(text));

@@ -28,8 +28,8 @@ def talk(engine: Engine, settings: SamplingParams) -> None:
                 return
             if command == "/clear":
                 conversation = Conversation()
-            elif command == "/model" and rest in names:
-                name = rest
+            elif command == "/model" and rest.strip() in names:
+                name = rest.strip()
             elif command.startswith("/"):
                 say(f"{HELP}; names are {', '.join(names)}")
             elif line.strip():
