@@ -2,12 +2,14 @@
 
 import json
 import re
+import resource
 
 import pytest
 
 from utils.chat.conversations import CUT, WHOLE, Conversation, Talk, Turn, from_file
 from utils.chat.feedback import Feedback
 from utils.chat.markdown import answer_as_markdown, from_markdown, question_as_markdown
+from utils.console import UserError
 
 pytest_plugins = ["browsing"]  # fixtures
 
@@ -50,6 +52,26 @@ def test_a_thumb_replaces_its_own_line_and_leaves_every_other_as_it_is(tmp_path)
         feedback.thumb(key, record, {}, liked)
     first, second = path.read_text("utf-8").splitlines()
     assert first == '{"broken' and json.loads(second)["label"] is False
+
+
+def test_feedback_for_which_there_is_no_room_leaves_the_files_as_they_were(tmp_path):
+    """The system takes a part of the line before it refuses the rest."""
+    feedback, paths = Feedback(str(tmp_path)), [tmp_path / "votes.jsonl", tmp_path / "thumbs.jsonl"]
+    ways = (
+        lambda: feedback.vote({"instruction": "q"}, {"a": "x", "b": "y"}, "a", {}, "left"),
+        lambda: feedback.thumb("a-0", {"instruction": "q", "output": "x" * 100}, {}, True),
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for way, path in zip(ways, paths, strict=True):
+        way()
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20 if "votes" in path.name else 20, limits[1]))
+        try:
+            with pytest.raises(UserError, match=rf"{path}: not written \(File too large\); free disk space"):
+                way()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before and {*tmp_path.iterdir()} <= {*paths}
 
 
 def test_markdown_is_escaped_where_it_must_be_and_comes_back():

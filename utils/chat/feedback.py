@@ -1,8 +1,10 @@
 """Visitors' feedback on answers, as JSON Lines: votes as preference records, thumbs as records with a label."""
 
+import contextlib
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,19 @@ def usable(folder: str) -> str:
     return folder
 
 
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Raises UserError if writing `path` in the block fails: its folder is read-only by now, or the disk full."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error.strerror or error}); free disk space, or fix the permissions") from None
+
+
 class Feedback:
-    """Writes into a folder, which is created with the first line."""
+    """Writes into a folder, which is created with the first line. Raises UserError if a line cannot be written; then the
+    files are as before.
+    """
 
     def __init__(self, folder: str):
         self.folder, self.lock = Path(folder), threading.Lock()
@@ -49,7 +62,7 @@ class Feedback:
     def thumb(self, key: str, record: dict[str, Any], by: dict[str, Any], liked: bool | None) -> Path:
         """Record that the answer identified by `key` was liked or not; None takes it back. Returns the file."""
         path = self.folder / THUMBS
-        with self.lock:
+        with self.lock, told(path):
             lines = path.read_text("utf-8").splitlines() if path.is_file() else []
             kept = [line for line in lines if id_of(line) != key]
             if liked is not None:
@@ -60,12 +73,19 @@ class Feedback:
         return path
 
     def append(self, name: str, line: dict[str, Any]) -> Path:
-        """Append a line to a file."""
-        with self.lock:
+        """Append a line to a file, or nothing."""
+        path, rest = self.folder / name, f"{line_of(line)}\n".encode()
+        with self.lock, told(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(line_of(line) + "\n")
-        return self.folder / name
+            with open(path, "ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(size)  # the part of the line for which there was room
+                    raise
+        return path
 
 
 def line_of(value: dict[str, Any]) -> str:

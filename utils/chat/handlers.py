@@ -204,8 +204,12 @@ class Handlers(Display):
         record = {key: value for key, value in talk.conversation.until(place + 1 or None).record().items()}
         liked = event.liked if isinstance(event.liked, bool) else None
         assert self.feedback is not None
-        path = self.feedback.thumb(f"{talk.id}-{place}", record, turn.by, liked)
-        self.tell(self.labels.noted.format(path=path.name))
+        try:
+            path = self.feedback.thumb(f"{talk.id}-{place}", record, turn.by, liked)
+        except UserError as error:
+            self.warn(self.labels.not_noted.format(reason=error))
+        else:
+            self.tell(self.labels.noted.format(path=path.name))
 
     def tokens(self, talk, question, system, adapter, template, **knobs) -> tuple:
         """The prompt for the question in the box, or for the last one: as text, as tokens, and their number."""

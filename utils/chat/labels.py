@@ -69,6 +69,7 @@ class Labels:
     token_list: str
     counted: str
     noted: str
+    not_noted: str
     prompts: str
     prompts_hint: str
     no_prompts: str
@@ -180,6 +181,7 @@ ZH = Labels(
     token_list="词元编号",
     counted="**{count}** 个词元，窗口 {window}",
     noted="已写入 {path}",
+    not_noted="没有记下：{reason}",
     prompts="批量问题",
     prompts_hint="每行一个问题，最多 50 行；与第一列不同之处会标出",
     no_prompts="请先输入问题，每行一个",
@@ -298,6 +300,7 @@ EN = Labels(
     token_list="Token ids",
     counted="**{count}** tokens, window {window}",
     noted="Written to {path}",
+    not_noted="Not recorded: {reason}",
     prompts="List of prompts",
     prompts_hint="One prompt per line, at most 50; differences from the first column are highlighted",
     no_prompts="Enter prompts first, one per line",

@@ -122,7 +122,7 @@ class Tabs:
             yield *texts, put(""), *off
 
     def vote(self, duel, vote: str) -> tuple:
-        """Take a vote: `left`, `right`, `both` or `neither`; reveals the names."""
+        """Take a vote: `left`, `right`, `both` or `neither`; reveals the names. One not written can be given again."""
         off = [gr.update(interactive=False)] * 4
         if not duel:
             return put(self.labels.nothing_to_vote), *off
@@ -135,7 +135,10 @@ class Tabs:
             better = ""
         assert self.handlers.feedback is not None
         question = {"instruction": duel["question"], "input": ""}
-        path = self.handlers.feedback.vote(question, answers, better, duel["settings"], vote)
+        try:
+            path = self.handlers.feedback.vote(question, answers, better, duel["settings"], vote)
+        except UserError as error:
+            return put(self.labels.not_noted.format(reason=error)), *[gr.update(interactive=True)] * 4
         duel.clear()
         return put(f"{names_shown} · {self.labels.noted.format(path=path.name)}"), *off
 
