@@ -1,6 +1,7 @@
 """Options: written in all of Fire's ways, typed, checked before anything heavy is imported or written."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -177,6 +178,24 @@ def test_the_help_text_has_every_option_with_its_default():
     for field in dataclasses.fields(finetune.Options):
         assert f"--{field.name} " in text
     assert "[128]" in text and "(required)" in text
+
+
+RECORD = {"instruction": "a", "input": "", "output": "b"}
+
+
+def test_a_name_with_commas_is_one_name(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    assert parse(Options, ["--name", "n", "--parts", f"{tmp_path}/a,b"]).parts == [f"{tmp_path}/a,b"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_streams_lead_nowhere(tmp_path, closed):
+    """What is printed goes into no file that was opened in their place."""
+    (tmp_path / "data.json").write_text(json.dumps([RECORD | {"instruction": ""}, RECORD]))
+    command = f"{sys.executable} {ROOT}/data/alpaca_gpt4/prepare.py --raw data.json --output_dir out {closed}"
+    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, stdout=subprocess.DEVNULL, check=False)
+    assert ended.returncode == 0
+    assert json.loads((tmp_path / "out" / "data.json").read_text()) == [RECORD]
 
 
 def test_a_reader_that_has_seen_enough_ends_the_program_without_a_word():

@@ -63,6 +63,7 @@ def option(
 
 def run(main: Callable[[Any], None], options: type, argv: list[str] | None = None) -> None:
     """Parse the command line into `options`, call `main` with them, and exit with 0, or 2 with one line on stderr."""
+    open_missing_streams()
     if argv is None:
         read_names_as_utf8()
         argv = sys.argv[1:]
@@ -124,6 +125,16 @@ def end_when_told() -> None:
     for number in numbers if threading.current_thread() is threading.main_thread() else ():
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
             signal.signal(number, end)
+
+
+def open_missing_streams() -> None:
+    """Give a script that was started with closed standard streams (`>&-`, some services) ones that lead nowhere.
+
+    Otherwise printing fails, and the next file that is opened takes the closed one's number, and with it what is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # the lowest free number, which is its own
 
 
 def show_any_character() -> None:
@@ -295,6 +306,8 @@ def _read_as(kind: Any, raw: str) -> Any:
     if kind == list[str]:
         from fire.parser import DefaultParseValue  # here, because it takes a tenth of a second
 
+        if "," in raw and os.path.exists(raw):  # in a name
+            return [raw]
         parts = list(filter(None, map(str.strip, raw.split(","))))
         try:
             value = DefaultParseValue(raw) if raw.startswith(("[", "(")) else parts
