@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -309,9 +310,9 @@ def test_the_script_serves_programs_alone_and_refuses_to_do_so_openly(folder, sc
         ended = script("generate.py", *options, "--server_port", port)
         assert "--server_port" in ended.error and "cannot be mixed" not in ended.out
     line = [sys.executable, ROOT / "generate.py", *options, "--server_port", str(port)]
-    with subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert any(f"http://127.0.0.1:{port}/v1" in printed for printed in running.stdout)
         client = openai.OpenAI(api_key="any", base_url=f"http://127.0.0.1:{port}/v1")
         assert client.chat.completions.create(model="f1", messages=QUESTION, max_tokens=5).choices[0].message.content
-        running.terminate()
-        running.stdout.read()
+        running.send_signal(signal.SIGHUP)
+        assert "Traceback" not in running.communicate()[1]

@@ -67,7 +67,9 @@ def serve_api(engine: Engine, settings: SamplingParams, address: Address, adapte
     name = f"[{address.name}]" if ":" in address.name else address.name
     say(f"OpenAI's protocol: http://{name}:{address.port}/v1")
     try:
-        uvicorn.run(app, host=address.name, port=address.port or 0, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.run(
+            app, host=address.name, port=address.port or 0, log_level="warning", lifespan="off", timeout_graceful_shutdown=1
+        )
     finally:
         service.scheduler.close()
 
