@@ -68,9 +68,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_all_has_names_and_contr
         assert page.evaluate(UNNAMED) == []
         assert page.evaluate(PALE) == []
         assert page.evaluate(CUT) == []
-        assert (
-            min(box["height"] for box in map(lambda one: one.bounding_box(), page.locator("#send, #stop, #go_on").all())) >= 44
-        )
+        boxes = [one.bounding_box() for one in page.locator("#send, #stop, #go_on, .reset-button").all()]
+        assert min(side for box in boxes for side in (box["width"], box["height"])) >= 44
         assert page.get_by_role("button", name="Retry").count()  # gradio's own words, in the page's language
 
 

@@ -34,13 +34,19 @@ NOTICEABLE = 10.0  # seconds; longer waits are printed
 
 @dataclasses.dataclass
 class Spent:
-    """What all requests under the same limits have used, earlier starts included: how many there were, and their cost; the most
-    that each of those under way may cost; and the cost of prompts that are announced but not yet being sent."""
+    """What all requests under the same limits have used, earlier starts included: how many there were, their cost, and that of
+    the dearest answer; the most that each of those under way may cost; and the cost of prompts that are announced but not yet
+    being sent."""
 
     requests: int = 0
     cost: float = 0.0
     under_way: list[float] = dataclasses.field(default_factory=list)
     announced: float = 0.0
+    dearest: float = 0.0
+
+    def pay(self, cost: float) -> None:
+        """Add the cost of an answer."""
+        self.cost, self.dearest = self.cost + cost, max(self.dearest, cost)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,8 @@ class Endpoint:
         self.service, self.journal, self.terms = service, journal, terms
         self.spent, self.announced = terms.spent, 0.0
         self.spent.requests += len(journal.values)
-        self.spent.cost += sum(terms.cost_of(entry) for entry in journal.values.values())
+        for entry in journal.values.values():
+            self.spent.pay(terms.cost_of(entry))
         self.settings = {"temperature": service.temperature, "max_tokens": service.max_tokens} | service.more
         self.stop: Exception | None = None
         self.reached, self.answered, self.refused = False, 0, 0
@@ -184,10 +191,9 @@ class Endpoint:
         """Send until there is an answer in the journal, or a refusal; returns the refusal's reason."""
         tries, most = 0, self._most(prompt)
         while True:
-            await self._admitted(most)
+            held = await self._admitted(most)
             tries += 1
             settings = {name: value for name, value in self.settings.items() if value is not None}
-            self.spent.under_way.append(most)
             try:
                 entry = await request_completion(self.client, self.service.model, prompt, settings)
             except (openai.APIError, Unusable) as error:
@@ -203,10 +209,10 @@ class Endpoint:
                 self.reached = True
                 kind = "messages" if isinstance(prompt[0], dict) else "prompt"
                 self.journal.put(key, {kind: prompt} | settings | entry)
-                self.spent.cost += self.terms.cost_of(self.journal.values[key])
+                self.spent.pay(self.terms.cost_of(self.journal.values[key]))
                 return None
             finally:
-                self.spent.under_way.remove(most)
+                self.spent.under_way.remove(held)
 
     def _most(self, prompt: Messages | list[int]) -> float:
         """The most that one answer to `prompt` may cost, as estimated; 0 if nothing is limited by it."""
@@ -214,12 +220,16 @@ class Endpoint:
             return 0.0
         return self.terms.cost(tokens_of(prompt), self.service.max_tokens or 0)
 
-    async def _admitted(self, most: float) -> None:
-        """Wait until a request that may cost so much may be sent, and count it: one that might go beyond the limit waits for
-        those under way. Raises what stopped the run, or UserError if a limit is reached."""
+    async def _admitted(self, most: float) -> float:
+        """Wait until a request that may cost so much, or as much as the dearest yet, may be sent, and count it; returns that
+        cost. One that might go beyond the limit waits for those under way. Raises what stopped the run, or UserError if a limit
+        is reached."""
         await self._pause(0)
         limit, spent = self.terms.max_cost, self.spent
-        while self.stop is None and limit is not None and spent.cost + sum(spent.under_way) + most > limit:
+        while limit is not None and self.stop is None:
+            most = max(most, spent.dearest)
+            if spent.cost + sum(spent.under_way) + most <= limit:
+                break
             if not spent.under_way:
                 self.stop = UserError(
                     f"--max_cost {limit:g}: {spent.cost:.4f} is spent, and the next answer may cost {most:.4f}; the answers "
@@ -234,6 +244,8 @@ class Endpoint:
         if self.stop is not None:
             raise self.stop
         spent.requests += 1
+        spent.under_way.append(most)
+        return most
 
     def _failed(self, key: str, error: Exception) -> None:
         """Journal a request without an answer: it was sent, and may have to be paid for."""
