@@ -146,7 +146,9 @@ def cards(deep, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", to)  # the library's swaps tensors, which these do not allow
     monkeypatch.setattr("accelerate.big_modeling.check_cuda_p2p_ib_support", lambda: True)
     monkeypatch.setattr("accelerate.hooks.set_module_tensor_to_device", lambda *_, **__: None)  # they are there already
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.__deepcopy__ = lambda _: mode  # peft copies modules; a copy of the mode frees its weak references to storages twice
+    with mode:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(deep)).eval()
         for name, card in CARDS.items():
             for module in model.get_submodule(name).modules():
