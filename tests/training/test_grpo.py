@@ -89,6 +89,14 @@ def test_what_is_wrong_with_a_reward_is_one_line(tmp_path, names, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_rewards_that_compare_need_an_output_and_ones_own_do_not(tmp_path):
+    (tmp_path / "own.py").write_text("def short(answer, record):\n    return -len(answer)\n", "utf-8")
+    record = {"instruction": "问", "input": "", "output": " "}
+    try_out(load_rewards([f"{tmp_path / 'own.py'}:short"], ""), record)
+    with pytest.raises(UserError, match="--rewards exact: compares with the output"):
+        try_out(load_rewards(["exact"], ""), record)
+
+
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     """Twelve questions, and a reward for each ASCII character of an answer."""
