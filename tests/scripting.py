@@ -54,12 +54,12 @@ class Running:
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
         sys.stdout.flush()
         sys.stderr.flush()
-        anew = "torch" in sys.modules and sys.modules["torch"].cuda.is_available()  # CUDA survives no fork
+        self.anew = "torch" in sys.modules and sys.modules["torch"].cuda.is_available()  # CUDA survives no fork
         self.pid = os.fork()
         if self.pid == 0:
-            self._be(argv, cwd, env, anew)
+            self._be(argv, cwd, env)
 
-    def _be(self, argv: list[str], cwd: Path | None, env: dict[str, str], anew: bool) -> None:
+    def _be(self, argv: list[str], cwd: Path | None, env: dict[str, str]) -> None:
         status = 70
         try:
             for number, path in ((1, self.out), (2, self.err)):
@@ -68,7 +68,7 @@ class Running:
             os.environ.update(env)
             os.chdir(cwd or os.getcwd())
             sys.argv = argv
-            if anew:
+            if self.anew:
                 os.execv(sys.executable, [sys.executable, *argv])
             if "torch" in sys.modules:  # its pool of threads did not survive the fork, and only one thread may make it anew
                 sys.modules["torch"].set_num_threads(1)
