@@ -6,7 +6,7 @@ export PYTHONPATH="$ROOT:${PYTHONPATH:-}"
 
 if [ $# = 0 ]; then
     for file in "$ROOT"/benchmarks/*.py; do
-        case "$(basename "$file" .py)" in common | results) ;; *) set -- "$@" "$(basename "$file" .py)" ;; esac
+        case "$(basename "$file" .py)" in common | results | trl_losses) ;; *) set -- "$@" "$(basename "$file" .py)" ;; esac
     done
 fi
 

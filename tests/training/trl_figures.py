@@ -12,7 +12,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from benchmarks import preferences
+from benchmarks import preferences, trl_losses
 
 FILE = Path(__file__).with_suffix(".json")
 PAIRS = [
@@ -43,10 +43,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = tiny.llama(Path(folder) / "base")
         options = options_for(base)
-        for name in preferences.LOSSES:
-            model = preferences.lora_model(options, trained=True)
-            loss, _, inputs = preferences.trl_loss(name, options, model, PAIRS, str(Path(folder) / name))
-            gradients = summary(preferences.gradients_of(model, loss))
+        for name in trl_losses.LOSSES:
+            model = trl_losses.lora_model(options, trained=True)
+            loss, _, inputs = trl_losses.trl_loss(name, options, model, PAIRS, str(Path(folder) / name))
+            gradients = summary(trl_losses.gradients_of(model, loss))
             kept = {key: [[round(x, 6) for x in row] if isinstance(row, list) else row for row in value.tolist()]
                     for key, value in inputs.items()}  # fmt: skip
             found[name] = {"loss": loss.item(), "gradients": gradients, "inputs": kept}
