@@ -1,6 +1,7 @@
 """The sets that data/ knows, as downloaded: their file names, and what their items look like."""
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 # The sets' raw files, by their names without endings.
@@ -51,6 +52,7 @@ SHAPES = {
 }
 FOLDERS = {"Alpaca-GPT4": "alpaca_gpt4", "Firefly": "firefly", "PsyQA": "psyQA", "BELLE": "belle"}
 RECORDS = ("alpaca", "belle dialogue")  # shapes that are read as they are
+COUPLETS = {"in.txt": "out.txt", "out.txt": "in.txt"}  # the first halves, and the second
 SPEAKERS = re.compile(r"\s*Human[:：].*(?:^|\n)\s*Assistant[:：]", re.DOTALL)
 
 
@@ -83,3 +85,9 @@ def has_choices(item: dict) -> bool:
     beside = {"A", "B", "C"} <= {name.upper() for name in item}
     listed = any(isinstance(item.get(name), list) for name in ("choices", "options"))
     return (beside or listed) and "output" not in item and bool({"answer", "Answer", "label"} & item.keys())
+
+
+def is_half_of_couplets(file: Path) -> bool:
+    """True for a file of first or second halves of couplets with the other halves beside it."""
+    other = COUPLETS.get(file.name.lower().removesuffix(".gz"))
+    return other is not None and any(file.parent.glob(f"{other}*"))

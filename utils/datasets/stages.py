@@ -13,6 +13,7 @@ from utils.datasets.documents import is_document, is_text_file, read_documents
 from utils.datasets.file_formats import read_items
 from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.preferences import is_judged, is_pair, read_judged, read_pairs
+from utils.datasets.raw_sets import is_half_of_couplets
 from utils.datasets.records import read_records
 from utils.datasets.sources import data_files
 
@@ -23,7 +24,6 @@ NAMES = {
     PREFERENCE: "preferences",
     LABELLED: "answers with a label",
 }
-HALVES = ("in.txt", "out.txt")
 LOOKED_AT = 1000  # records of a file, to find those of another form
 STAGES = {TEXT: (TEXT,), INSTRUCTION: (INSTRUCTION, REWARD), PREFERENCE: (PREFERENCE,), LABELLED: (PREFERENCE, INSTRUCTION)}
 
@@ -81,7 +81,7 @@ def form_of(data_path: str) -> str:
 def form_of_file(file: Path) -> str:
     """The form of the records in one file, by the first that can be read; others among the next ones are announced."""
     if is_text_file(file):
-        if file.name.lower().removesuffix(".gz") in HALVES and any(file.parent.glob(f"{HALVES[file.name[:3] == 'in.']}*")):
+        if is_half_of_couplets(file):
             raise UserError(f"{file}: is one half of couplets; first run python data/couplets/prepare.py --raw FOLDER")
         return TEXT
     places: dict[str, str] = {}

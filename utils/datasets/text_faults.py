@@ -19,7 +19,8 @@ ESCAPED_LINE = re.compile(r"(?<!\\)\\n(?!(?:abla|eg|ewline|eq|i|ot|otin|u|um|e|m
 PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d][\w .]{0,40}\}\}|\{\{[^{}\n]{0,40}[\u4e00-\u9fff][^{}\n]{0,40}\}\}")
 LOST = re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯")
 TOKENS = re.compile(r"<[|｜][\w▁]{2,30}[|｜]>|</s>|<(?:start|end)_of_turn>")
-NOTHING = {"nan", "NaN", "None", "null", "NULL", "<NA>", "<noinput>", "<no input>", "<nooutput>", "<no output>"} | {
+NOTHING = {
+    *("nan", "NaN", "None", "null", "NULL", "<NA>", "<noinput>", "<no input>", "<nooutput>", "<no output>"),
     *("undefined", "[object Object]", "#N/A", "#NAME?", "#VALUE!", "#REF!"),
 }
 
