@@ -92,29 +92,47 @@ def test_agieval_and_logiqa(prepare, tmp_path):
     assert records_in(tmp_path / "out/test.json")[0]["topic"] == "逻辑推理"
 
 
-def test_gaokao_bench_takes_one_text_apart(prepare, tmp_path):
-    one = {"question": "1．（4分）下列说法正确的是（ ）\nA．水往高处流  B．水往低处流\nC. 水不流  D. 没有水\n", "answer": ["B"]}
-    text = "小明去上学。\n他走路。\n1. 小明去哪？\nA. 上学\nB. 回家\nC. 上街\nD. 不去\n"
-    text += "2. 他怎么\n去？\nA. 走路 B. 坐车 C. 骑车 D. 飞\n"
-    both = {"question": text, "answer": ["A", "A"]}
-    seven = {"question": "A. 一 B. 二 C. 三 D. 四 E. 五", "answer": ["E", "A"]}
-    items = {"keywords": "x", "example": [one, both, seven, {"question": "无"}]}
+TOWN = "小明去上学。他走了1.5公里，36 分钟。\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "found"),
+    [
+        ("1．（4分）正确的是（ ）\nA．上  B．下\nC. 左 D. 右\n", "B", [("正确的是（ ）", "上下左右")]),
+        ("Ａ、上 Ｂ、下 （Ｃ）左 (D) 右", "A", []),  # no question
+        ("从 A、B 两点看，是（ ）（Ａ）上（Ｂ）下（Ｃ）左（Ｄ）右", "A", [("从 A、B 两点看，是（ ）", "上下左右")]),
+        (f"{TOWN}1. 去哪？\nA. 上\nB. 下\nC. 左\nD. 右\n2. 怎\n么？\nA. 走 B. 坐 C. 骑 D. 飞", "AD",
+         [(f"{TOWN}1. 去哪？", "上下左右"), (f"{TOWN}2. 怎\n么？", "走坐骑飞")]),
+        ("据此完成 9～10 题。 9．2010～2012 年（ ） A．上 B．下 C．左 D．右10．约 2.5 米（ ）A.走 B.坐 C.骑 D.飞", "AB",
+         [("据此完成 9～10 题。\n9．2010～2012 年（ ）", "上下左右"), ("据此完成 9～10 题。\n10．约 2.5 米（ ）", "走坐骑飞")]),
+        ("7．（9分）读。（1）何？ A．上 B．下 C．左 D．右 （2）孰？ A．走 B．坐 C．骑 D．飞", "CD",
+         [("7．（9分）读。\n（1）何？", "上下左右"), ("7．（9分）读。\n（2）孰？", "走坐骑飞")]),
+        ("从（ A、B、C和D）中选：I 36 the\n37 . I.D. cards\n36. A. a B. b C. c D. d\n37 A. e B. f C. g D. h", "AB",
+         [("从（ A、B、C和D）中选：I 36 the\n37 . I.D. cards\n36.", "abcd"),
+          ("从（ A、B、C和D）中选：I 36 the\n37 . I.D. cards\n37", "efgh")]),
+        ("读。\n1. 甲？ A. 上 B. 下 C 左 D. 右\n2. 乙？ A. 走 B. 坐 C. 骑 D. 飞", "AB", [("读。\n2. 乙？", "走坐骑飞")]),
+        ("读。\n1. 甲？ A. 上 B. 下 C. 左 D. 右\n乙？ A. 走 B. 坐 C. 骑 D. 飞", "AB", []),
+        ("Fish __71__ is 8 or  72  it.\nA. 一\nB. 二\nC. 三\nD. 四\nE. 五\nF. 六\nG. 七", "GA",
+         [("Fish __71__ is 8 or  72  it.\n71.", "一二三四五六七"), ("Fish __71__ is 8 or  72  it.\n72.", "一二三四五六七")]),
+        ("Fish _ it.\nA. 一\nB. 二\nC. 三\nD. 四\nE. 五\nF. 六\nG. 七", "GA", []),
+    ],
+)  # fmt: skip
+def test_gaokao_bench_takes_one_text_apart(prepare, tmp_path, text, answers, found):
+    items = [
+        {"question": text, "answer": list(answers)},
+        {"question": "无"},
+        {"question": "甲？A. 一 B. 二 C. 三 D. 四", "answer": "B"},
+    ]
+    items.append({"question": "甲？A. 一 B. 二 C. 三 D. 四", "answer": ["B"]})
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/2010-2022_Biology_MCQs.json").write_text(json.dumps(items, ensure_ascii=False), "utf-8")
+    (tmp_path / "raw/2010-2022_Biology_MCQs.json").write_text(json.dumps({"example": items}, ensure_ascii=False), "utf-8")
     (tmp_path / "raw/gpt_2010-2022_Biology_MCQs.json").write_text("{}", "utf-8")
     said = prepare("gaokao_bench").ok()
-    first, second, third = records_in(tmp_path / "out/test.json")
-    assert first["instruction"] == "下列说法正确的是（ ）"
-    assert first["choices"] == ["水往高处流", "水往低处流", "水不流", "没有水"] and first["category"] == "Biology"
-    assert second["instruction"] == "小明去上学。\n他走路。\n1. 小明去哪？" and second["choices"][3] == "不去"
-    assert third["instruction"] == "小明去上学。\n他走路。\n2. 他怎么\n去？" and third["choices"] == [
-        "走路",
-        "坐车",
-        "骑车",
-        "飞",
-    ]
-    assert "1 of 4 texts dropped: its choices A to D cannot be separated; 3 questions kept" in said
-    assert "1 of 4 texts dropped: question or answer is missing; 3 questions kept" in said and "Apache-2.0" in said
+    *first, last = records_in(tmp_path / "out/test.json")
+    assert [(one["instruction"], "".join(one["choices"])) for one in first] == found and last["answer"] == "B"
+    assert "".join(one["answer"] for one in first) == answers[len(answers) - len(found) :]
+    counts = [int(count) for count in re.findall(rf"(\d+) of {len(answers) + 3} questions dropped", said)]
+    assert sum(counts) == len(answers) - len(found) + 2 and "Apache-2.0" in said
 
 
 def test_cmath_has_numbers_as_references(prepare, tmp_path):
@@ -132,10 +150,11 @@ def test_safetybench_has_its_answers_in_another_file(prepare, tmp_path):
     items = [{"id": n, "category": f"害{n}", "question": "问", "options": ["甲", "乙" if n else "甲"]} for n in range(4)]
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/test_zh.json").write_text(json.dumps(items), "utf-8-sig")
-    assert "is missing; also fetch it" in prepare("safetybench").error
+    assert "test_answers_zh.json: is missing; also fetch it" in prepare("safetybench").error
     write_answers = (tmp_path / "raw/test_answers_zh.json").write_text
     write_answers(json.dumps({"0": {"answer": 0}, "1": {"answer": 1}, "2": 0}), "utf-8")
     said = prepare("safetybench").ok()
+    assert "dev_zh.json: is missing, so that there are no examples for --shots" in said
     found = records_in(tmp_path / "out/test.json")
     assert [(one["category"], one["answer"], one["groups"]) for one in found] == [
         ("害1", "B", ["SafetyBench"]),
@@ -143,6 +162,22 @@ def test_safetybench_has_its_answers_in_another_file(prepare, tmp_path):
     ]
     assert "1 of 4 questions dropped: a choice occurs twice" in said and "MIT" in said
     assert "1 of 4 questions dropped: the right choice is missing" in said
+
+
+def test_safetybench_has_worked_examples_by_category_and_a_subset(prepare, tmp_path):
+    example = {"question": "问", "options": ["甲", " 乙"], "answer": 1}
+    for name, held in {
+        "a/test_zh_subset": [{"id": 7, "category": "害", "question": "问", "options": ["甲", "乙"]}],
+        "b/test_answers_zh_subset": {"7": {"category": "害", "answer": 1}},
+        "c/dev_zh": {"害": [example], "恶": [example, example | {"answer": 2}, None]},
+    }.items():
+        (tmp_path / f"raw/{name}.json").parent.mkdir(parents=True)
+        (tmp_path / f"raw/{name}.json").write_text(json.dumps(held), "utf-8")
+    said = prepare("safetybench").ok()
+    assert [one["answer"] for one in records_in(tmp_path / "out/test.json")] == ["B"]
+    found = records_in(tmp_path / "out/dev.json")
+    assert [(one["category"], one["answer"], one["choices"]) for one in found] == [(kind, "B", ["甲", "乙"]) for kind in "害恶"]
+    assert "dev_zh.json: 1 of 4 questions dropped: the right choice is not among the choices" in said
 
 
 @pytest.mark.parametrize("name", ["cmmlu", "ceval", "agieval", "gaokao_bench", "cmath", "logiqa_zh"])
