@@ -1,10 +1,10 @@
-"""Questions with choices by log-likelihood: lm-evaluation-harness, and this toolkit, on the same model, prompts and examples.
+"""Multiple-choice questions by log-likelihood: lm-evaluation-harness and this toolkit, same model, prompts and examples.
 
     python -m benchmarks.choices --base_model models/smollm2-135m --lm_eval_python /tmp/lm-eval/bin/python
 
-The harness is wanted in an environment of its own (pip install lm_eval). Its task is that of its CMMLU, with local files.
-Without --choices the questions are sums, made here. The log-likelihoods have to be the same within 1e-3, and the choices for
-at least 99.5 % of the questions. Neither the loading of the model nor that of libraries is counted.
+The harness must be installed in an environment of its own (pip install lm_eval). Its task is the one for CMMLU, with local
+files. Without --choices, the questions are generated arithmetic problems. Log-likelihoods must agree within 1e-3, and choices
+on at least 99.5 % of the questions. Loading the model and the libraries is not measured.
 """
 
 import dataclasses
@@ -58,21 +58,21 @@ for round in range(job["repeats"]):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The options of this benchmark."""
 
-    base_model: str = option(help="the base model")
-    lm_eval_python: str = option(sys.executable, "Python of an environment that has lm_eval")
-    choices: str = option("", "choice records, with their examples as dev.json beside (sums, made here)")
-    questions: int = option(120, "so many of them, evenly drawn", least=1)
+    base_model: str = option(help="base model")
+    lm_eval_python: str = option(sys.executable, "Python interpreter of an environment with lm_eval")
+    choices: str = option("", "choice records, with dev.json beside them (default: generated arithmetic)")
+    questions: int = option(120, "number of questions, evenly spaced", least=1)
     shots: int = option(5, "worked examples", least=0, most=5)
-    batch_size: int = option(8, "of the harness", least=1)
-    repeats: int = option(1, "runs of each", least=1)
+    batch_size: int = option(8, "batch size of the harness", least=1)
+    repeats: int = option(1, "runs of each recipe", least=1)
 
 
 def main(options: Options) -> None:
-    """Run both in turn, compare what they found, and print the figures."""
+    """Run both alternately, compare their results, and print the figures."""
     if subprocess.run([options.lm_eval_python, "-c", "import lm_eval"], capture_output=True).returncode:
-        raise UserError(f"--lm_eval_python {options.lm_eval_python}: has no lm_eval; pip install lm_eval there")
+        raise UserError(f"--lm_eval_python {options.lm_eval_python}: lm_eval is not installed there; pip install lm_eval")
     from utils.datasets.choices import read_choices
     from utils.evaluation import choices
     from utils.evaluation.likelihood import load_engine
@@ -83,7 +83,7 @@ def main(options: Options) -> None:
         questions = questions[:: max(1, len(questions) // options.questions)][: options.questions]
         examples = choices.read_examples("", questions, [path], options.shots)
         engine = load_engine(options.base_model, [], False)
-        engine.loaded  # noqa: B018, not counted
+        engine.loaded  # noqa: B018, load the model before the clock starts
         harness = Harness(options, questions, examples, Path(folder))
         results: dict[str, list[list[float]]] = {}
 
@@ -113,7 +113,7 @@ def main(options: Options) -> None:
 
 
 def sums(folder: Path) -> str:
-    """Write sums of three kinds as choice records, five of each kind as examples; the file of the questions."""
+    """Write arithmetic problems of three kinds as choice records, with five examples each; returns the questions' file."""
     chance = random.Random(0)
     split: dict[str, list[dict[str, Any]]] = {"dev": [], "test": []}
     for topic, sign, count in (("加法", "加", 60), ("减法", "减", 60), ("乘法", "乘以", 60)):
@@ -131,7 +131,7 @@ def sums(folder: Path) -> str:
 
 
 class Harness:
-    """lm-evaluation-harness in a process that stays, with its model loaded."""
+    """lm-evaluation-harness in a process that keeps its model loaded."""
 
     def __init__(self, options: Options, questions: list[Any], examples: dict[str, list[Any]], folder: Path):
         from utils.evaluation.choices import description
@@ -155,15 +155,15 @@ class Harness:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def wait_for(self, word: str) -> str:
-        """The next line that begins with a word, without it. Ends the benchmark where the harness has ended."""
+        """The rest of the next line that begins with a word. Ends the benchmark if the harness has ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(word):
                 return line.removeprefix(word)
-        sys.exit("lm_eval ended; see what it printed")
+        sys.exit("lm_eval ended; see its output")
 
     def run(self) -> tuple[float, list[list[float]]]:
-        """Seconds of one evaluation, and the log-likelihoods of the choices of each question, in their order."""
+        """The seconds of one evaluation, and each question's log-likelihoods of its choices, in order."""
         self.wait_for("ready")
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
@@ -176,13 +176,13 @@ class Harness:
 
 
 def as_row(one: Any) -> str:
-    """A question as a line of CMMLU's columns."""
+    """A question as a line with CMMLU's columns."""
     row = dict(zip("ABCD", one.choices, strict=True)) | {"Question": one.question, "Answer": "ABCD"[one.right[0]]}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def compare(one: list[list[float]], other: list[list[float]]) -> tuple[float, float]:
-    """The share of questions for which both choose the same, and the largest difference of a log-likelihood."""
+    """The share of questions on which both choose the same, and the largest difference in log-likelihood."""
     pairs = list(zip(one, other, strict=True))
     same = sum(a.index(max(a)) == b.index(max(b)) for a, b in pairs) / len(pairs)
     return same, max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True))

@@ -1,10 +1,10 @@
-"""Cleaning up to a million records: time and memory of data/clean.py, and of the plain recipe on fewer.
+"""Cleaning up to a million records: time and memory of data/clean.py, and of the baseline on fewer.
 
     python benchmarks/clean.py
 
-The plain recipe is datasketch's: a MinHash and an index in memory, which find near-duplicates and nothing else. The records
-are made up: every tenth copies the one before but for its punctuation, some hold a telephone number or a test question, and
-all of these must be found.
+The baseline is datasketch's: MinHash with an index in memory, which finds near-duplicates and nothing else. The records are
+synthetic: every tenth copies the one before except for its punctuation, some contain a telephone number or a test question,
+and all of these must be found.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ SHINGLE, SHARED = 5, 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The options of this benchmark."""
 
     records: int = option(1_000_000, "records of the largest file; the others have a fifth and a hundredth", least=10_000)
-    repeats: int = option(1, "turns of each program", least=1)
-    plain: str = option("", "used by the benchmark itself: run the plain recipe on this file")
+    repeats: int = option(1, "runs of each program", least=1)
+    plain: str = option("", "internal: run the baseline on this file")
 
 
 def main(options: Options) -> None:
-    """Measure all recipes in turn, or be the plain one."""
+    """Measure all recipes alternately, or be the baseline."""
     if options.plain:
         print(json.dumps({"near_duplicates": plain_recipe(Path(options.plain))}))
         return
@@ -55,17 +55,17 @@ def main(options: Options) -> None:
         facts = {"bytes": (folder / f"{most}.jsonl").stat().st_size}
     plain, read, small, _, large = medians.values()
     if plain.pop("near_duplicates") != few // 10:
-        sys.exit("the plain recipe found other near-duplicates")
+        sys.exit("the baseline found other near-duplicates")
     ratios = {
-        "processor time a record, plain / ours": plain["cpu_seconds"] / small["cpu_seconds"],
+        "processor time per record, plain / ours": plain["cpu_seconds"] / small["cpu_seconds"],
         "processor time, ours / reading": large["cpu_seconds"] / read["cpu_seconds"],
-        "memory of a record more, in bytes": (large["peak_mb"] - small["peak_mb"]) * 2**20 / (most - few),
+        "memory per additional record, in bytes": (large["peak_mb"] - small["peak_mb"]) * 2**20 / (most - few),
     }
     report(medians, ratios, ("datasketch", "numpy", "orjson"), **facts)
 
 
 def write_records(path: Path, count: int) -> None:
-    """Records of one question and one answer; their lengths are log-normal, as those of real ones are."""
+    """Write question-answer records with log-normal lengths, like those of real ones."""
     numbers = random.Random(42)
     text = "".join(chr(numbers.randrange(0x4E00, 0x9FA5)) for _ in range(1_000_000))
     question = next(read_records(ROOT / "test_data/09math.json", need_output=False))["instruction"]
@@ -87,7 +87,7 @@ def write_records(path: Path, count: int) -> None:
 
 
 def ours(folder: Path, count: int) -> Figures:
-    """data/clean.py on one of the files; ends the benchmark if it overlooks anything, or finds more."""
+    """Run data/clean.py on one of the files; ends the benchmark if it misses anything or finds too much."""
     clean = folder / "clean.json"
     figures = child(ROOT / "data/clean.py", "--data_path", folder / f"{count}.jsonl", "--output_path", clean, "--overwrite")
     found = json.loads(clean.with_name("clean.report.json").read_text("utf-8"))
@@ -98,7 +98,7 @@ def ours(folder: Path, count: int) -> Figures:
 
 
 def plain_recipe(path: Path) -> int:
-    """How many records share SHARED of their text with an earlier one, by datasketch's own index."""
+    """The number of records that share SHARED of their text with an earlier one, by datasketch's own index."""
     from datasketch import MinHash, MinHashLSH
 
     from utils.datasets.cleaning import normalized, texts_of

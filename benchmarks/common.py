@@ -1,4 +1,4 @@
-"""What every benchmark shares: recipes run in turn, medians, the machine, a table, and one JSON object as the last line."""
+"""Shared by all benchmarks: alternating recipes, medians, machine info, a table, and one JSON object as the last line."""
 
 import importlib.metadata
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-# Between the benchmark and a program, since a process begins with the peak of the one that started it.
+# Stands between the benchmark and a program, since a process inherits the peak memory of the one that started it.
 LAUNCHER = """
 import json, os, subprocess, sys, time
 start = time.perf_counter()
@@ -28,7 +28,7 @@ Figures = dict[str, float]  # such as {"seconds": 1.5, "peak_mb": 700}
 
 
 def interleave(recipes: dict[str, Callable[[], Figures]], repeats: int) -> dict[str, Figures]:
-    """Run each recipe `repeats` times, in turn, so that a slow spell of the machine meets all; the medians of each."""
+    """Run the recipes alternately, `repeats` times each, so that a slow spell hits all of them; returns each one's medians."""
     runs: dict[str, list[Figures]] = {name: [] for name in recipes}
     for repeat in range(repeats):
         for name, recipe in recipes.items():
@@ -49,10 +49,10 @@ def timed(function: Callable[[], Any]) -> Figures:
 
 
 def child(*arguments: str | Path) -> Figures:
-    """Run a Python program in a process of its own: `seconds` of the clock and of the processors, and `peak_mb`.
+    """Run a Python program in a process of its own; returns `seconds` (wall), `cpu_seconds` and `peak_mb`.
 
-    The peak is of the resident set, in units of 2**20 bytes. Where the program's last line of output is a JSON object,
-    its figures are added. Its failure ends the benchmark.
+    The peak is of the resident set, in MiB. If the program's last line of output is a JSON object, its figures are
+    added. If the program fails, so does the benchmark.
     """
     command = [sys.executable, "-c", LAUNCHER, sys.executable, *map(str, arguments)]
     ended = subprocess.run(
@@ -70,8 +70,10 @@ def child(*arguments: str | Path) -> Figures:
 
 
 def text_maker() -> Callable[[float], str]:
-    """Makes Chinese texts of the records at hand, whose lengths about the median asked for are spread as real ones are
-    (log-normal); the same texts in every run."""
+    """A function that makes Chinese texts, of a given median length, from the records in the repository.
+
+    Lengths are log-normal, like those of real records; every run gets the same texts.
+    """
     from utils.datasets.records import read_records
 
     files = sorted((ROOT / "test_data").glob("*.json")) + sorted((ROOT / "data/demo").glob("f*.json"))
@@ -88,7 +90,7 @@ def text_maker() -> Callable[[float], str]:
 
 
 def report(medians: dict[str, Figures], ratios: Figures, libraries: tuple[str, ...], **facts: Any) -> None:
-    """Print a table of the medians, the ratios, and the JSON line that holds all of it."""
+    """Print a table of the medians, the ratios, and a JSON line with everything."""
     width = max(map(len, medians))
     for name, figures in medians.items():
         print(f"{name:<{width}}  {written(figures)}")
@@ -108,7 +110,7 @@ def written(figures: Figures) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     import torch
 
     cpu = next(

@@ -1,10 +1,10 @@
-"""Firefly's 1.65 million records: time and memory to cut them into parts, beside reading them, and beside the plain recipe.
+"""Firefly's 1.65 million records: time and memory to split them into parts, to just read them, and of the baseline.
 
     python benchmarks/data.py
 
-The file is made up, in the real shape: 24 kinds in their real numbers, mixed, about 1.1 GB. Three programs take turns: one
-that only reads the lines with orjson, `data/firefly/prepare.py`, and the plain recipe, which holds everything in memory; the
-last two must write the same bytes.
+The file is synthetic, in the real format: 24 kinds in their real numbers, shuffled, about 1.1 GB. Three programs alternate:
+one that only reads the lines with orjson, `data/firefly/prepare.py`, and the baseline, which holds everything in memory; the
+last two must write identical bytes.
 """
 
 import collections
@@ -47,11 +47,11 @@ PARTS = 5
 
 @dataclasses.dataclass
 class Options:
-    """What is measured."""
+    """The options of this benchmark."""
 
     share: float = option(1.0, "share of the real number of records", least=0.0001, most=1)
-    repeats: int = option(3, "turns of each program", least=1)
-    plain: bool = option(True, "let the plain recipe take its turns, too; it takes 2 GB of memory")
+    repeats: int = option(3, "runs of each program", least=1)
+    plain: bool = option(True, "also run the baseline, which takes 2 GB of memory")
 
 
 def main(options: Options) -> None:
@@ -71,12 +71,12 @@ def main(options: Options) -> None:
             for part in range(PARTS)
         )
     if options.plain and not equal:
-        sys.exit("the plain recipe and ours wrote different files")
+        sys.exit("the baseline and ours wrote different files")
     report(medians, ratios(medians), ("orjson", "tqdm"), **facts, **({"equal": equal} if options.plain else {}))
 
 
 def write_raw(path: Path, share: float) -> None:
-    """Write the made-up file. Lengths are log-normal, as those of real answers are."""
+    """Write the synthetic file. Lengths are log-normal, like those of real answers."""
     random.seed(42)
     text = "".join(chr(random.randrange(0x4E00, 0x9FA5)) if random.random() > 0.12 else "，" for _ in range(1_000_000))
     kinds = [kind for kind, count in KINDS.items() for _ in range(max(1, round(count * share)))]
@@ -91,7 +91,7 @@ def write_raw(path: Path, share: float) -> None:
 
 
 def plain_recipe(raw: str, folder: str) -> None:
-    """All records in memory, counted, dealt out, written with json: what such scripts usually do."""
+    """Read all records into memory, count, split, write with json: what such scripts usually do."""
     with open(raw, encoding="utf-8") as file:
         items = [json.loads(line) for line in file]
     totals = collections.Counter(item["kind"] for item in items)

@@ -2,9 +2,9 @@
 
     python benchmarks/encode.py --base_model models/smollm2-135m
 
-Each runs in a process of its own. All ids must be equal. Labels may differ in the token that straddles prompt and answer,
-which alpaca-lora, encoding the prompt a second time, does not see; how many records that concerns is shown. The memory of
-ours is measured for fewer records, too.
+Each runs in a process of its own. All ids must be equal. Labels may differ at the token that straddles prompt and answer,
+which alpaca-lora misses because it encodes the prompt separately; the number of additional labels is printed. The memory of
+ours is also measured for fewer records.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ CUTOFF = 256
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """The options of this benchmark."""
 
-    base_model: str = option(help="the model whose tokenizer encodes")
+    base_model: str = option(help="model whose tokenizer is used")
     records: int = option(100_000, "records to encode", least=1)
     repeats: int = option(1, "runs of each recipe", least=1)
-    recipe: str = option("", "used by the benchmark itself: run this one", choices=("", "plain", "batched", "ours"))
-    data: str = option("", "used by the benchmark itself: the records")
+    recipe: str = option("", "internal: run only this recipe", choices=("", "plain", "batched", "ours"))
+    data: str = option("", "internal: file of the records")
 
 
 def main(options: Options) -> None:
-    """Measure all recipes in turn, or be one of them."""
+    """Measure all recipes alternately, or be one of them."""
     if options.recipe:
         print(json.dumps(measure(options)))
         return
@@ -56,8 +56,8 @@ def main(options: Options) -> None:
     if len({plain["ids"], batched["ids"], our["ids"]}) > 1 or batched["supervised"] != our["supervised"]:
         sys.exit("the recipes' ids differ")
     ratios = {
-        "encoding, records a second, ours / plain": plain["encoding_seconds"] / our["encoding_seconds"],
-        "encoding, records a second, ours / batched map": batched["encoding_seconds"] / our["encoding_seconds"],
+        "encoding, records per second, ours / plain": plain["encoding_seconds"] / our["encoding_seconds"],
+        "encoding, records per second, ours / batched map": batched["encoding_seconds"] / our["encoding_seconds"],
         "processor time, batched map / ours": batched["cpu_seconds"] / our["cpu_seconds"],
         "peak memory, batched map / ours": batched["peak_mb"] / our["peak_mb"],
         f"peak memory, {options.records} records / {options.records // 10}": our["peak_mb"] / fewer[0]["peak_mb"],
@@ -70,7 +70,7 @@ def main(options: Options) -> None:
 
 
 def write_data(path: Path, count: int) -> None:
-    """Chinese records whose lengths are spread as real ones are (log-normal), each with its number in it."""
+    """Write Chinese records with log-normal lengths, like those of real ones; each contains its number."""
     from utils.datasets.records import read_records
 
     files = sorted(ROOT.glob("test_data/*.json")) + sorted(ROOT.glob("data/demo/f*.json"))
@@ -89,7 +89,7 @@ def write_data(path: Path, count: int) -> None:
 
 
 def measure(options: Options) -> dict[str, float]:
-    """Seconds of encoding, a number made of all ids, and how many tokens are supervised."""
+    """Seconds of encoding, a hash of all ids, and the number of supervised tokens."""
     import datasets
 
     from utils.models.tokenizer import load_tokenizer
@@ -108,7 +108,7 @@ def measure(options: Options) -> dict[str, float]:
 
 
 def ours(options: Options, tokenizer: Any, _: str) -> Any:
-    """This toolkit, with its cache empty."""
+    """This toolkit, with an empty cache."""
     from utils.datasets import dataset
     from utils.datasets.encoders import Encoder
     from utils.datasets.templates import Prompter
@@ -118,7 +118,7 @@ def ours(options: Options, tokenizer: Any, _: str) -> Any:
 
 
 def batched(options: Options, tokenizer: Any, cache: str) -> Any:
-    """The library's pool around this toolkit's encoding: `map` in batches, a process a core."""
+    """This toolkit's encoding in the library's process pool: `map` in batches, one process per core."""
     from datasets import load_dataset
 
     from utils.datasets.dataset import CHUNK
@@ -138,7 +138,7 @@ def batched(options: Options, tokenizer: Any, cache: str) -> Any:
 
 
 def plain(options: Options, tokenizer: Any, cache: str) -> Any:
-    """alpaca-lora's way: each record's whole text and its prompt are encoded, a record a call."""
+    """alpaca-lora's way: each record's full text and its prompt are encoded, one record per call."""
     from datasets import load_dataset
 
     from utils.datasets.templates import Prompter

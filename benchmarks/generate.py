@@ -2,12 +2,12 @@
 
     python benchmarks/generate.py --base_model models/smollm2-135m-instruct
 
-The prompts and the length of the answers are the same for all, and so must the answers be: where one differs, the two
-scores between which the recipes chose differently are shown, and have to lie within 1e-3 of each other. For greedy
-decoding these are the first differing tokens' log-probabilities; a beam search chooses between whole beams by their
-sum of log-probabilities over their length.
+Prompts and answer lengths are the same for all recipes, and the answers must be, too: if two differ, their scores at the
+point where the recipes diverged are printed and must be within 1e-3 of each other. For greedy decoding these are the
+log-probabilities of the first differing tokens; beam search compares complete beams by their sum of log-probabilities
+divided by their length.
 
-On a machine that others use too, give OMP_NUM_THREADS=1 and read the CPU seconds: they do not count the waiting.
+On a shared machine, set OMP_NUM_THREADS=1 and look at the CPU seconds, which do not include waiting.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ from utils.cli import option, run
 from utils.console import say
 
 TOLERANCE = 1e-3
-ROWS = 32  # of a left-padded batch, beams counted; 64 took as long
+ROWS = 32  # of a left-padded batch, counting beams; 64 was no faster
 Answers = list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The options of this benchmark."""
 
-    base_model: str = option(help="the base model")
-    lora_weights: list[str] = option([], "an adapter on it: unmerged in the plain recipe, merged in memory in ours")
-    test_input_path: list[str] = option([str(ROOT / "test_data")], "the prompts")
-    prompts: int = option(0, "answer only so many of them, evenly drawn (0: all)", least=0)
+    base_model: str = option(help="base model")
+    lora_weights: list[str] = option([], "adapter: unmerged in the baseline, merged in memory in ours")
+    test_input_path: list[str] = option([str(ROOT / "test_data")], "prompts")
+    prompts: int = option(0, "number of prompts to answer, evenly spaced (0: all)", least=0)
     num_beams: list[str] = option(["1", "4"], "numbers of beams to measure")
-    max_new_tokens: int = option(48, "length of the answers", least=1)
+    max_new_tokens: int = option(48, "tokens per answer", least=1)
     repeats: int = option(1, "runs of each recipe", least=1)
     continuous: bool = option(True, "also measure model.generate_batch (greedy decoding only)")
 
 
 def main(options: Options) -> None:
-    """Measure each number of beams; print all figures as one object."""
+    """Measure each number of beams and print the figures."""
     from utils.datasets.prompts import read_prompts
     from utils.inference.answerers import resolve
     from utils.inference.engine import Engine
@@ -51,7 +51,7 @@ def main(options: Options) -> None:
 
     base_model, answerers = resolve(options.base_model, options.lora_weights, "")
     engine = Engine(base_model, answerers, place(False, False))
-    engine.loaded  # noqa: B018, not in the time of the recipe that comes first
+    engine.loaded  # noqa: B018, load the model before the clock starts
     records = read_prompts(options.test_input_path)
     records = records[:: max(1, len(records) // options.prompts)][: options.prompts] if options.prompts else records
     prompts = [engine.encode(answerers[0].name, record) for record in records]
@@ -71,7 +71,7 @@ def main(options: Options) -> None:
 
 
 def measure(engine: Any, prompts: Answers, beams: int, options: Options) -> tuple[dict[str, Figures], dict[str, Answers]]:
-    """Run the recipes in turn; their figures and their answers."""
+    """Run the recipes alternately; returns their figures and their answers."""
     recipes = {f"plain, {beams} beams": one_by_one, f"ours, {beams} beams": in_batches}
     recipes[f"left-padded batches, {beams} beams"] = padded
     if options.continuous and beams == 1:
@@ -91,7 +91,7 @@ def measure(engine: Any, prompts: Answers, beams: int, options: Options) -> tupl
 
 
 def one_by_one(engine: Any, prompts: Answers, beams: int, length: int) -> Answers:
-    """The plain recipe, line for line that of alpaca-lora's generate.py: one prompt a call, all scores kept."""
+    """The baseline, as in alpaca-lora's generate.py: one prompt per call, all scores kept."""
     import torch
     from transformers import GenerationConfig
 
@@ -116,7 +116,7 @@ def one_by_one(engine: Any, prompts: Answers, beams: int, length: int) -> Answer
 
 
 def in_batches(engine: Any, prompts: Answers, beams: int, length: int) -> Answers:
-    """This toolkit, without stop strings, which the plain recipe does not have."""
+    """This toolkit, without stop strings, which the baseline does not have."""
     from utils.inference.batch import plan
     from utils.inference.decoding import decode
     from utils.inference.sampling_params import SamplingParams
@@ -133,7 +133,7 @@ def in_batches(engine: Any, prompts: Answers, beams: int, length: int) -> Answer
 
 
 def padded(engine: Any, prompts: Answers, beams: int, length: int) -> Answers:
-    """The library's batches: prompts of similar length, padded on the left, through `model.generate`."""
+    """Batches of prompts of similar length, left-padded, through the library's `model.generate`."""
     import torch
 
     model, end, pad = engine.model, engine.model.config.eos_token_id, engine.model.config.pad_token_id
@@ -179,12 +179,12 @@ def continuous(engine: Any, prompts: Answers, beams: int, length: int) -> Answer
 
 
 def until_end(ids: list[int], end: int) -> list[int]:
-    """An answer's ids up to its end of sequence."""
+    """An answer's ids up to and including the end-of-sequence token."""
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def compare(engine: Any, prompts: Answers, plain: Answers, ours: Answers, beams: int, name: str) -> float:
-    """The share of identical answers; shows what separates the others, and ends the program where it is not rounding."""
+    """The share of identical answers; prints how the others differ, and ends the program if it is more than rounding."""
     same, wrong = 0, 0
     for prompt, one, other in zip(prompts, plain, ours, strict=True):
         if one == other:
@@ -196,7 +196,7 @@ def compare(engine: Any, prompts: Answers, plain: Answers, ours: Answers, beams:
         scores = [log_probabilities(engine, prompt, ids) for ids in (one, other)]
         values = [float(s.mean()) for s in scores] if beams > 1 else [float(s[first]) for s in scores]
         wrong += abs(values[0] - values[1]) > TOLERANCE
-        what = "sum over length" if beams > 1 else "log-probability"
+        what = "mean log-probability" if beams > 1 else "log-probability"
         say(f"  {name}: differs from token {first} on; {what} {values[0]:.6f} (plain) and {values[1]:.6f}")
     if wrong:
         sys.exit(f"{name}: {wrong} answers differ by more than rounding")
@@ -204,7 +204,7 @@ def compare(engine: Any, prompts: Answers, plain: Answers, ours: Answers, beams:
 
 
 def log_probabilities(engine: Any, prompt: list[int], answer: list[int]) -> Any:
-    """The log-probability of each token of an answer, by the model itself: (tokens,) float32."""
+    """The model's log-probability of each token of an answer: (tokens,) float32."""
     import torch
 
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Memory of training: what the estimate says that autograd keeps, and what is counted in a real forward pass.
+"""Memory of training: the estimate of what autograd saves, against what is counted in a real forward pass.
 
     python -m benchmarks.memory
 
-Random models of five families, each in four types, with three choices of what trains, with and without gradient
-checkpointing. Counted are the distinct tensors that `saved_tensors_hooks` and bitsandbytes' own contexts hold; with
-checkpointing those, and what the largest layer holds while it is computed again.
+Random models of five families, each in four dtypes, with three sets of trained layers, with and without gradient
+checkpointing. What is counted: the distinct tensors held by `saved_tensors_hooks` and by bitsandbytes' own contexts;
+with checkpointing also what the largest layer holds while it is recomputed.
 """
 
 import dataclasses
@@ -55,11 +55,11 @@ class Options:
     """The options of this benchmark."""
 
     records: int = option(2, "records in a micro-batch", least=1)
-    length: int = option(96, "tokens of each", least=2)
+    length: int = option(96, "tokens per record", least=2)
 
 
 def main(options: Options) -> None:
-    """Count and estimate all cases, and report how they compare."""
+    """Count and estimate all cases, and report the ratios."""
     medians: dict[str, Figures] = {}
     with tempfile.TemporaryDirectory() as folder:
         for family in FAMILIES:
@@ -74,12 +74,12 @@ def main(options: Options) -> None:
 
 
 def cases() -> Iterator[tuple[str, str]]:
-    """Each type with each choice of what trains."""
+    """Each dtype with each set of trained layers."""
     return ((kind, trained) for kind in KINDS for trained in TRAINED)
 
 
 def random_model(family: str, folder: Path) -> Path:
-    """Write a model of a family with random weights."""
+    """Save a random model of a family."""
     name, sizes = FAMILIES[family]
     config: PreTrainedConfig = getattr(transformers, name)(**sizes, tie_word_embeddings=False)
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def random_model(family: str, folder: Path) -> Path:
 
 
 def compare(base: Path, kind: str, trained: str, records: int, length: int) -> Figures:
-    """Megabytes that are counted and estimated, and their ratio: without gradient checkpointing and with it."""
+    """Megabytes counted and estimated, and their ratio, without and with gradient checkpointing."""
     placement = KINDS[kind]()
     model = with_adapter(base, placement, trained)
     estimated = saved_in_training(model, placement, records, length)
@@ -140,13 +140,13 @@ def count(model: PeftModel, placement: DeviceConfig, records: int, length: int) 
 
 
 def quantized_weights(model: PeftModel) -> list[torch.Tensor]:
-    """bitsandbytes' 8-bit weights, which are not parameters once they were used."""
+    """bitsandbytes' 8-bit weights, which are no longer parameters after their first use."""
     states = [module.state for module in model.modules() if hasattr(module, "state")]
     return [tensor for state in states for tensor in (state.CB, state.SCB) if tensor is not None]
 
 
 def count_8bit(counter: Counter, _module: nn.Module, _inputs: Any, output: Any) -> None:
-    """Count what the products of bitsandbytes before a layer's `output` hold beside what autograd shows to its hooks."""
+    """Count what bitsandbytes' products behind a layer's `output` hold in addition to what autograd shows to its hooks."""
     seen: set[Any] = set()
     rest: list[Any] = [tensor.grad_fn for tensor in tree_leaves(output) if isinstance(tensor, torch.Tensor)]
     while rest:

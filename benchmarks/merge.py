@@ -1,10 +1,10 @@
-"""Merging a 2.2 GB float16 model with a LoRA: ours, the plain peft recipe, and cp -r with sync, in turn.
+"""Merging a 2.2 GB float16 model with a LoRA: ours, the usual peft recipe, and cp -r with sync, alternately.
 
     python -m benchmarks.merge --repeats 3
 
-The base has TinyLlama's sizes, in 500 MB shards; the LoRA has rank 8 on all linear layers, and both embeddings whole.
-What is compared: tensors (equal to one rounding of float16), bytes of two runs, time, and peak memory, which is also
-measured on a base with twice as many layers. About 12 GB of disk are needed under --folder.
+The base model has TinyLlama's dimensions, in 500 MB shards; the LoRA has rank 8 on all linear layers, and fully trained
+embeddings and output layer. Compared are the tensors (equal to within one float16 rounding), the bytes of two runs, time,
+and peak memory, also for a base model with twice as many layers. This needs about 12 GB of disk space in --folder.
 """
 
 import dataclasses
@@ -63,13 +63,13 @@ AutoTokenizer.from_pretrained(base).save_pretrained(output)
 class Options:
     """The options of this benchmark."""
 
-    repeats: int = option(3, "how often each recipe runs", least=1)
-    layers: int = option(22, "layers of the base (22: 2.2 GB)", least=1)
-    folder: str = option("", "where to build the models (a temporary folder)")
+    repeats: int = option(3, "runs of each recipe", least=1)
+    layers: int = option(22, "layers of the base model (22: 2.2 GB)", least=1)
+    folder: str = option("", "folder to build the models in (default: a temporary one)")
 
 
 def main(options: Options) -> None:
-    """Build the models, run the recipes in turn, compare what they wrote, and print the figures."""
+    """Build the models, run the recipes alternately, compare their output, and print the figures."""
     with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
         base, double = Path(name) / "base", Path(name) / "double"
         child("-c", BUILD, base, str(options.layers))
@@ -97,7 +97,7 @@ def main(options: Options) -> None:
 
 
 def new(output: Path) -> Path:
-    """A place where nothing has to be replaced, on a disk that has all that was written before."""
+    """An output path that does not exist, with everything written before flushed to disk."""
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
     return output
@@ -110,7 +110,7 @@ def merged(base: Path, output: Path) -> Figures:
 
 
 def copied(base: Path, output: Path) -> None:
-    """Copy the base's folder, and have the copy on the disk."""
+    """Copy the base model's folder, and flush the copy to disk."""
     subprocess.run(["cp", "-r", base, output], check=True)
     os.sync()
 
@@ -121,10 +121,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def differences(base: Path) -> dict[str, float]:
-    """Compare our tensors with the plain recipe's: the share of equal values, and the largest difference.
+    """Compare our tensors with the baseline's: the share of equal values, and the largest difference.
 
-    The difference is counted in units of the last place of the larger of base and result, in float16. The plain recipe
-    rounds twice, the change and the sum.
+    The difference is in float16 units in the last place (ULP) of the larger of base and result. The baseline rounds
+    twice, the change and the sum.
     """
     import torch
 
@@ -132,7 +132,7 @@ def differences(base: Path) -> dict[str, float]:
 
     stored, ours, plain = (Weights(base.with_name(name)) for name in ("base", "ours", "plain"))
     if ours.names != plain.names:
-        raise SystemExit("the recipes wrote tensors of different names")
+        raise SystemExit("the recipes wrote tensors with different names")
     values = equal = 0
     largest = 0.0
     for name in ours.names:
@@ -143,7 +143,7 @@ def differences(base: Path) -> dict[str, float]:
             largest = max(largest, ((a - b).abs() / torch.ldexp(torch.ones_like(a), exponent - 11)).max().item())
             values, equal = values + a.numel(), equal + (a == b).sum().item()
     if largest > 1:
-        raise SystemExit(f"the recipes' results differ by {largest} units of the last place")
+        raise SystemExit(f"the recipes' results differ by {largest} units in the last place")
     return {"share_of_equal_values": equal / values, "largest_difference_in_last_places": largest}
 
 

@@ -1,11 +1,11 @@
-"""Learning from preferences and from raw text beside trl: the same losses and gradients, speed and memory.
+"""Training on preferences and on raw text, compared with trl: losses and gradients, speed and memory.
 
     python benchmarks/preferences.py --base_model models/smollm2-135m
 
-trl must be installed beside the rest (pip install trl, or PYTHONPATH naming a folder that it was installed into). First
-trl's own trainers compute each loss and its gradients on one batch of theirs, and ours on the very same ids: DPO, IPO,
-SimPO, KTO, the odds ratio of ORPO (trl adds the loss of the prompt, we that of the answer alone), and GRPO with clipping
-and KL. Then DPO and pre-training on raw text (trl: packed) run in turn, without dropout, on the same records.
+trl must be installed (pip install trl, or PYTHONPATH with a folder that contains it). First trl's own trainers compute each
+loss and its gradients on one of their batches, and ours on exactly the same ids: DPO, IPO, SimPO, KTO, the odds ratio of
+ORPO (trl adds the loss of the prompt, we only that of the answer), and GRPO with clipping and KL. Then DPO and pretraining
+on raw text (trl: packed) alternate, without dropout, on the same records.
 """
 
 import contextlib
@@ -31,26 +31,26 @@ RECIPES = ("trl dpo", "our dpo", "trl text", "our text")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """The options of this benchmark."""
 
-    base_model: str = option(help="the model to train")
-    steps: int = option(2, "optimizer steps of each run", least=1)
-    batch_size: int = option(16, "pairs, or documents, in a step", least=1)
+    base_model: str = option(help="model to train")
+    steps: int = option(2, "optimizer steps per run", least=1)
+    batch_size: int = option(16, "pairs, or documents, per step", least=1)
     micro_batch_size: int = option(4, "sequences of full length at once", least=1)
-    cutoff_len: int = option(256, "tokens of a sequence", least=2)
+    cutoff_len: int = option(256, "tokens per sequence", least=2)
     repeats: int = option(3, "runs of each recipe", least=1)
-    only: str = option("", "measure the speed of this alone", choices=("", "dpo", "text"))
-    recipe: str = option("", "used by the benchmark itself: run this one", choices=("", "equal", *RECIPES))
-    data: str = option("", "used by the benchmark itself: the records")
+    only: str = option("", "measure only the speed of this", choices=("", "dpo", "text"))
+    recipe: str = option("", "internal: run only this recipe", choices=("", "equal", *RECIPES))
+    data: str = option("", "internal: file of the records")
 
 
 def main(options: Options) -> None:
-    """Compare the losses, measure all recipes in turn, or be one of them."""
+    """Compare the losses, measure all recipes alternately, or be one of them."""
     if options.recipe:
         print(json.dumps(equal(options) if options.recipe == "equal" else measure(options)))
         return
     if importlib.util.find_spec("trl") is None:
-        raise UserError("trl: is not installed; pip install trl, or have PYTHONPATH name a folder that holds it")
+        raise UserError("trl: not installed; pip install trl, or set PYTHONPATH to a folder that contains it")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "records.json"
         data.write_text(json.dumps(records(options), ensure_ascii=False), "utf-8")
@@ -71,22 +71,22 @@ def main(options: Options) -> None:
         if f"our {what}" in medians:
             theirs, ours = medians[f"trl {what}"], medians[f"our {what}"]
             ratios |= {
-                f"real tokens a second of our {what} / {peer}": ours["tokens_per_second"] / theirs["tokens_per_second"],
+                f"real tokens per second, our {what} / {peer}": ours["tokens_per_second"] / theirs["tokens_per_second"],
                 f"processor time, {peer} / our {what}": theirs["train_cpu_seconds"] / ours["train_cpu_seconds"],
-                f"memory of our {what} / {peer}": ours["peak_mb"] / theirs["peak_mb"],
+                f"memory, our {what} / {peer}": ours["peak_mb"] / theirs["peak_mb"],
             }
     report(medians, ratios, ("torch", "transformers", "peft", "trl"), **facts)
 
 
 def records(options: Options) -> dict[str, list[dict[str, str]]]:
-    """Pairs whose lengths are spread as real ones are, and documents likewise."""
+    """Pairs and documents with lengths distributed like those of real ones."""
     text, count = text_maker(), options.steps * options.batch_size
     pairs = [{"prompt": text(15), "chosen": text(40), "rejected": text(40)} for _ in range(count)]
     return {"pairs": pairs, "texts": [{"text": text(80)} for _ in range(count)]}
 
 
 def equal(options: Options) -> Figures:
-    """The largest relative difference of our loss, and of its gradients, from trl's, for each loss."""
+    """For each loss, the relative difference between ours and trl's, and the largest one of its gradients."""
     found: Figures = {}
     small = dataclasses.replace(options, batch_size=4, micro_batch_size=4)
     pairs = json.loads(Path(options.data).read_text("utf-8"))["pairs"][:4]
@@ -106,8 +106,7 @@ def equal(options: Options) -> Figures:
 
 
 def measure(options: Options) -> Figures:
-    """Train one recipe: seconds, by the clock and of the processors, from the first step's beginning, the reference's
-    computation included, and real tokens a second."""
+    """Train one recipe; wall and CPU seconds of the training, including the reference model, and tokens per second."""
     both = json.loads(Path(options.data).read_text("utf-8"))
     who, what = options.recipe.split()
     rows = both["pairs" if what == "dpo" else "texts"]
@@ -119,7 +118,7 @@ def measure(options: Options) -> Figures:
 
 
 def real_tokens(options: Options, what: str, rows: list[dict[str, str]]) -> int:
-    """Tokens of the sequences that are learned, ends included, before any padding."""
+    """The number of tokens in the training sequences, end tokens included, without padding."""
     tokenizer = tokenizer_of(options)
     texts = (
         [row["text"] for row in rows]
@@ -139,7 +138,7 @@ def train_trl(options: Options, model: Any, what: str, rows: list[dict], folder:
 
 
 def seconds_of(function: Callable[[], Any]) -> tuple[float, float]:
-    """The time of one call by the clock, and of the processors."""
+    """The wall and CPU time of one call."""
     began, cpu = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - began, time.process_time() - cpu
@@ -172,14 +171,14 @@ def train_ours(options: Options, model: Any, what: str, rows: list[dict], folder
             trainer: StepTrainer = PreferenceTrainer(model, args, job, data, None, Preference("dpo", BETA, 0.0, 0.0))
         else:
             trainer = StepTrainer(model, args, job, data, None)
-        trainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]  # trl's run saves nothing either
+        trainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]  # trl's run saves nothing, either
         train(trainer, None)
 
     return *seconds_of(learn), real_tokens(options, what, rows)
 
 
 def encoded(options: Options, what: str, rows: list[dict[str, str]]) -> dict[str, list]:
-    """The columns of our data set: the ids that trl makes of the same records."""
+    """The columns of our dataset: the same ids as trl's for these records."""
     tokenizer = tokenizer_of(options)
 
     def ids_of(text: str) -> list[int]:

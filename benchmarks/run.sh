@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run all benchmarks here (or those named: bash benchmarks/run.sh data), and write benchmarks/RESULTS.md of them. It takes long.
-# $MODEL_DIR/smollm2-135m is the model where one is needed; where a SentencePiece tokenizer is, that of any model there.
+# Run all benchmarks (or those named: bash benchmarks/run.sh data) and write benchmarks/RESULTS.md. This takes long.
+# Uses the model $MODEL_DIR/smollm2-135m, and the first tokenizer.model found in $MODEL_DIR for the tokenizer benchmark.
 source "$(dirname "$0")/../scripts/env.sh"
 export PYTHONPATH="$ROOT:${PYTHONPATH:-}"
 
@@ -16,7 +16,7 @@ trap 'rm -rf "$logs"' EXIT
 for name in "$@"; do
     command=(-m "benchmarks.$name")
     if [ "$name" = preferences ] && ! "$PYTHON" -c "import trl" 2> /dev/null; then
-        echo "== $name: left out, trl is not installed (pip install trl in an environment of its own)"
+        echo "== $name: skipped, trl is not installed (pip install trl in an environment of its own)"
         continue
     fi
     help="$("$PYTHON" "${command[@]}" --help)"
@@ -28,7 +28,7 @@ for name in "$@"; do
             ;;
         *--tokenizer*'(required)'*)
             tokenizer="$(compgen -G "$MODEL_DIR/*/tokenizer.model" | head -n 1 || true)"
-            [ -n "$tokenizer" ] || { echo "== $name: left out, no model in $MODEL_DIR has a tokenizer.model"; continue; }
+            [ -n "$tokenizer" ] || { echo "== $name: skipped, no model in $MODEL_DIR has a tokenizer.model"; continue; }
             command+=(--tokenizer "$(dirname "$tokenizer")")
             ;;
     esac
@@ -39,4 +39,4 @@ done
 [ ${#measured[@]} != 0 ] || { echo "run: error: nothing was measured" >&2; exit 2; }
 "$PYTHON" "$ROOT/benchmarks/results.py" "$logs" "${measured[@]}" > "$logs/.page"
 mv "$logs/.page" "$ROOT/benchmarks/RESULTS.md"
-echo "benchmarks/RESULTS.md is written"
+echo "wrote benchmarks/RESULTS.md"

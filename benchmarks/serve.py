@@ -1,11 +1,11 @@
-"""Several people at once: a token for each in turn as the page once did, against one batch that they join and leave.
+"""Concurrent requests: one token for each in turn, as the page used to do, against one batch that requests join and leave.
 
     python benchmarks/serve.py --base_model models/smollm2-135m
 
-With --gguf, a file of the same model (merge_weights.py --export gguf), llama.cpp's server is asked beside them. The first
-two are asked the same questions greedily, for answers of the same length, and must answer alike (in another --dtype than
-float32 rounding may choose otherwise; whether it did is printed). Then a dialogue of many
-turns is led with each, and the time to the first token of turn 2 and of the last turn is taken.
+With --gguf, a file of the same model (merge_weights.py --export gguf), llama.cpp's server is measured, too. The first two
+decode the same prompts greedily, to answers of the same length, and must give the same answers (with a --dtype other than
+float32, rounding may change some; whether it did is printed). Then each leads a dialogue of many turns, and the time to the
+first token of turn 2 and of the last turn is measured.
 """
 
 import atexit
@@ -29,27 +29,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import ROOT, Figures, child, interleave, report
 from utils.cli import option, run
 
-Ask = Callable[[Any, int], Iterator[tuple[str, int]]]  # a record, the longest answer: its text and tokens so far
+Ask = Callable[[Any, int], Iterator[tuple[str, int]]]  # a record, the maximum number of tokens: text and tokens so far
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The options of this benchmark."""
 
-    base_model: str = option(help="the base model")
-    lora_weights: list[str] = option([], "adapters on it: those who ask take turns with them")
-    test_input_path: list[str] = option([str(ROOT / "test_data")], "the questions")
-    streams: list[str] = option(["1", "4", "16"], "how many ask at once")
-    max_new_tokens: int = option(64, "length of the answers", least=2)
+    base_model: str = option(help="base model")
+    lora_weights: list[str] = option([], "adapters on it, which the requests use in turn")
+    test_input_path: list[str] = option([str(ROOT / "test_data")], "prompts")
+    streams: list[str] = option(["1", "4", "16"], "numbers of concurrent streams")
+    max_new_tokens: int = option(64, "tokens per answer", least=2)
     turns: int = option(40, "turns of the dialogue (0: none)", least=0)
-    dtype: str = option("float32", "compute dtype of the first two", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "compute dtype of the first two recipes", choices=("float32", "bfloat16"))
     gguf: str = option("", "the model as a GGUF file, for llama.cpp's server")
     repeats: int = option(3, "runs of each recipe", least=1)
-    recipe: str = option("", "run this one alone, and print its figures", choices=("plain", "ours", "llama.cpp"))
+    recipe: str = option("", "internal: run only this recipe", choices=("plain", "ours", "llama.cpp"))
 
 
 def main(options: Options) -> None:
-    """Run the recipes in turn, each in a process of its own; print all figures as one object."""
+    """Run the recipes alternately, each in a process of its own, and print the figures."""
     if options.recipe:
         print(json.dumps(measure(options)))
         return
@@ -73,7 +73,7 @@ def main(options: Options) -> None:
     if options.turns:
         for name, figures in medians.items():
             ratios[f"first token of the last turn / of turn 2, {name}"] = figures["last_turn_s"] / figures["turn_2_s"]
-    medians.get("llama.cpp", {}).pop("answers", None)  # of another type, which may choose otherwise
+    medians.get("llama.cpp", {}).pop("answers", None)  # of another dtype, so they may differ
     equal = plain.pop("answers") == ours.pop("answers")
     if not equal and options.dtype == "float32":
         sys.exit("the recipes' answers differ")
@@ -82,7 +82,7 @@ def main(options: Options) -> None:
 
 
 def measure(options: Options) -> dict[str, float]:
-    """The figures of one recipe in this process; `answers` is a number made of all answers, to compare them by."""
+    """The figures of one recipe in this process; `answers` is a hash of all answers, for comparing them."""
     from utils.datasets.prompts import read_prompts
     from utils.inference.answerers import resolve
     from utils.inference.engine import Engine
@@ -96,7 +96,7 @@ def measure(options: Options) -> dict[str, float]:
     records = [record for record in read_prompts(options.test_input_path) if not (record.get("history") or record["input"])]
     figures: dict[str, float] = {}
     said: list[str] = []
-    list(ask(records[-1], 2))  # what only the first request pays for
+    list(ask(records[-1], 2))  # warm-up: the first request is slower
     for count in map(int, options.streams):
         chosen = records[:: len(records) // count][:count]
         used, started, results = processor_seconds(), time.perf_counter(), [("", 0, 0.0)] * count
@@ -120,14 +120,14 @@ def measure(options: Options) -> dict[str, float]:
 
 
 def processor_seconds() -> float:
-    """What this process and those that it started have computed: on a busy machine a better measure than the clock."""
+    """CPU time of this process and its children: on a busy machine a better measure than the clock."""
     own = psutil.Process()
     times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
     return sum(time.user + time.system for time in times)
 
 
 def stream(ask: Ask, record: Any, length: int, results: list, place: int) -> None:
-    """Ask one question: the answer, its tokens, the seconds to its first token."""
+    """Answer one prompt; stores the answer, its tokens, and the seconds to its first token in `results`."""
     started, first = time.perf_counter(), 0.0
     for text, tokens in ask(record, length):
         if tokens and not first:
@@ -136,9 +136,9 @@ def stream(ask: Ask, record: Any, length: int, results: list, place: int) -> Non
 
 
 def dialogue(ask: Ask, records: list[Any], turns: int) -> dict[str, float]:
-    """Lead a dialogue; the seconds to the first token of turn 2 and the last (of these the median of three).
+    """Lead a dialogue; returns the seconds to the first token of turn 2 and of the last turn, each a median of three.
 
-    The last three turns ask what turns 2 to 4 did, so that as much is new in them.
+    The last three turns repeat the questions of turns 2 to 4, so that their new parts are equally long.
     """
     history: list[list[str]] = []
     firsts: list[float] = []
@@ -153,7 +153,7 @@ def dialogue(ask: Ask, records: list[Any], turns: int) -> dict[str, float]:
 
 
 def in_turn(engine: Any) -> Ask:
-    """The plain recipe: each request has a computation of its own, and one thread a token of each in turn."""
+    """The baseline: each request is computed on its own, and one thread computes a token of each in turn."""
     from utils.inference.sampling_params import SamplingParams
 
     thread, name = ThreadPoolExecutor(1), engine.answerers[0].name
@@ -189,7 +189,7 @@ def together(engine: Any) -> Ask:
 
 
 def llama_cpp(options: Options, engine: Any) -> Ask:
-    """llama.cpp's server, a slot for each stream; it is asked with the ids that the others are."""
+    """llama.cpp's server, one slot per stream, with the same prompt ids as the others."""
     from utils.inference.llama_server import LlamaServer
 
     server = LlamaServer(Path(options.gguf), os.cpu_count() or 1, max(map(int, options.streams)), window=4096)

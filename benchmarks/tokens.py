@@ -1,9 +1,9 @@
-"""Encoding 1,000 records: ours, and transformers' own tokenizer on the same folder, in turn.
+"""Encoding 1,000 records: our tokenizer and transformers' own on the same folder, alternately.
 
     python -m benchmarks.tokens --tokenizer models/chinese-alpaca-7b --repeats 20
 
-The folder must hold a tokenizer.model. Our ids must be SentencePiece's own; how many records get other ids from the
-library is printed beside the times. Records are those of data/demo and test_data, repeated to 1,000.
+The folder must contain a tokenizer.model. Our ids must equal SentencePiece's; the number of records for which the library
+gives other ids is printed beside the times. The records are those of data/demo and test_data, repeated up to 1,000.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Options:
     """The options of this benchmark."""
 
     tokenizer: str = option(help="folder with a tokenizer.model")
-    repeats: int = option(20, "how often each recipe runs", least=1)
+    repeats: int = option(20, "runs of each recipe", least=1)
 
 
 def main(options: Options) -> None:

@@ -1,10 +1,10 @@
-"""Speed and memory of training: the plain recipe, each of our measures alone, and all of them, on equal steps.
+"""Speed and memory of training: the baseline, each of our optimizations alone, and all of them, on identical steps.
 
     python benchmarks/train.py --base_model models/smollm2-135m
 
-The plain recipe is the transformers Trainer: micro-batches in random order, each padded to its longest record, logits
-for all tokens. All recipes train on the very same records in each optimizer step, without dropout; the losses of
-each step must be equal. Before the first step one micro-batch is computed that is not measured.
+The baseline is transformers' Trainer: micro-batches in random order, each padded to its longest record, logits for all
+tokens. All recipes train on the same records in each optimizer step, without dropout; the losses of each step must be
+equal. One micro-batch is computed as a warm-up before the first step, and not measured.
 """
 
 import dataclasses
@@ -22,25 +22,24 @@ from benchmarks.common import Figures, child, interleave, report, text_maker
 from utils.cli import option, run
 
 RECIPES = ("plain", "plain grouped", "order", "logits", "all")
-SENTENCES = 4000
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """The options of this benchmark."""
 
-    base_model: str = option(help="the model to train")
-    steps: int = option(1, "optimizer steps of each run", least=1)
-    batch_size: int = option(64, "records in a step", least=1)
+    base_model: str = option(help="model to train")
+    steps: int = option(1, "optimizer steps per run", least=1)
+    batch_size: int = option(64, "records per step", least=1)
     micro_batch_size: int = option(8, "records of full length at once", least=1)
-    cutoff_len: int = option(512, "tokens of a record", least=2)
+    cutoff_len: int = option(512, "tokens per record", least=2)
     repeats: int = option(3, "runs of each recipe", least=1)
-    recipe: str = option("", "used by the benchmark itself: run this one", choices=("", *RECIPES))
-    data: str = option("", "used by the benchmark itself: the encoded records")
+    recipe: str = option("", "internal: run only this recipe", choices=("", *RECIPES))
+    data: str = option("", "internal: file of the encoded records")
 
 
 def main(options: Options) -> None:
-    """Measure all recipes in turn, or be one of them."""
+    """Measure all recipes alternately, or be one of them."""
     if options.recipe:
         print(json.dumps(measure(options)))
         return
@@ -74,7 +73,7 @@ def main(options: Options) -> None:
 
 
 def encoded_records(options: Options) -> list[dict[str, list[int]]]:
-    """Chinese records whose lengths are spread as real ones are (log-normal), encoded, enough for all steps."""
+    """Encoded Chinese records with log-normal lengths, like those of real ones, enough for all steps."""
     from utils.datasets.encoding import encode
     from utils.datasets.records import Record
     from utils.datasets.templates import Prompter
@@ -88,7 +87,7 @@ def encoded_records(options: Options) -> list[dict[str, list[int]]]:
 
 
 def measure(options: Options) -> dict[str, float]:
-    """Train one recipe; seconds of the measured steps, tokens a second, floating-point speed, and each step's loss."""
+    """Train one recipe; returns seconds per step, tokens per second, floating-point speed, and each step's loss."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -113,7 +112,7 @@ def measure(options: Options) -> dict[str, float]:
 
 
 def warm_up(model: Any, records: list[dict]) -> None:
-    """Compute the beginnings of one micro-batch, which takes less memory than what is measured, and forget it."""
+    """Run forward and backward on the beginnings of one micro-batch, in less memory than the measured steps take."""
     from utils.training.batching import pad
 
     model(**pad([{name: ids[:32] for name, ids in record.items()} for record in records], 1)).loss.backward()
@@ -121,10 +120,10 @@ def warm_up(model: Any, records: list[dict]) -> None:
 
 
 def operations(model: Any, computed: dict[str, int]) -> float:
-    """Floating-point operations of matrix products: 2 a weight and token forward, 2 more for the gradient of the input.
+    """Floating-point operations of matrix products: 2 per weight and token forward, 2 more for the gradient of the input.
 
-    No gradients of the base's weights; LoRA's weights three times 2; the output layer where logits were computed.
-    Attention scores: forward two products of length x length x hidden, backward four (as if not causal).
+    The base model's weights have no gradients; LoRA weights take 6 operations; the output layer counts only where logits
+    were computed. Attention: two products of length x length x hidden forward, four backward (as if not causal).
     """
     config = model.config
     linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("base_layer") or is_plain_linear(n, m))
@@ -135,14 +134,14 @@ def operations(model: Any, computed: dict[str, int]) -> float:
 
 
 def is_plain_linear(name: str, module: Any) -> bool:
-    """A linear layer of the base that has no adapter and is not the output layer."""
+    """True for a linear layer of the base model that has no adapter and is not the output layer."""
     from torch import nn
 
     return type(module) is nn.Linear and "lora_" not in name and "base_layer" not in name and "lm_head" not in name
 
 
 def matrix_speed(model: Any) -> float:
-    """This machine's speed, in 1e9 operations a second, at the products of one micro-batch of the model's MLP."""
+    """This machine's GFLOP/s at matrix products of the size of one micro-batch in the model's MLP."""
     import torch
 
     a = torch.randn(2048, model.config.hidden_size)
@@ -156,10 +155,9 @@ def matrix_speed(model: Any) -> float:
 
 
 def train_plain(options: Options, model: Any, records: list[dict]) -> tuple[list[float], list[float], dict[str, int]]:
-    """The transformers Trainer as the field uses it; the records of a step in the order of the file.
+    """transformers' Trainer as commonly used; the records of a step in the order of the file.
 
-    "plain grouped" sorts within each step before cutting, which is the best that group_by_length could do with the
-    same steps.
+    "plain grouped" sorts by length within each step first, the best that group_by_length could do with the same steps.
     """
     from transformers import DataCollatorForSeq2Seq, Trainer
 
@@ -190,7 +188,7 @@ def train_plain(options: Options, model: Any, records: list[dict]) -> tuple[list
 
 
 def train_ours(options: Options, model: Any, records: list[dict]) -> tuple[list[float], list[float], dict[str, int]]:
-    """The Trainer of this project, or one of its measures alone."""
+    """This project's trainer, or one of its optimizations alone."""
     from utils.training import batching, loss
     from utils.training.run import train
     from utils.training.trainer import RunConfig, StepTrainer
@@ -244,7 +242,7 @@ def training_arguments(options: Options, **more: Any) -> Any:
 
 
 class Records(list):
-    """Encoded records with what the Trainer asks of a data set."""
+    """Encoded records with the attributes that our trainer expects of a dataset."""
 
     def __init__(self, records: list[dict]):
         super().__init__(records)
@@ -254,7 +252,7 @@ class Records(list):
 
 
 class Clock:
-    """Notes the time when the first step begins and when each ends, and each step's loss."""
+    """Records when the first step begins, when each step ends, and each step's loss."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -267,18 +265,18 @@ class Clock:
         clock = self
 
         class Notes(TrainerCallback):
-            """Writes into the clock."""
+            """Writes to the clock."""
 
             def on_step_begin(self, *_: Any, **__: Any) -> None:
-                """The time."""
+                """Record the time."""
                 clock.times = clock.times or [time.perf_counter()]
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
-                """The time."""
+                """Record the time."""
                 clock.times.append(time.perf_counter())
 
             def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
-                """The loss."""
+                """Record the loss."""
                 if logs and "loss" in logs:
                     clock.losses.append(logs["loss"])
 
@@ -286,12 +284,12 @@ class Clock:
 
 
 def check_equal(medians: dict[str, dict[str, float]], steps: int) -> None:
-    """End with an error where a recipe's loss differs from the plain one's by more than 1e-3 in any step."""
+    """End with an error if a recipe's loss differs from the baseline's by more than 1e-3 in any step."""
     for name, values in medians.items():
         for index in range(steps):
             difference = abs(values[f"loss{index}"] - medians["plain"][f"loss{index}"])
             if difference > 1e-3:
-                sys.exit(f"{name}: the loss of step {index + 1} differs from the plain recipe's by {difference}")
+                sys.exit(f"{name}: the loss of step {index + 1} differs from the baseline's by {difference}")
 
 
 if __name__ == "__main__":

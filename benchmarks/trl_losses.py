@@ -1,4 +1,4 @@
-"""The losses of benchmarks/preferences.py: trl's on a batch of its own trainers, and ours on the very same ids."""
+"""Losses for benchmarks/preferences.py: trl's on a batch from its own trainers, and ours on exactly the same ids."""
 
 import contextlib
 import functools
@@ -6,11 +6,11 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-Options = Any  # preferences.Options, which imports this
+Options = Any  # preferences.Options, whose module imports this one
 LOSSES = ("dpo", "ipo", "kto", "simpo", "orpo", "grpo")
 BETA = 0.3
 IGNORED = -100
-TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {  # trl's, of each loss, and their settings
+TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {  # trl's trainer for each loss, and its settings
     "dpo": ("DPO", {"loss_type": "sigmoid"}),
     "ipo": ("DPO", {"loss_type": "ipo"}),
     "kto": ("KTO", {"desirable_weight": 1.5, "undesirable_weight": 0.5}),
@@ -20,7 +20,7 @@ TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {  # trl's, of each loss, and 
 
 
 def lora_model(options: Options, trained: bool = False) -> Any:
-    """The base with a fresh adapter, or with one that changes its answers."""
+    """The base model with a fresh adapter, or with one that changes its answers."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -34,7 +34,7 @@ def lora_model(options: Options, trained: bool = False) -> Any:
 
 
 def tokenizer_of(options: Options) -> Any:
-    """The tokenizer, with something to pad with, as trl asks for it."""
+    """The tokenizer, with a padding token, which trl requires."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.base_model)
@@ -43,7 +43,7 @@ def tokenizer_of(options: Options) -> Any:
 
 
 def trl_trainer(name: str, options: Options, model: Any, rows: list[dict], folder: str, **settings: Any) -> Any:
-    """One of trl's trainers on these rows, all of its steps in the order of the rows."""
+    """One of trl's trainers on these rows, in their order."""
     from datasets import Dataset
 
     module = {"ORPO": "trl.experimental.orpo", "CPO": "trl.experimental.cpo"}.get(name, "trl")
@@ -66,7 +66,7 @@ def trl_trainer(name: str, options: Options, model: Any, rows: list[dict], folde
 
 
 def gradients_of(model: Any, loss: Any) -> list[Any]:
-    """The gradients of a loss, and none left behind."""
+    """The gradients of a loss, without storing them in the parameters."""
     import torch
 
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -74,7 +74,7 @@ def gradients_of(model: Any, loss: Any) -> list[Any]:
 
 
 def our_log_probs(model: Any, ids: Any, labels: Any) -> tuple[Any, Any]:
-    """Our log-probabilities of the labelled tokens, and the row of each."""
+    """Our log-probabilities of the labelled tokens, and the row of each token."""
     from torch.nn import functional
 
     from utils.training.preferences import sparse_log_probs
@@ -92,7 +92,7 @@ def start_weights(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def weights_of(model: Any, start: dict[str, Any]) -> Iterator[None]:
-    """The model with other values of some parameters, while the block runs."""
+    """Give some parameters of the model other values within the block."""
     mine = {name: parameter for name, parameter in model.named_parameters() if name in start}
     now = {name: parameter.data for name, parameter in mine.items()}
     for name, parameter in mine.items():
@@ -103,7 +103,7 @@ def weights_of(model: Any, start: dict[str, Any]) -> Iterator[None]:
 
 
 def move(model: Any) -> dict[str, Any]:
-    """Move the adapter from where it starts, as training does; returns where it started, which is the reference."""
+    """Change the adapter's weights, as training does; returns the original ones, which are the reference."""
     import torch
 
     start = {name: parameter.detach().clone() for name, parameter in start_weights(model).items()}
@@ -114,8 +114,8 @@ def move(model: Any) -> dict[str, Any]:
 
 
 def trl_loss(name: str, options: Options, model: Any, pairs: list[dict], folder: str) -> tuple[Any, dict, dict[str, Any]]:
-    """trl's loss of its first batch after the adapter has moved, where it started, and what ours is computed from:
-    ids and labels, of KTO also the mismatched ones, of GRPO also the advantages and how far tokens have moved."""
+    """trl's loss on its first batch after the adapter has changed, the original weights, and the inputs of our loss: ids
+    and labels, for KTO also the mismatched ones, for GRPO also the advantages and the shifts in log-probability."""
     if name == "grpo":
         return trl_grpo(options, model, pairs, folder)
     kind, more = TRAINERS[name]
@@ -129,7 +129,7 @@ def trl_loss(name: str, options: Options, model: Any, pairs: list[dict], folder:
     start = move(model)
     if kind in ("CPO", "ORPO"):
         theirs = trainer.get_batch_loss_metrics(model, batch)[0]
-        if name == "orpo":  # without the loss that it adds
+        if name == "orpo":  # without the language-modelling loss that it adds
             theirs = theirs - trainer.concatenated_forward(model, batch)[4]
         both = trainer.concatenated_inputs(batch, is_encoder_decoder=False, padding_value=0, device="cpu")
         return theirs, start, {"ids": both["concatenated_input_ids"], "labels": both["concatenated_labels"]}
@@ -143,7 +143,7 @@ def trl_loss(name: str, options: Options, model: Any, pairs: list[dict], folder:
 
 
 def our_loss(name: str, model: Any, start: dict[str, Any], inputs: dict[str, Any]) -> Any:
-    """Our loss of what `trl_loss` gives; the reference is the adapter as it started."""
+    """Our loss on the inputs from `trl_loss`; the reference is the original adapter."""
     import torch
 
     from utils.training.grpo import policy_losses
@@ -179,7 +179,7 @@ def our_loss(name: str, model: Any, start: dict[str, Any], inputs: dict[str, Any
 
 
 def trl_grpo(options: Options, model: Any, pairs: list[dict], folder: str) -> tuple[Any, dict, dict[str, Any]]:
-    """trl's loss of a fixed batch of sampled answers whose policy has moved since."""
+    """trl's loss on a fixed batch of sampled answers whose policy has changed since."""
     import torch
 
     rows = [{"prompt": pair["prompt"]} for pair in pairs]

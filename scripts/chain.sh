@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A whole chain, from the base to the last test.json: bash scripts/chain.sh D13b-2-3
-# What is done is skipped; --plan prints what would run.
+# Run a complete chain, from the base model to the last test.json: bash scripts/chain.sh D13b-2-3
+# Finished steps are skipped; --plan prints what would run.
 source "$(dirname "$0")/env.sh"
 
 usage() {
@@ -9,7 +9,7 @@ usage() {
     exit 2
 }
 
-# the steps that make something, in order; after each adapter come its answers
+# the merging and training steps in order; each adapter's answers follow it automatically
 case "${1:-}" in
     demo)
         steps=(get-smollm2-135m run-0-smollm2-135m-0 merge-0-smollm2-135m save-generate-0-smollm2-135m
@@ -41,7 +41,7 @@ each() {
     done
 }
 
-# what would run, and what is missing that no step of the chain makes
+# what would run, and what is missing and not made by a step of the chain
 plan="$(PLAN=1 each | grep -v '^missing: .*; bash scripts/')"
 case "${2:-}" in
     --plan) echo "$plan" && exit ;;

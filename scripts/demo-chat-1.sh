@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Demo on the base model's own chat template (ChatML), f1: the model learns who it is, and answers.
+# Demo with the base model's own chat template (ChatML), f1: the model learns who it is, and answers.
 source "$(dirname "$0")/env.sh"
 
 base smollm2-135m get-smollm2-135m

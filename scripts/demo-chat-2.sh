@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Demo on the base model's own chat template, f2: verses, too; then merged, and asked by transformers alone to the same texts.
+# Demo with the base model's own chat template, f2: verses, too; then merged, and checked with plain transformers.
 source "$(dirname "$0")/env.sh"
 
 base smollm2-135m get-smollm2-135m

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by every script here: where things are, and the functions that the scripts are written with.
-# Variables that are already set are kept; the defaults for the others are here, and may be edited.
+# Sourced by every script here: folders, shared settings, and the functions that the scripts consist of.
+# Variables that are already set take precedence; edit the defaults for the others here.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-NAME="$(basename "$0" .sh)"                      # the step, and the output folder of that name
+NAME="$(basename "$0" .sh)"                      # the step, and the name of its output folder
 export MODEL_DIR="${MODEL_DIR:-$ROOT/models}"    # base models, LoRA weights to merge, merged models
 export DATA_DIR="${DATA_DIR:-$ROOT/datasets}"    # what data/*/prepare.py writes
-export OUTPUT_DIR="${OUTPUT_DIR:-$ROOT/output}"  # adapters and answers, one folder a step
+export OUTPUT_DIR="${OUTPUT_DIR:-$ROOT/output}"  # adapters and answers, one folder per step
 export NPROC="${NPROC:-1}"                       # processes (GPUs) that train together
 gpus=""                                          # which GPUs, such as 0,1; empty: CUDA_VISIBLE_DEVICES, else all
 [ -z "$gpus" ] || export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-$gpus}"
@@ -14,8 +14,8 @@ gpus=""                                          # which GPUs, such as 0,1; empt
 PYTHON="${PYTHON:-python}"
 # shellcheck disable=SC2034  # used by setup.sh and offline_bundle.sh
 TORCH_FOR_CPU=https://download.pytorch.org/whl/cpu
-# TRAIN_OPTIONS and ANSWER_OPTIONS are further options for all training and answering steps, for whole chains;
-# PLAN=1 prints what a script would run; SKIP_DONE=1 skips a step whose result exists. chain.sh uses both.
+# TRAIN_OPTIONS and ANSWER_OPTIONS are additional options for all training and answering steps of a chain;
+# PLAN=1 prints the commands instead of running them; SKIP_DONE=1 skips a step whose result exists. chain.sh uses both.
 
 # The published hyperparameters of all experiments
 # shellcheck disable=SC2034  # used by the scripts
@@ -23,20 +23,20 @@ published=(
     --batch_size 256 --micro_batch_size 8 --num_epochs 3 --learning_rate 1e-4 --cutoff_len 512
     --lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --group_by_length --warmup_steps 100
 )
-# and those of the small demo
+# Those of the small demo
 # shellcheck disable=SC2034
 demo=(
     --prompt_template_name alpaca_short --batch_size 10 --micro_batch_size 10 --val_set_size 0
     --lora_r 8 --lora_alpha 16 --lora_dropout 0.05
 )
-# and those of the demo on the base model's own chat template
+# Those of the demo with the base model's own chat template
 # shellcheck disable=SC2034
 demo_chat=(
     --prompt_template_name chat --num_epochs 8 --learning_rate 2e-3 --lora_target_modules '[q_proj,v_proj]'
     --train_on_inputs False
 )
 
-needs=()   # pairs: a path, and what to do where it is missing
+needs=()   # pairs: a path, and what to do if it is missing
 model=""
 records=""
 parent=""
@@ -54,13 +54,13 @@ data() {
     needs+=("$records" "python data/${1%%/*}/prepare.py --raw … makes it, see data/${1%%/*}/README.md")
 }
 
-# trains_on STEP: the adapter of an earlier step is where training starts
+# trains_on STEP: training starts from the adapter of an earlier step
 trains_on() {
     parent="$OUTPUT_DIR/$1"
     needs+=("$parent/lineage.json" "bash scripts/$1.sh makes it")
 }
 
-# adapter STEP…: adapters that answer
+# adapter STEP…: the adapters to merge or to answer with
 adapter() {
     local step
     for step in "$@"; do
@@ -75,7 +75,7 @@ lora() {
     needs+=("$lora" "")
 }
 
-# merge NAME OPTIONS…: base and LoRA become $MODEL_DIR/NAME
+# merge NAME OPTIONS…: merge base model and LoRA into $MODEL_DIR/NAME
 merge() {
     local name="$1"
     shift
@@ -83,7 +83,7 @@ merge() {
         --output_dir "$MODEL_DIR/$name" "$@"
 }
 
-# train OPTIONS…: one process, or NPROC of them, train the adapter $OUTPUT_DIR/$NAME
+# train OPTIONS…: train the adapter $OUTPUT_DIR/$NAME in NPROC processes
 train() {
     local launch=("$PYTHON") more=()
     [ "$NPROC" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
@@ -103,12 +103,12 @@ answer() {
         --test_input_path "$prompts" "$@" ${more[@]+"${more[@]}"}
 }
 
-# chat OPTIONS…: the page in the browser
+# chat OPTIONS…: open the chat page
 chat() {
     make "" "$PYTHON" "$ROOT/generate.py" --base_model "$model" ${lora:+--lora_weights "$lora"} "$@"
 }
 
-# make RESULT COMMAND…: run what makes RESULT, once everything that it needs exists
+# make RESULT COMMAND…: run COMMAND, which makes RESULT, if everything it needs exists
 make() {
     local result="$1" index
     shift
@@ -127,7 +127,7 @@ make() {
     fi
 }
 
-# missing PATH FIX: ends the script with an error; a plan only prints it
+# missing PATH FIX: end the script with an error; with PLAN only print it
 missing() {
     if [ -n "${PLAN:-}" ]; then
         echo "missing: $1; $2"
@@ -137,14 +137,15 @@ missing() {
     fi
 }
 
-# is_there PATH: a published adapter has no lineage.json; unlike an unfinished run it has no checkpoints
+# is_there PATH: true if it exists; for a lineage.json also if the folder holds a published adapter, which has none (an
+# unfinished run has none either, but it has checkpoints)
 is_there() {
     [ -e "$1" ] || {
         [ "${1##*/}" = lineage.json ] && [ -e "${1%/*}/adapter_config.json" ] && ! compgen -G "${1%/*}/checkpoint-*" > /dev/null
     }
 }
 
-# answers ADDRESS: within ten seconds
+# answers ADDRESS: true if it responds within ten seconds
 answers() {
     python3 - "$1" <<< "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)" 2> /dev/null
 }

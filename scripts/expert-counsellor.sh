@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A counsellor, from texts over dialogues to preferences: the answers show whether it listens, and what it says in danger.
+# A counsellor, trained on texts, dialogues and preferences: its answers show whether it listens, and how it handles danger.
 #     bash scripts/expert-counsellor.sh [FOLDER] [--base NAME] [--replay SHARE] [--no-page]
 source "$(dirname "$0")/expert.sh"
 expert "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A language tutor, from rules over exercises to preferences: the answers show whether it corrects rightly.
+# A language tutor, trained on rules, exercises and preferences: its answers show whether its corrections are right.
 #     bash scripts/expert-tutor.sh [FOLDER] [--base NAME] [--replay SHARE] [--no-page]
 source "$(dirname "$0")/expert.sh"
 expert "$@"

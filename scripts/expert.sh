@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by expert-*.sh: from a folder of texts, questions and answers to an expert, in one command.
+# Sourced by expert-*.sh: turns a folder of texts, questions and answers into an expert, with one command.
 #     bash scripts/expert-NAME.sh [FOLDER] [--base NAME] [--replay SHARE] [--no-page]
-# Each step is skipped where its result is there. --base names another base model in $MODEL_DIR, such as a 7B. With --replay
-# the third step learns more*.json and that share of the dialogues again, in place of preferences.
+# Finished steps are skipped. --base names another base model in $MODEL_DIR, such as a 7B. With --replay the third step
+# trains on more*.json and replays that share of the dialogues, instead of training on preferences.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export SKIP_DONE=1
 
-# files PATTERN…: the files of the folder with these names, separated by commas
+# files PATTERN…: the files of the folder that match, separated by commas
 files() {
     local pattern found=()
     for pattern in "$@"; do
@@ -18,7 +18,7 @@ files() {
     echo "${found[*]}"
 }
 
-# step NAME DATA OPTIONS…: train on DATA, where there is some, from the adapter of the step before; ask it what is held back
+# step NAME DATA OPTIONS…: train on DATA, if there is any, from the previous step's adapter, and answer the held-out questions
 step() {
     NAME="$expert-$1"
     records="$2"
@@ -30,7 +30,7 @@ step() {
     answer "$folder/heldout.json" --num_beams 1 --max_new_tokens 96
 }
 
-# clean NAME FILES: the records of FILES, cleaned, as $out/NAME.json
+# clean NAME FILES: write the cleaned records of FILES to $out/NAME.json
 clean() {
     make "$out/$1.json" "$PYTHON" "$ROOT/data/clean.py" --data_path "$2" --output_path "$out/$1.json" \
         --against "$folder/heldout.json"
@@ -56,7 +56,7 @@ expert() {
         settings=("${demo[@]}" --learning_rate 2e-3 --cutoff_len 128)
     else
         base "$name"
-        # not those of the experiments: few records make fewer steps than their warm-up of 100 has
+        # not those of the experiments: with few records, the whole training is shorter than their warm-up of 100 steps
         settings=(--batch_size 32 --micro_batch_size 8 --val_set_size 0 --learning_rate 1e-4 --cutoff_len 512 --group_by_length)
     fi
     local out="$OUTPUT_DIR/$expert-clean" dialogues texts more

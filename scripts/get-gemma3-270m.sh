@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A second family for the demo: Gemma 3 270M, under Google's terms, which are shown first; nothing is fetched without a yes.
+# A second model family for the demo: Gemma 3 270M, under Google's terms; downloaded only after you accept them.
 # bash scripts/get-gemma3-270m.sh [--hub google/gemma-3-270m | --url https://…/gemma-3-270m.tar.gz]
 source "$(dirname "$0")/env.sh"
 
@@ -26,14 +26,14 @@ aside="$MODEL_DIR/.gemma3-270m.part"
 ask() {
     cat << TERMS
 Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms
-By using, copying, changing or passing on Gemma, or a model made from it, you agree to these terms and to the
+By using, copying, modifying or distributing Gemma, or a model derived from it, you agree to these terms and to the
 Gemma Prohibited Use Policy: https://ai.google.dev/gemma/prohibited_use_policy
-Whoever passes on Gemma, or a model tuned or merged from it, must pass on these terms with it, and say what was changed.
-Read both pages first. This script fetches $from into $base.
+If you distribute Gemma, or a model tuned or merged from it, you must include these terms and state what was changed.
+Read both pages first. This script downloads $from into $base.
 TERMS
     local reply=""
     read -r -p "Do you accept these terms? Type yes to continue: " reply || true
-    [ "$reply" = yes ] || fail "the terms were not accepted; nothing was fetched"
+    [ "$reply" = yes ] || fail "the terms were not accepted; nothing was downloaded"
 }
 
 fetch() {
@@ -62,7 +62,7 @@ try:
             raise ValueError(f"holds {len(found)} model folders, not one")
         found[0].rename(aside / "model")
     if '"gemma3' not in (aside / "model" / "config.json").read_text("utf-8"):
-        raise ValueError("its config.json is not of Gemma 3")
+        raise ValueError("its config.json is not that of a Gemma 3 model")
 except Exception as error:
     cause = (str(error).strip() or type(error).__name__).splitlines()[0]
     fix = "accept the terms on the model's page and log in first" if way == "--hub" else "give the address of such an archive"

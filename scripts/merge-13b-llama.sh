@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LLaMA-13b and the LoRA of Chinese-LLaMA become the model chinese-llama-13b.
+# Merge LLaMA-13B and the Chinese-LLaMA LoRA into the model chinese-llama-13b.
 source "$(dirname "$0")/env.sh"
 
 base llama-13b

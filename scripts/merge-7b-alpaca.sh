@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LLaMA-7b and the LoRA of Chinese-Alpaca become the model chinese-alpaca-7b.
+# Merge LLaMA-7B and the Chinese-Alpaca LoRA into the model chinese-alpaca-7b.
 source "$(dirname "$0")/env.sh"
 
 base llama-7b

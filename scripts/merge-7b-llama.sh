@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LLaMA-7b and the LoRA of Chinese-LLaMA become the model chinese-llama-7b.
+# Merge LLaMA-7B and the Chinese-LLaMA LoRA into the model chinese-llama-7b.
 source "$(dirname "$0")/env.sh"
 
 base llama-7b

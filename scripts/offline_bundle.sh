@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pack all that a machine without network needs into one file: wheels for a named platform, the demo base model and this
+# Pack everything for a machine without network into one file: wheels for a given platform, the demo base model and this
 # repository, with the hash of each file. There: tar -xf FILE dreamergpt; bash dreamergpt/scripts/setup.sh --offline FILE
 source "$(dirname "$0")/env.sh"
 
@@ -22,10 +22,10 @@ while [ $# -gt 0 ]; do
         --dev) files+=(requirements-dev.txt) ;;
         --no-model) model="" ;;
         -*) refuse "$word: no such option; $usage" ;;
-        *) [ -z "$target" ] || refuse "$word: one file is made; $usage" && target="$word" ;;
+        *) [ -z "$target" ] || refuse "$word: only one file can be written; $usage" && target="$word" ;;
     esac
 done
-[ -n "$target" ] || refuse "no file to write is named; $usage"
+[ -n "$target" ] || refuse "no output file given; $usage"
 [[ "$platform" =~ ^linux-(x86_64|aarch64)$ ]] || refuse "--platform $platform: not linux-x86_64 or linux-aarch64; choose one"
 [[ "$version" =~ ^3\.[0-9]+$ ]] || refuse "--python $version: not a version such as 3.11"
 [[ "$torch" =~ ^(cpu|cuda)$ ]] || refuse "--torch $torch: not cpu or cuda; choose one"
@@ -49,7 +49,7 @@ for file in "${files[@]}"; do requirements+=(-r "$ROOT/$file"); done
 [ "$torch" = cuda ] || grep '^torch==' "$ROOT/constraints.txt" | sed 's/$/+cpu/' > "$aside/torch.txt"
 [ "$torch" = cuda ] || requirements+=(-r "$aside/torch.txt")
 
-echo "offline_bundle: fetching wheels for $platform, Python $version, torch for $torch"
+echo "offline_bundle: downloading wheels for $platform, Python $version, torch for $torch"
 "$PYTHON" -m pip download --quiet --disable-pip-version-check --dest "$aside/wheels" -c "$ROOT/constraints.txt" \
     "${wanted[@]}" "${requirements[@]}"
 rm -f "$aside/torch.txt"

@@ -1,9 +1,9 @@
-"""Update computed tables in docs/: the options of each script, and the memory that training takes.
+"""Update the generated tables in docs/: the options of each script, and the memory needed for training.
 
     python scripts/readme_tables.py
 
-A table stands between `<!-- options of finetune.py -->` (or `<!-- memory -->`) and `<!-- end -->`. options_zh.json has the
-Chinese for each line of help; missing lines stay English, which is printed.
+A table is delimited by `<!-- options of finetune.py -->` (or `<!-- memory -->`) and `<!-- end -->`. options_zh.json has the
+Chinese of each help text; missing ones stay English, with a warning.
 """
 
 import functools
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def tables() -> list[tuple[Path, str]]:
-    """The files with tables, each with its language."""
+    """The files that contain tables, with their languages."""
     return [(ROOT / "docs" / name, language) for language, names in FILES.items() for name in names]
 
 
@@ -52,7 +52,7 @@ def options_table(script: str, language: str) -> str:
 
     def word(text: str) -> str:
         if chinese and text and text not in chinese:
-            print(f"scripts/options_zh.json: lacks {text!r} ({script}.py)", file=sys.stderr)
+            print(f"scripts/options_zh.json: no translation of {text!r} ({script}.py)", file=sys.stderr)
         return chinese.get(text, text).replace("|", "\\|")
 
     rows = [HEADS[language], "|---|---|---|---|"]
@@ -66,7 +66,7 @@ def options_table(script: str, language: str) -> str:
 
 
 def memory_table(language: str) -> str:
-    """GB to train with the published settings, each without and with gradient checkpointing."""
+    """GB needed to train with the published settings, without / with gradient checkpointing."""
     first = {"zh": "模型", "en": "model"}[language]
     cells = memory_estimates()
     kinds = list(next(iter(cells.values())))
@@ -77,7 +77,7 @@ def memory_table(language: str) -> str:
 
 @functools.cache
 def memory_estimates() -> dict[str, dict[str, str]]:
-    """What utils/training/memory.py estimates for models of the real sizes without weights, by model and quantization."""
+    """Estimates of utils/training/memory.py for meta models of the real sizes, by model and quantization."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig

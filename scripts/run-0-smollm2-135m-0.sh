@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Demo, column 0: the small twin of a Chinese-LLaMA LoRA, with new Chinese tokens whose embeddings are trained whole.
+# Demo, f0: a small counterpart of the Chinese-LLaMA LoRA: new Chinese tokens, with fully trained embeddings.
 source "$(dirname "$0")/env.sh"
 
 base smollm2-135m get-smollm2-135m

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Demo: the adapter of run-0-smollm2-135m-1 answers the held-back questions into test.json beside it.
+# Demo: the adapter of run-0-smollm2-135m-1 answers the held-out questions, in test.json beside it.
 source "$(dirname "$0")/env.sh"
 
 base chinese-smollm2-135m merge-0-smollm2-135m

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Demo: the merged base alone answers the held-back questions, for comparison.
+# Demo: the merged base model alone answers the held-out questions, for comparison.
 source "$(dirname "$0")/env.sh"
 
 base chinese-smollm2-135m merge-0-smollm2-135m

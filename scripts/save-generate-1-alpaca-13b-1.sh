@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The adapter of run-1-alpaca-13b-1 answers the evaluation prompts into test.json beside it.
+# The adapter of run-1-alpaca-13b-1 answers the evaluation prompts, in test.json beside it.
 source "$(dirname "$0")/env.sh"
 
 base chinese-alpaca-13b merge-13b-alpaca

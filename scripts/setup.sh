@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make .venv with the tested versions (constraints.txt) of what the toolkit needs. "dev" adds what its tests need;
-# "newest" takes the newest versions in the ranges of requirements.txt. Does nothing where that is done.
-# "--offline FILE" takes everything, the demo base model too, from what scripts/offline_bundle.sh made; no network is used.
+# Create .venv with the tested versions (constraints.txt) of the toolkit's dependencies. "dev" adds those of its tests;
+# "newest" installs the newest versions in the ranges of requirements.txt. Does nothing if they are installed.
+# "--offline FILE" installs everything, including the demo base model, from a bundle made by scripts/offline_bundle.sh.
 source "$(dirname "$0")/env.sh"
 
 versions=(-c "$ROOT/constraints.txt")
@@ -25,7 +25,7 @@ pip_install() {
     "$ROOT/.venv/bin/pip" install --quiet --disable-pip-version-check "${versions[@]}" "$@"
 }
 
-install() { # install REQUIREMENTS: unless these very versions are installed already
+install() { # install REQUIREMENTS: unless exactly these versions are already installed
     local done_mark wanted
     done_mark="$ROOT/.venv/.$(basename "$1").installed"
     wanted="$(printf '%s\n' "${versions[*]}" && cat "$1" "$ROOT/constraints.txt")"
@@ -35,14 +35,14 @@ install() { # install REQUIREMENTS: unless these very versions are installed alr
     printf '%s\n' "$wanted" > "$done_mark"
 }
 
-torch_for_cpu() { # without an NVIDIA card, the build of torch that brings no CUDA: from PyTorch's own index, else from pip's
+torch_for_cpu() { # without an NVIDIA GPU, the build of torch without CUDA: from PyTorch's own index, else from pip's
     local index=()
     if answers "$TORCH_FOR_CPU/torch/"; then index=(--extra-index-url "$TORCH_FOR_CPU"); fi
-    echo "set-up: no NVIDIA card; installing torch for CPUs from ${index[1]:-the package index of pip}"
+    echo "set-up: no NVIDIA GPU; installing torch for CPUs from ${index[1]:-the package index of pip}"
     pip_install ${index[@]+"${index[@]}"} "$(grep '^torch[>=]' "$ROOT/requirements.txt")"
 }
 
-unpack() { # unpack BUNDLE: into a folder of its own, every file checked by its hash; pip then looks nowhere else
+unpack() { # unpack BUNDLE: into a temporary folder, checking every file's hash; pip then uses only this folder
     unpacked="$(mktemp -d)"
     trap 'rm -rf "$unpacked"' EXIT
     if ! tar -xf "$1" -C "$unpacked" --no-same-owner || ! (cd "$unpacked" && sha256sum --check --strict --quiet SHA256SUMS) >&2; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole reliability campaign, round after round, each with another seed: bash scripts/soak.sh [hours, or 1 round]
-# Stops at the first failure and says which seed repeats it. SEED is that of the first round.
+# Run the complete reliability tests in rounds with different seeds: bash scripts/soak.sh [HOURS] (default: one round)
+# Stops at the first failure and prints the seed that reproduces it. SEED sets the seed of the first round.
 source "$(dirname "$0")/env.sh"
 cd "$ROOT"
 
@@ -16,7 +16,7 @@ rounds=0
 while [ "$rounds" = 0 ] || [ "$SECONDS" -lt "$seconds" ]; do
     echo "soak: round $((rounds + 1)), seed $seed"
     RELIABILITY=full RELIABILITY_SEED="$seed" "$PYTHON" -m pytest tests/reliability -x -s || {
-        echo "soak: failed in round $((rounds + 1)) after $SECONDS s; to repeat it: SEED=$seed bash scripts/soak.sh" >&2
+        echo "soak: failed in round $((rounds + 1)) after $SECONDS s; to reproduce it: SEED=$seed bash scripts/soak.sh" >&2
         exit 1
     }
     rounds=$((rounds + 1))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up if needed, then lint, types and tests: bash scripts/test.sh [--fast | --all] [words for pytest, such as -k merging]
-# --fast leaves out what starts programs or a browser, --all adds what takes long (marked slow).
-# VERSIONS=newest takes the newest versions in range (see setup.sh).
+# Set up if needed, then lint, type-check and test: bash scripts/test.sh [--fast | --all] [pytest arguments, such as -k merging]
+# --fast skips tests that start programs or a browser, --all adds the long ones (marked slow).
+# VERSIONS=newest tests with the newest versions in range (see setup.sh).
 case "${1:-}" in
     --fast) tier=(-m "not (slow or page or cli or reliability or demo)") && shift ;;
     --all) tier=() && shift ;;
@@ -16,11 +16,11 @@ if ! command -v chromium > /dev/null && ! command -v google-chrome > /dev/null; 
         echo "set-up: installing Chromium and a Chinese font for the tests of the page"
         { apt-get update -q && apt-get install -y -q chromium fonts-noto-cjk; } > /dev/null
     else
-        echo "no Chromium found: the tests of the page are left out; install chromium to run them"
+        echo "no Chromium found: the tests of the page are skipped; install chromium to run them"
     fi
 fi
 
-# the tests' files in memory where 8 GiB are free there: many wait for a disk longer than they compute
+# keep the tests' files in memory if 8 GiB are free there: many tests spend more time waiting for a disk than computing
 in_memory=/dev/shm
 if [ -z "${TMPDIR:-}" ] && [ "$(df --output=avail "$in_memory" 2> /dev/null | tail -n 1)" -gt $((8 << 20)) ] 2> /dev/null; then
     TMPDIR="$(mktemp -d "$in_memory/dreamergpt-tests.XXXXXX")"
@@ -31,6 +31,6 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# two processes, each with whole modules, whose fixtures are shared; a third gains nothing on two cores. If one crashes, the
-# run ends: pytest-xdist would start another, and wait forever for what the crashed one had left
+# two processes, with whole modules each, since fixtures are shared; a third gains nothing on two cores. If one crashes, the
+# run ends: pytest-xdist would start another and wait forever for the crashed one's remaining tests
 python -m pytest -n 2 --dist loadscope --max-worker-restart 0 ${tier[@]+"${tier[@]}"} "$@"

@@ -17,7 +17,7 @@ def bash(*words, cwd=ROOT, before=(), **env):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "no file to write is named"),
+        ([], "no output file given"),
         (["{tmp}/x.tar", "--platform", "win32"], "--platform win32: not linux-x86_64 or linux-aarch64"),
         (["{tmp}/x.tar", "--torch"], "--torch: has no value"),
         (["{tmp}/x.tar", "--torch", "rocm"], "--torch rocm: not cpu or cuda"),

@@ -1,4 +1,4 @@
-"""Ask a model folder the held-back questions with transformers alone, and compare with the answers of a test.json.
+"""Prompt a model folder with the held-out questions using plain transformers, and compare with the answers in a test.json.
 
     python data/demo/ask_plain.py models/demo-chat-smollm2-135m output/demo-chat-2/test.json
 

@@ -1,4 +1,4 @@
-"""Print the answers of several systems to the held-back questions side by side, and count the right ones.
+"""Print the answers of several systems to the held-out questions side by side, and count the correct ones.
 
 python data/demo/compare.py base=output/save-generate-0-smollm2-135m/test.json f1=output/run-0-smollm2-135m-1/test.json
 """
@@ -20,7 +20,7 @@ def is_right(category: str, answer: str, reference: str) -> bool:
 
 
 def score(answers: list[dict], category: str) -> int:
-    """How many of the answers of one category are right, by the references of the held-back questions."""
+    """The number of correct answers in one category, by the references of the held-out questions."""
     questions = json.loads((HELDOUT / f"{category}.json").read_text("utf-8"))
     given = {record["instruction"]: record["output"] for record in answers}
     return sum(is_right(category, given[question["instruction"]], question["reference"]) for question in questions)
@@ -38,7 +38,7 @@ def main(systems: dict[str, list[dict]]) -> None:
     print()
     for file in sorted(HELDOUT.glob("*.json")):
         counts = ", ".join(f"{name} {score(answers, file.stem)}" for name, answers in systems.items())
-        print(f"right answers to the 10 held-back questions of {file.stem}: {counts}")
+        print(f"correct answers to the 10 held-out questions of {file.stem}: {counts}")
 
 
 if __name__ == "__main__":
