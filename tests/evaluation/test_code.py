@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from utils.evaluation import code
-from utils.evaluation.code import SANDBOX, Task, outcome, pass_at, program
+from utils.evaluation.code import SANDBOX, outcome, pass_at
+from utils.evaluation.programs import Task, program
 from utils.evaluation.sandbox import REFUSED
 from utils.files import write_json
 
@@ -49,10 +50,31 @@ WHOLE = "def root(xs: List[int]):\n    return -xs[0] / xs[1]"  # needs the impor
         "    return -xs[0] / xs[1]",
         "x = xs[0]\n    return -x / xs[1]",
         "```\n    return -xs[0] / xs[1]",
+        f"先装：\n```bash\npip install x\n```\n再写：\n```python\n{WHOLE}\n```",
+        f"思路：\n```\n两边相除。\n```\n```text\n-b/a\n```\n```{{.python}}\n{WHOLE}\n```\n用：\n```\nprint(root([2, 1]))\n```",
+        f"```\nroot([2, 1])\n```\n```python\n{ROOT.prefix}\n```\n```py title='a'\n{WHOLE}\n```",
+        f"```python\n{WHOLE.replace('-', '')}\n```\n更正：\n```python\n{WHOLE}\n```",
+        "```sh\nls\n```\n```\n    return -xs[0] / xs[1]\n```",
+        f"代码：\n\n{WHOLE}\n\n完毕",
+        "```python\ndef root(xs):\n    return -one(xs) / xs[1]\n```\n辅助：\n```python\nfrom operator import neg\nN = 0\n"
+        "def one(xs):\n    return other(xs)\nprint(input())\n```\n```python\ndef other(xs):\n    return neg(-xs[N])\n```",
     ],
 )
 def test_right_code_passes_however_it_is_given(answer):
     assert outcome(program(answer, ROOT)) == ""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```sh\nls\n```\n```\n加\n```\n```python\ndef add(a, b): return a + b\n```\n```python\n>>> add(1, 2)\n3\n```",
+        "```python\nadd(1, 2)\n```\n```python\ndef add(a, b): return plus(a, b)\n```\n```python\nplus = int.__add__\n```",
+        "如下：\ndef add(a, b):\n    return a + b\n[DONE]",
+        "add = lambda a, b: a + b",
+    ],
+)
+def test_a_problem_that_names_no_function_is_answered_by_what_its_tests_call(answer):
+    assert outcome(program(answer, Task("", "", ADD.tests))) == ""
 
 
 def test_the_beginning_of_the_problem_does_not_stand_in_for_an_answer():

@@ -2,17 +2,15 @@
 
 import itertools
 import math
-import re
 import secrets
 import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from utils.console import UserError, progress
 from utils.datasets.file_formats import read_items
@@ -20,20 +18,12 @@ from utils.datasets.items import UnreadableItem
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import ALL, key_of, samples
 from utils.evaluation.intervals import FEWEST, Interval, bootstrap, compare, compare_shares, of_share
+from utils.evaluation.programs import Task, program
 from utils.evaluation.sandbox import REFUSED
 from utils.evaluation.tables import Row, Table
 
 SECONDS, WALL, MEGABYTES = 10, 30, 1024
 SANDBOX = Path(__file__).with_name("sandbox.py")
-BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*(?:python3?|py3?)?[ \t]*\n(.*?)(?:^[ \t]*\1|\Z)", re.S | re.I | re.M)
-
-
-class Task(NamedTuple):
-    """A problem: the beginning of the program (a function's head, or nothing), the function's name, and the tests."""
-
-    prefix: str
-    entry_point: str
-    tests: str
 
 
 def read_tasks(paths: Sequence[str]) -> dict[str, Task]:
@@ -47,27 +37,6 @@ def read_tasks(paths: Sequence[str]) -> dict[str, Task]:
     if not found:
         raise UserError("--run_code: --test_input_path holds no problem with tests; data/code/prepare.py makes such files")
     return found
-
-
-def program(answer: str, task: Task) -> str:
-    """The program made from an answer: its first code block that defines the problem's function, else its first one, or all of
-    it, after the problem's prefix; then the tests.
-
-    A function that is defined takes the place of the prefix's, whose imports and other functions it may use.
-    """
-    lines = answer.replace("\r\n", "\n")
-    blocks = [textwrap.dedent(match[2]) if is_defined(match[2], task) else match[2] for match in BLOCK.finditer(lines)]
-    code = next((block for block in blocks if is_defined(block, task)), blocks[0] if blocks else lines)
-    if is_defined(code, task):
-        before = f"{task.prefix.rstrip()}\n    pass\n\n" if task.prefix.strip() else ""
-    else:
-        before = task.prefix if code[:1].isspace() else f"{task.prefix}    "  # an answer is stored without outer spaces
-    return f"{before if task.entry_point else ''}{code}\n\n{task.tests}\n"
-
-
-def is_defined(code: str, task: Task) -> bool:
-    """True if code defines the problem's function."""
-    return bool(task.entry_point and re.search(rf"^\s*(?:async\s+)?def\s+{re.escape(task.entry_point)}\b", code, re.M))
 
 
 def outcome(text: str) -> str:
