@@ -59,12 +59,19 @@ def from_humaneval(item: dict[str, Any]) -> dict[str, Any] | None:
 def from_mbpp(item: dict[str, Any]) -> dict[str, Any] | None:
     """A problem of MBPP: a sentence, and assertions, which the model is shown."""
     text, tests = item.get("text") or item.get("prompt"), item.get("test_list")
-    if not (isinstance(text, str) and isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests)):
+    if not (
+        isinstance(text, str)
+        and isinstance(tests, list)
+        and tests
+        and all(isinstance(test, str) and test.strip() for test in tests)
+    ):
         return None
     shown = "\n".join(tests)
     asked = f"{text}\n请写一个 Python 函数，只写代码，要能通过下面的测试：\n```python\n{shown}\n```"
     found = {"instruction": asked, "input": "", "output": "", "category": "mbpp", "prefix": "", "entry_point": ""}
-    return found | {"tests": f"{item.get('test_setup_code') or ''}\n{shown}"}
+    needed = item.get("test_imports") or []  # of the sanitized set; the whole one has test_setup_code
+    before = [*(needed if isinstance(needed, list) else []), item.get("test_setup_code") or ""]
+    return found | {"tests": "\n".join(map(str, [*before, shown]))}
 
 
 if __name__ == "__main__":

@@ -146,6 +146,14 @@ def test_cmath_has_numbers_as_references(prepare, tmp_path):
     assert "4 of 5 items dropped: input, grade or a number as golden is missing" in said and "CC BY 4.0" in said
 
 
+def test_mbpp_brings_what_its_tests_need(prepare, tmp_path):
+    item = {"prompt": "Round.", "test_imports": ["import math"], "test_list": ["assert math.isclose(f(), 1)"]}
+    (tmp_path / "raw").write_text(json.dumps([item, item | {"test_list": [" "]}]), "utf-8")
+    assert "1 of 2 items dropped" in prepare("code").ok()
+    (found,) = records_in(tmp_path / "out/mbpp.json")
+    assert found["tests"].split() == "import math assert math.isclose(f(), 1)".split()
+
+
 def test_safetybench_has_its_answers_in_another_file(prepare, tmp_path):
     items = [{"id": n, "category": f"害{n}", "question": "问", "options": ["甲", "乙" if n else "甲"]} for n in range(4)]
     (tmp_path / "raw").mkdir()

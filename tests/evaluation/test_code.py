@@ -54,7 +54,7 @@ WHOLE = "def root(xs: List[int]):\n    return -xs[0] / xs[1]"  # needs the impor
         f"思路：\n```\n两边相除。\n```\n```text\n-b/a\n```\n```{{.python}}\n{WHOLE}\n```\n用：\n```\nprint(root([2, 1]))\n```",
         f"```\nroot([2, 1])\n```\n```python\n{ROOT.prefix}\n```\n```py title='a'\n{WHOLE}\n```",
         f"```python\n{WHOLE.replace('-', '')}\n```\n更正：\n```python\n{WHOLE}\n```",
-        "```sh\nls\n```\n```\n    return -xs[0] / xs[1]\n```",
+        "```sh\nls\n```\n```\n说明\n```\n```\n    return -xs[0] / xs[1]\n```",
         f"代码：\n\n{WHOLE}\n\n完毕",
         "```python\ndef root(xs):\n    return -one(xs) / xs[1]\n```\n辅助：\n```python\nfrom operator import neg\nN = 0\n"
         "def one(xs):\n    return other(xs)\nprint(input())\n```\n```python\ndef other(xs):\n    return neg(-xs[N])\n```",

@@ -35,7 +35,7 @@ def program(answer: str, task: Task) -> str:
     asked = {task.entry_point} if task.entry_point else used(task.tests) - definitions(task.tests).keys() - set(dir(builtins))
     code = next((block for block in reversed(blocks) if asked & definitions(block).keys()), None)
     if code is None:
-        code = next((block for block in blocks if is_python(head(block, task) + block)), blocks[0] if blocks else lines)
+        code = next((one for one in blocks if parsed(head(one, task) + one) and not is_word(one)), [*blocks, lines][0])
         return f"{head(code, task)}{code}\n\n{task.tests}\n"
     before = f"{task.prefix.rstrip()}\n    pass\n\n" if task.entry_point and task.prefix.strip() else ""
     known = definitions(before).keys() | definitions(code).keys()
@@ -55,11 +55,6 @@ def parsed(code: str) -> ast.Module | None:
             return ast.parse(textwrap.dedent(code))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return None
-
-
-def is_python(code: str) -> bool:
-    """True for code that can be read as Python."""
-    return parsed(code) is not None
 
 
 def used(code: str) -> set[str]:
@@ -102,11 +97,13 @@ def readable(text: str) -> str:
     """From the first line that begins a definition or an import, the most lines that are Python and end with no mere word."""
     start = STATEMENT.search(text)
     lines = text[start.start() :].splitlines(keepends=True) if start else []
-    while lines and not ((tree := parsed("".join(lines))) and tree.body and not is_word(tree.body[-1])):
+    while lines and (is_word("".join(lines)) or not parsed("".join(lines))):
         lines.pop()
     return "".join(lines)
 
 
-def is_word(statement: ast.stmt) -> bool:
-    """True for a word or a word in brackets, as `[DONE]`, which Python would read as a name."""
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Name | ast.List)
+def is_word(code: str) -> bool:
+    """True for code that ends with a word, also one in brackets (`[DONE]`): Python would read it as a name."""
+    tree = parsed(code)
+    last = tree.body[-1] if tree and tree.body else None
+    return isinstance(last, ast.Expr) and isinstance(last.value, ast.Name | ast.List)
