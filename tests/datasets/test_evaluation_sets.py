@@ -151,7 +151,7 @@ def test_mbpp_brings_what_its_tests_need(prepare, tmp_path):
     (tmp_path / "raw").write_text(json.dumps([item, item | {"test_list": [" "]}]), "utf-8")
     assert "1 of 2 items dropped" in prepare("code").ok()
     (found,) = records_in(tmp_path / "out/mbpp.json")
-    assert found["tests"].split() == "import math assert math.isclose(f(), 1)".split()
+    assert found["tests"] == "import math\n\nassert math.isclose(f(), 1)"
 
 
 def test_safetybench_has_its_answers_in_another_file(prepare, tmp_path):
