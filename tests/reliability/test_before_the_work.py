@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from cases import GOOD, has, refusal, run_cold
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 ROOTLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
 PARENT = "--resume_from_checkpoint"
@@ -22,6 +22,7 @@ UNFIT = {  # an adapter: the words of its refusal
     "{wide}": ("q_proj.weight is 96 x 96", "use the base model that the adapter was trained on"),
     "{pissa}": ("changed by pissa", "save it with"),
 }
+LONGER = ("embedding rows for a tokenizer of", "tokens")
 OUTPUTS = {  # an option's end: the words of the refusal
     "{data}/a/b": ("data.json: is not a folder", "give another"),
     "{full}/out": ("MB are needed and 0 MB are free", "make room"),
@@ -41,6 +42,11 @@ TABLE = [
     ("window", "finetune.py", "--base_model {brief} --cutoff_len 65", "brief has 64 positions", "give 64 or less"),
     ("end token", "finetune.py", "--base_model {endless}", "names no eos_token", "put it into tokenizer_config.json"),
     ("end token", "finetune.py", "--tokenizer {endless}", "names no eos_token", "put it into tokenizer_config.json"),
+    ("tokens", "finetune.py", "--tokenizer {longer}", *LONGER, "give --modules_to_save '[embed_tokens,lm_head]'"),
+    ("tokens", "finetune.py", "--tokenizer {longer} --dry_run", *LONGER, "give --modules_to_save '[embed_tokens,lm_head]'"),
+    ("tokens", "finetune.py", "--tokenizer {another} --modules_to_save [lm_head]", "token 4 is", "not an extension"),
+    ("tokens", "generate.py", "--base_model {longer}", *LONGER, "use model and tokenizer of one stage"),
+    ("tokens", "merge_weights.py", "--base_model {longer}", *LONGER, "use model and tokenizer of one stage"),
     ("targets", "finetune.py", f"{TARGETS} [query_key_value]", "no layer query_key_value", "q_proj"),
     ("targets", "finetune.py", f"{TARGETS} [1,2]", "model.layers.1 is a LlamaDecoderLayer", "q_proj"),
     ("targets", "finetune.py", f"{TARGETS} [layers.9.self_attn.q_proj]", "no layer layers.9.self_attn.q_proj", "q_proj"),
@@ -72,6 +78,15 @@ def places(world, tmp_path_factory) -> Iterator[dict[str, Path]]:
     shutil.copytree(world["base"], top / "endless")
     settings = json.loads((top / "endless" / "tokenizer_config.json").read_text())
     (top / "endless" / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    for name in ("longer", "another"):
+        shutil.copytree(world["base"], top / name)
+        words = AutoTokenizer.from_pretrained(top / name)
+        words.add_tokens(["梦想家"])
+        words.save_pretrained(top / name)
+    words = json.loads((top / "another" / "tokenizer.json").read_text("utf-8"))
+    swapped = {4: 5, 5: 4}
+    words["model"]["vocab"] = {token: swapped.get(index, index) for token, index in words["model"]["vocab"].items()}
+    (top / "another" / "tokenizer.json").write_text(json.dumps(words), "utf-8")
     tiny.adapter(tiny.llama(top / "other", hidden_size=96, num_attention_heads=6), top / "wide")
     shutil.copytree(world["adapter"], top / "pissa")
     settings = json.loads((top / "pissa" / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa"}

@@ -22,7 +22,7 @@ from utils.inference.kv_cache import Ids
 from utils.inference.sampling_params import SamplingParams
 from utils.memory import is_out_of_memory
 from utils.models.architecture import read_architecture, window_of
-from utils.models.loading import check_vocabulary, load_base
+from utils.models.loading import check_vocabulary, load_base, without_values
 from utils.models.placement import DeviceConfig
 from utils.models.tokenizer import end_tokens, load_tokenizer, tell_ends
 from utils.models.weights import base_folder
@@ -132,6 +132,9 @@ class Engine:
         for one in self.answerers:
             tell_ends(tokenizer_home(one, base_model), self.tokenizers[one.name], self.ending(one.name).ends)
         self.config = read_architecture(base_folder(base_model))
+        empty = without_values(base_model)
+        for tokenizer in self.tokenizers.values():
+            check_vocabulary(empty, tokenizer, base_model)
 
     @functools.cached_property
     def loaded(self) -> tuple[PreTrainedModel, PeftModel | None]:
@@ -139,8 +142,6 @@ class Engine:
         base = load_base(self.base_model, self.tokenizers[self.answerers[0].name], self.placement)
         folders = {one.name: one.folder for one in self.answerers if one.folder}
         adapters = switching.attach(base, folders, self.base_model) if folders else None
-        for tokenizer in self.tokenizers.values():
-            check_vocabulary(base, tokenizer, self.base_model)
         return base.eval(), adapters
 
     @property

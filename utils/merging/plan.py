@@ -16,11 +16,10 @@ from utils.merging.shards import Part
 from utils.merging.tensor_recipes import Change, Grow, Recipe, Replace, ReplaceRows, same_changes
 from utils.models import meta_layout, quantized
 from utils.models.names import Finder
-from utils.models.tokenizer_files import MODEL, count_tokens, has_tokenizer, is_sentencepiece
+from utils.models.tokenizer_files import MODEL, STAGES, count_tokens, has_tokenizer, is_sentencepiece, too_many_tokens
 from utils.models.weights import Weights, base_folder, size_of, tell_adapter
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STAGES = "32000 tokens belong to LLaMA, 49953 to Chinese-LLaMA, 49954 to Chinese-Alpaca"
 PADDING = 8  # vocabularies are padded to multiples of this; those of LLaMA and its descendants are not
 
 
@@ -179,7 +178,7 @@ def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> Pa
     chosen = next((home for home in homes if has_tokenizer(home)), None)
     count = count_all(chosen) if chosen else None
     if count and count > rows[0]:
-        raise UserError(f"{base}: has {rows[0]} embedding rows for a tokenizer of {count} tokens; {STAGES}")
+        raise too_many_tokens(base, rows[0], count)
     for adapter, before, after in zip(adapters, rows, rows[1:], strict=False):
         folder = adapter.folder
         if not has_tokenizer(folder):

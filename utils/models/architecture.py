@@ -71,10 +71,14 @@ def window_of(config: PreTrainedConfig) -> int | None:
 
 
 def meta_model(base_model: str) -> "PreTrainedModel":
-    """The model without its weights: only its layers and their shapes. Raises UserError like `read_architecture`."""
+    """The model without its weights: only its layers and their shapes. Raises UserError like `read_architecture`,
+    and if no model can be built from it."""
     config = read_architecture(base_folder(base_model))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever the layers make of values that do not go together
+        raise UserError(f"{base_model}: cannot be loaded ({reason(error)}); check the model folder") from None
 
 
 def has_learned_positions(base_model: str, window: int) -> bool:

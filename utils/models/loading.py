@@ -3,23 +3,24 @@
 import contextlib
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, modeling_utils
 
-from utils.console import UserError, reason, say
+from utils.console import UserError, reason, say, say_once
 from utils.memory import is_out_of_memory
 from utils.models import quantized, sharding, spread
-from utils.models.architecture import read_architecture
+from utils.models.architecture import meta_model, read_architecture
 from utils.models.layers import embedding_names
 from utils.models.placement import DeviceConfig
 from utils.models.sharding import wants_fsdp
-from utils.models.weights import base_folder, tell_adapter, weight_files
+from utils.models.tokenizer_files import too_many_tokens
+from utils.models.weights import base_folder, has_weights, tell_adapter, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase  # the first takes seconds to import
 
-NOTHING_MISSING: dict[str, Any] = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
 NO_ADAPTER = {"subfolder": "not-looked-for"}  # the library would load an adapter found here onto the base
 
 
@@ -40,9 +41,7 @@ def load_base(
         options["device_map"] = {"": "cpu"}  # from there its parts go to the GPUs
     if placement.spread:
         options |= {"device_map": "auto", "max_memory": spread.room()}
-    options["adapter_kwargs"] = NO_ADAPTER
     tell_adapter(folder)
-    options["ignore_mismatched_sizes"] = True  # so that they are reported below, by name
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     method = quantized.method_of(config.to_dict())
@@ -51,26 +50,11 @@ def load_base(
     elif placement.quantize:
         options["quantization_config"] = quantization(placement)
     copied = bool(placement.quantize or method) or config.dtype != placement.dtype
-    try:
-        with reading_weights() if copied else contextlib.nullcontext():
-            if placement.quantize or sharding.loads():
-                model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-            else:
-                model, report = sharding.without_weights(folder, placement.dtype), NOTHING_MISSING
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{base_model}: refused, because loading its weights would run code; get them as .safetensors"
-        ) from None
-    except Exception as error:  # the library checks little, and fails wherever a file is not what it expects
-        if is_out_of_memory(error):
-            raise
-        if placement.spread and "dispatched on the CPU or the disk" in str(error):
-            raise UserError(
-                f"{base_model}: does not fit on the GPUs, and quantized layers cannot be "
-                "elsewhere; give --load_4bit, or --load_8bit False, which leaves layers in main memory"
-            ) from None
-        raise UserError(f"{base_model}: cannot be loaded ({reason(error)}); check the model folder") from None
-    check_report(report, base_model)
+    with reading_weights() if copied else contextlib.nullcontext():
+        if placement.quantize or sharding.loads():
+            model = load_checked(base_model, folder, **options)
+        else:
+            model = sharding.without_weights(folder, placement.dtype)
     if placement.spread:
         spread.tell(model, base_model)
     if getattr(model, "is_loaded_in_4bit", False):
@@ -87,6 +71,41 @@ def load_base(
         for config in filter(None, (model.config, model.generation_config)):
             config.eos_token_id = ends
     return model
+
+
+def load_checked(base_model: str, folder: Path, **options: Any) -> "PreTrainedModel":
+    """A base model as the library loads it with these `options`. Raises UserError if it cannot, or tensors are missing."""
+    options |= {"adapter_kwargs": NO_ADAPTER, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # so that they are reported below, by name
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{base_model}: refused, because loading its weights would run code; get them as .safetensors"
+        ) from None
+    except Exception as error:  # the library checks little, and fails wherever a file is not what it expects
+        if is_out_of_memory(error):
+            raise
+        if "dispatched on the CPU or the disk" in str(error):
+            raise UserError(
+                f"{base_model}: does not fit on the GPUs, and quantized layers cannot be "
+                "elsewhere; give --load_4bit, or --load_8bit False, which leaves layers in main memory"
+            ) from None
+        raise UserError(f"{base_model}: cannot be loaded ({reason(error)}); check the model folder") from None
+    check_report(report, base_model)
+    return model
+
+
+def without_values(base_model: str) -> "PreTrainedModel":
+    """The model without values, after the library has looked for all of its tensors in the files, which are not read.
+
+    Raises UserError like `load_base`. If there are no files, or their weights are quantized, only config.json counts.
+    """
+    folder = base_folder(base_model)
+    if quantized.method_of(read_architecture(folder).to_dict()) or not has_weights(folder):
+        return meta_model(base_model)
+    weight_files(folder)
+    return load_checked(base_model, folder, device_map={"": "meta"})
 
 
 def prepare_4bit(model: "PreTrainedModel", placement: DeviceConfig) -> None:
@@ -130,7 +149,7 @@ def check_report(report: dict[str, Any], base_model: str) -> None:
         )
     if report["unexpected_keys"]:
         name = min(report["unexpected_keys"])
-        say(f"{base_model}: {len(report['unexpected_keys'])} tensors in its files are not part of the model ({name}, …)")
+        say_once(f"{base_model}: {len(report['unexpected_keys'])} tensors in its files are not part of the model ({name}, …)")
 
 
 def quantization(placement: DeviceConfig) -> BitsAndBytesConfig:
@@ -153,32 +172,38 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(
-            f"{base_model}: has {rows} embedding rows for a tokenizer of {len(tokenizer)} tokens; "
-            "32000 belong to LLaMA, 49953 to Chinese-LLaMA, 49954 to Chinese-Alpaca: use model and tokenizer of one stage"
-        )
+        raise too_many_tokens(base_model, rows, len(tokenizer))
     if rows > len(tokenizer):
         say(f"{base_model}: {rows} embedding rows, of which {len(tokenizer)} have tokens")
 
 
-def fit_embeddings(
+def check_new_tokens(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str, trained_whole: list[str]
 ) -> None:
-    """Give a model embedding rows for a tokenizer with more tokens than the base's; `trained_whole` layers must hold them.
-
-    Raises UserError if the new rows would never be trained.
+    """Raises UserError if a tokenizer has more tokens than `model`, which may be without values, has embedding rows, and these
+    would never be trained, since no layer in `trained_whole` holds them, or it is not an extension of the base's tokenizer.
     """
+    rows, layers = model.get_input_embeddings().weight.shape[0], embedding_names(model)
+    if len(tokenizer) <= rows:
+        return
+    from utils.models.tokenizer import load_tokenizer
+    from utils.models.vocabulary import check_extends
+
+    if not {name.split(".")[-1] for name in trained_whole} & set(layers):
+        raise UserError(
+            f"{base_model}: has {rows} embedding rows for a tokenizer of {len(tokenizer)} tokens; to train the new ones "
+            f"give --modules_to_save '[{','.join(layers)}]', or use a base and a tokenizer of one stage"
+        )
+    check_extends(load_tokenizer(base_model), tokenizer)
+
+
+def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> None:
+    """Give a model embedding rows for a tokenizer with more tokens than the base's, for which `check_new_tokens` holds."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         from utils.models.tokenizer import load_tokenizer
         from utils.models.vocabulary import grow_embeddings
 
-        layers = embedding_names(model)
-        if not {name.split(".")[-1] for name in trained_whole} & set(layers):
-            raise UserError(
-                f"{base_model}: has {rows} embedding rows for a tokenizer of {len(tokenizer)} tokens; to train the new ones "
-                f"give --modules_to_save '[{','.join(layers)}]', or use a base and a tokenizer of one stage"
-            )
         grow_embeddings(model, load_tokenizer(base_model), tokenizer)
         say(f"{base_model}: {len(tokenizer) - rows} embedding rows added for new tokens, each the mean of the rows it replaces")
     check_vocabulary(model, tokenizer, base_model)

@@ -16,6 +16,14 @@ MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.jso
 SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
 FILES = (MODEL, JSON, CONFIG, SPECIAL, ADDED, TEMPLATE, "vocab.json", "merges.txt")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+STAGES = "32000 tokens belong to LLaMA, 49953 to Chinese-LLaMA, 49954 to Chinese-Alpaca"
+
+
+def too_many_tokens(base: str | Path, rows: int, tokens: int) -> UserError:
+    """The error for a tokenizer with more tokens than the base has embedding rows."""
+    return UserError(
+        f"{base}: has {rows} embedding rows for a tokenizer of {tokens} tokens; {STAGES}: use model and tokenizer of one stage"
+    )
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:

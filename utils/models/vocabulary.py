@@ -160,18 +160,21 @@ def extend_bytes(tokenizer: PreTrainedTokenizerBase, pieces: list[str], target: 
     return len(new)
 
 
-def pieces_of_new_tokens(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> dict[int, list[int]]:
-    """For each token id that `new` has and `old` has not: the ids that `old` gives to the token's text.
+def check_extends(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if a tokenizer is not an extension of another, `old`."""
+    both = (one.convert_ids_to_tokens(range(len(old))) for one in (old, new))
+    for index, (before, after) in enumerate(zip(*both, strict=True)):
+        if before != after:
+            raise UserError(
+                f"{new.name_or_path}: token {index} is {after!r}, in {old.name_or_path} {before!r}; "
+                "not an extension, so give one made of that tokenizer"
+            )
 
-    Raises UserError if `new` is not an extension of `old`.
-    """
-    size = len(old)
-    for index, (one, other) in enumerate(
-        zip(old.convert_ids_to_tokens(range(size)), new.convert_ids_to_tokens(range(size)), strict=True)
-    ):
-        if one != other:
-            raise UserError(f"{new.name_or_path}: token {index} is {other!r}, in {old.name_or_path} {one!r}; not an extension")
-    return {index: ids_inside_text(old, text_of(new, index)) for index in range(size, len(new))}
+
+def pieces_of_new_tokens(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+    """For each token id that `new`, an extension of `old`, has in addition: the ids that `old` gives to the token's text."""
+    check_extends(old, new)
+    return {index: ids_inside_text(old, text_of(new, index)) for index in range(len(old), len(new))}
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, index: int) -> str:

@@ -146,6 +146,11 @@ def named_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLED}, complete or in shards; is it a model folder?")
 
 
+def has_weights(folder: Path) -> bool:
+    """True if a folder has the weights of a model, or an index of them."""
+    return any((folder / f"{name}{end}").is_file() for name in (SAFETENSORS, PICKLED) for end in ("", ".index.json"))
+
+
 def homes_in(index: Path) -> dict[str, str]:
     """The file of each tensor, from an index file. Raises UserError if it does not tell."""
     found = read_json(index)

@@ -102,6 +102,16 @@ def lora_options(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"lora_target_modules": as_targets(options.lora_target_modules)}
 
 
+def check_tokens(options: Options, origin: "RunStart", tokenizer: Any) -> None:
+    """Raises UserError if the base's files lack tensors, or embedding rows for some tokens that the run would not train."""
+    from utils.adapters.lora_config import settings_of
+    from utils.models.loading import check_new_tokens, without_values
+
+    before = origin.checkpoint or origin.parent
+    trained = settings_of(before, lora_options(options))["modules_to_save"] if before else options.modules_to_save
+    check_new_tokens(without_values(options.base_model), tokenizer, options.base_model, trained)
+
+
 def check_window(options: Options, config: Any) -> None:
     """Print if --cutoff_len exceeds the model's context window. Raises UserError if the model has no positions for more."""
     from utils.models.architecture import has_learned_positions, window_of

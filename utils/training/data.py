@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from utils.console import UserError, say
 from utils.datasets.sources import data_files
 from utils.datasets.stages import LABELLED, TEXT
-from utils.training.checks import check_window
+from utils.training.checks import check_tokens, check_window
 
 if TYPE_CHECKING:
     from utils.datasets.dataset import EncodedDataset
@@ -53,6 +53,7 @@ def prepare_data(
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer names no eos_token to end answers with; {PUT_IT}")
+    check_tokens(options, origin, tokenizer)
     ends = end_tokens(options.base_model, tokenizer)
     prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
     hashes = {str(file): sha256(file) for file in data_files(options.data_path)}

@@ -75,7 +75,7 @@ def prepare_model(options: Options, placement: "DeviceConfig", origin: "RunStart
     transformers.set_seed(options.seed)
     base = load_base(options.base_model, tokenizer, placement, placement.kernel)
     config = lora_config(base, lora_options(options), origin.checkpoint or origin.parent, stage == TEXT)
-    fit_embeddings(base, tokenizer, options.base_model, config.modules_to_save or [])
+    fit_embeddings(base, tokenizer, options.base_model)
     spread.check_adapter(base, config.modules_to_save or [], config.use_dora)
     parent = None if origin.checkpoint else origin.parent
     model = adapters.load(base, parent, config) if parent else adapters.add(base, config)
