@@ -164,6 +164,19 @@ def test_no_more_requests_than_the_budget_are_sent(serve, tmp_path, concurrency)
     assert len(server.bodies) == 11
 
 
+def test_the_cost_holds_where_answers_cost_far_more_than_estimated(serve, tmp_path):
+    """A token costs 1 and about 8 are expected an answer. The first shows that it is 100, which answers under way count, too;
+    one that cannot be used is paid for as well."""
+    usage = {"prompt_tokens": 50, "completion_tokens": 50}
+    cut = {"body": completion({"content": "x"})[:-20]}
+    server = serve(lambda number, body: cut if number == 2 else {"content": "x", "usage": usage, "sleep": 0.05})
+    terms = {"concurrency": 8, "price_in": 1e6, "price_out": 1e6, "backoff": 0.01}
+    for limit, sent in ((350, 3), (399, 3), (450, 4)):
+        with pytest.raises(UserError, match="is spent, and the next answer may cost 100"):
+            ask(server, tmp_path, 9, RequestLimits(max_cost=limit, **terms), max_tokens=4)
+        assert len(server.bodies) == sent
+
+
 def test_so_many_requests_are_under_way_at_once(serve, tmp_path):
     together = threading.Barrier(3, timeout=30)
     server = serve(lambda number, body: [together.wait(), echo(number, body)][1])

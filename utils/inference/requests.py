@@ -70,9 +70,10 @@ class RequestLimits:
         return (sent * self.price_in + received * self.price_out) / 1e6
 
     def cost_of(self, entry: dict[str, Any]) -> float:
-        """The cost of an entry of a journal: of an answer by the server's counts, else estimated from its texts."""
+        """The cost of an entry of a journal: of an answer by the server's counts, else estimated from its texts; of a failure,
+        the most that it may have cost."""
         if "answer" not in entry:
-            return 0.0
+            return entry.get("may_cost", 0.0)
         sent, received = entry["prompt_tokens"], entry["completion_tokens"]
         sent = tokens_of(entry.get("messages") or entry.get("prompt") or []) if sent is None else sent
         return self.cost(sent, tokens_in(entry["answer"]) if received is None else received)
@@ -104,6 +105,7 @@ class Endpoint:
         self.settings = {"temperature": service.temperature, "max_tokens": service.max_tokens} | service.more
         self.stop: Exception | None = None
         self.reached, self.answered, self.refused = False, 0, 0
+        self.priced = any("answer" in entry for entry in journal.values.values())  # what an answer costs here is known
         self.resume_at = 0.0
 
     def gather(self, jobs: Iterable[Coroutine[Any, Any, Any]], name: str) -> list[Any]:
@@ -197,7 +199,7 @@ class Endpoint:
             try:
                 entry = await request_completion(self.client, self.service.model, prompt, settings)
             except (openai.APIError, Unusable) as error:
-                self._failed(key, error)
+                self._failed(key, error, held)
                 self._check_fatal(error)
                 if self._adapted(error, settings):
                     continue
@@ -206,7 +208,7 @@ class Endpoint:
                     return reason_of(error)
                 await self._wait(error, tries)
             else:
-                self.reached = True
+                self.reached = self.priced = True
                 kind = "messages" if isinstance(prompt[0], dict) else "prompt"
                 self.journal.put(key, {kind: prompt} | settings | entry)
                 self.spent.pay(self.terms.cost_of(self.journal.values[key]))
@@ -222,13 +224,15 @@ class Endpoint:
 
     async def _admitted(self, most: float) -> float:
         """Wait until a request that may cost so much, or as much as the dearest yet, may be sent, and count it; returns that
-        cost. One that might go beyond the limit waits for those under way. Raises what stopped the run, or UserError if a limit
+        cost. One that might go beyond the limit waits for those under way, each of which may cost as much as the dearest, and
+        until a first answer shows the cost, one is sent at a time. Raises what stopped the run, or UserError if a limit
         is reached."""
         await self._pause(0)
         limit, spent = self.terms.max_cost, self.spent
         while limit is not None and self.stop is None:
             most = max(most, spent.dearest)
-            if spent.cost + sum(spent.under_way) + most <= limit:
+            under_way = sum(max(cost, spent.dearest) for cost in spent.under_way)
+            if spent.cost + under_way + most <= limit and (self.priced or not spent.under_way):
                 break
             if not spent.under_way:
                 self.stop = UserError(
@@ -247,11 +251,15 @@ class Endpoint:
         spent.under_way.append(most)
         return most
 
-    def _failed(self, key: str, error: Exception) -> None:
-        """Journal a request without an answer: it was sent, and may have to be paid for."""
+    def _failed(self, key: str, error: Exception, most: float) -> None:
+        """Journal a request without an answer: it was sent; cut off or timed out, it may cost as much as `most`."""
         self.reached = self.reached or not isinstance(error, openai.APIConnectionError)
         number = sum(known.startswith(f"{key} failed ") for known in self.journal.values)
-        self.journal.put(f"{key} failed {number + 1}", {"error": reason_of(error)})
+        entry: dict[str, Any] = {"error": reason_of(error)}
+        if most and isinstance(error, Unusable | openai.APITimeoutError):
+            entry["may_cost"] = most
+        self.journal.put(f"{key} failed {number + 1}", entry)
+        self.spent.pay(self.terms.cost_of(entry))
 
     def _check_fatal(self, error: Exception) -> None:
         """Stop the run if asking again is useless."""
