@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils.console import UserError
 from utils.datasets.choices import Choice, as_choice, as_record, read_choices
 from utils.datasets.item_formats import InvalidRecord
-from utils.evaluation.choices import Marked, Way, as_text, encode, encode_fitting, read_answer, tabulate
+from utils.evaluation.choices import Marked, Way, as_text, encode, encode_fitting, tabulate
+from utils.evaluation.chosen import read_answer
 from utils.evaluation.likelihood import load_engine
 from utils.files import write_json
 from utils.inference.batch import greedy_texts
@@ -108,6 +109,10 @@ def test_likelihoods_are_those_of_each_text_alone(tmp_path, kind):
         ("ＡＢ", [0, 1]),
         ("A、C", [0, 2]), ("答案是 A。不，答案是 B。", None), ("可能是 A 也可能是 B", None), ("不知道", None), ("", None),
         ("答案是 F", None), ("五", None),
+        ("A错误，B正确", None), ("B和C都对", [1, 2]), ("答案：A。不对，应该是B", None), ("A或B", None), ("A、B都有可能", None),
+        ("答案：ABCD中的B", None), ("A is wrong", None), ("A不对", None), ("非A", None), ("除A外都对", None), ("B or C", None),
+        ("A bird", None), ("答案是B，不是A", [1]), ("排除A、C、D，所以选B", [1]), ("选B，因为A不对", [1]),
+        ("B because A is wrong", [1]),
     ],
 )  # fmt: skip
 def test_a_generated_answer_is_read_or_left_alone(text, places):
@@ -132,6 +137,11 @@ def test_shares_and_intervals_worked_out_by_hand():
     assert any("1 questions are longer than the model's window" in line for line in notes)
     assert "guessing would give 25.0 %" in notes and "base: mean over the subjects 33.3 %" in notes
     assert any(line.startswith("base and f1: no difference can be told") for line in notes)
+    equal = {"base": [right, Marked([0], [-1.0, -1.0, -3.0, -4.0])]}
+    assert (
+        "base: in 1 of 2 questions several choices are the most likely; the first is taken"
+        in tabulate(questions[:2], equal, Way(), "float32")[1]
+    )
     several, given = questions[-1:] * 4, [Marked(chosen, "") for chosen in ([0, 1], [0], [0, 1, 2], None)]
     assert tabulate(several, {"base": given}, Way(by="answer"), "float32")[0][0].rows[0].values == {"base": 25.0}
 

@@ -109,8 +109,19 @@ def test_biases_are_counted():
     assert "m: both orders agree in 0 % [0, 79] of 1" in lines
     assert "m: position: the answer shown first wins 100 % [44, 100] of 3 decided" in lines
     assert "m: length: the longer answer wins 67 % [21, 94] of 3 decided" in lines
-    assert "m: a and b: no difference can be told (1 prompts won, 0 lost, 1 tied)" in lines
+    assert "m: a and b: no difference can be told (a: 1 prompts won, 0 lost, 1 tied, McNemar p = 1.000)" in lines
     assert not length_notes("m", {"a": ["好"], "b": ["坏"]}, given[:2]), "of two that are equally long none is the longer"
+
+
+def test_so_many_prompts_must_be_won_for_a_difference():
+    """By the exact test of signs: p is 2 / 2⁶ for six of six, and 2 × 10 / 2⁹ for eight of nine."""
+    for won, lost, line in (
+        (6, 0, "m: a is better than b (a: 6 prompts won, 0 lost, 0 tied, McNemar p = 0.031)"),
+        (1, 8, "m: b is better than a (a: 1 prompts won, 8 lost, 0 tied, McNemar p = 0.039)"),
+        (7, 1, "m: a and b: no difference can be told (a: 7 prompts won, 1 lost, 0 tied, McNemar p = 0.070)"),
+    ):
+        given = [Comparison(place, "a", "b", float(place < won), [""], "") for place in range(won + lost)]
+        assert pairwise.differences("m", ["a", "b"], given) == [line]
 
 
 @pytest.fixture
@@ -139,10 +150,7 @@ def test_systems_are_compared_in_both_orders(script, serve, systems, tmp_path):
     out = script(*options, "--output_dir", tmp_path / "out").ok()
     assert len(server.bodies) == 5 * 6  # the first prompt's answers are equal: ties, which nobody is paid for
     assert "m: 6 comparisons: the answers are equal" in out and "m: both orders agree in 100 %" in out
-    assert (
-        "m: good is better than fair" in out
-        or "m: good and fair: no difference can be told (5 prompts won, 0 lost, 1 tied)" in out
-    )
+    assert "m: good and fair: no difference can be told (good: 5 prompts won, 0 lost, 1 tied, McNemar p = 0.062)" in out
     assert "30 requests to send, about" in out
     shown = [body["messages"][-1]["content"] for body in server.bodies]
     assert sum("[参考答案]\n标准的回答\n[参考答案完]" in text for text in shown) == 6  # BELLE's form

@@ -69,4 +69,4 @@ def test_gains_are_told_from_the_last_step_with_a_value():
 
 
 def test_a_bar_in_a_name_does_not_break_the_table():
-    assert "a\\|b" in markdown(Table("t", ["a|b"], [Row("x", 1, {"a|b": 1.0})]))
+    assert "| a\\|b c |" in markdown(Table("t", ["a|b\nc"], [Row("x", 1, {"a|b\nc": 1.0})]))

@@ -1,8 +1,6 @@
 """Multiple-choice questions for a base model and its adapters: by the likelihood of each choice, or by generated answers."""
 
-import re
 import statistics
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from utils.console import UserError, progress, say
 from utils.datasets.choices import LETTERS, Choice, read_choices
 from utils.datasets.encoding import encode_last_answers, encode_text
 from utils.datasets.records import Record
-from utils.datasets.templates import without_thoughts
+from utils.evaluation.chosen import read_answer
 from utils.evaluation.intervals import compare_shares, wilson_percent
 from utils.evaluation.tables import Row, Table
 from utils.files import digest
@@ -27,13 +25,6 @@ PLAIN, OWN = "plain", "own"  # how it is asked: as text to continue, or with eac
 EXAMPLES = "dev.json"  # the default file of worked examples, beside the questions
 LONGEST = 1 << 20  # tokens: nothing is cut
 GENERATED = {PLAIN: 16, OWN: 256}  # tokens of an answer
-SAID = re.compile(
-    r"(?:答案|正确选项|选项|应选|故选|选择|选|\bchoose|\b(?:answer|choice)(?:\s+is)?|\\boxed)"
-    r"(?:[\s:是为应该\"'“”‘’(\[{*]|选项)*([A-J](?:[\s,、和及]*[A-J])*)(?![A-Za-z])",
-    re.I,
-)
-OPENS = re.compile(r"[\s(\[\"'“*]*([A-J](?:[,、\s]*[A-J])*)(?![A-Za-z'’])")
-ALONE = re.compile(r"(?<![A-Za-z])([A-J])(?![A-Za-z'’])")
 
 
 class Way(NamedTuple):
@@ -241,39 +232,6 @@ def generate(engine: Engine, name: str, prompts: list[Ids], way: Way) -> list[st
     return batch.greedy_texts(engine, name, prompts, GENERATED[way.template], template, stops)
 
 
-def read_answer(text: str, choices: Sequence[str]) -> list[int] | None:
-    """The indices of the choices that a generated answer names; None if that is uncertain.
-
-    They are those after 答案 or the like, if always the same; else the letters that the answer begins with; else the only
-    letter in it, or the only choice whose text it is.
-    """
-    text = unicodedata.normalize("NFKC", without_thoughts(text)).strip()
-    stated = {letters(match[1]) for match in SAID.finditer(text)}
-    opening = OPENS.match(text)
-    if stated:
-        found = stated.pop() if len(stated) == 1 else ""
-    elif opening:
-        found = letters(opening[1])
-    else:
-        alone = set(ALONE.findall(text))
-        found = alone.pop() if len(alone) == 1 else ""
-    if not found:
-        same = [place for place, choice in enumerate(choices) if plain(choice) == plain(text) or choice.strip() == text]
-        return same if len(same) == 1 and plain(text) else None
-    places = [LETTERS.index(letter) for letter in found]
-    return places if max(places) < len(choices) else None
-
-
-def letters(text: str) -> str:
-    """The choice letters in a text, sorted."""
-    return "".join(sorted(set(re.sub("[^A-J]", "", text.upper()))))
-
-
-def plain(text: str) -> str:
-    """A text without punctuation and spaces."""
-    return re.sub(r"\W", "", unicodedata.normalize("NFKC", text))
-
-
 def scored(questions: Sequence[Choice], marks: dict[str, list[Marked | None]], way: Way) -> list[int]:
     """The indices of the questions that count: those that fit every answerer's window and, if likelihoods are compared, have
     only one right choice."""
@@ -341,6 +299,9 @@ def notes(
         unclear = sum(found[place].chosen is None for place in places)  # type: ignore[union-attr]
         if unclear:
             lines.append(f"{name}: {unclear} of {counted} answers name no clear choice, and count as wrong")
+        basis = [one.shown for place in places if (one := found[place]) and not isinstance(one.shown, str)]
+        if tied := sum(numbers.count(max(numbers)) > 1 for numbers in basis):
+            lines.append(f"{name}: in {tied} of {counted} questions several choices are the most likely; the first is taken")
         most = Counter(tuple(one.chosen) for place in places if (one := found[place]) and one.chosen).most_common(1)
         if most and most[0][1] > 0.7 * counted:
             letter = "".join(LETTERS[place] for place in most[0][0])

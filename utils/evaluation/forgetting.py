@@ -15,7 +15,7 @@ from utils.console import UserError, progress, say
 from utils.datasets import dataset, encoders, stages
 from utils.datasets.records import Record
 from utils.datasets.sources import sources
-from utils.evaluation.choices import plain
+from utils.evaluation.chosen import plain
 from utils.evaluation.likelihood import load_engine, sum_of_losses
 from utils.evaluation.metrics import final_number
 from utils.evaluation.tables import Row, Table, Values

@@ -15,7 +15,7 @@ from utils.datasets.preferences import read_pairs
 from utils.datasets.prompts import Record
 from utils.datasets.templates import without_thoughts
 from utils.evaluation.answers import by_category, key_of
-from utils.evaluation.intervals import of_share, percent, wilson, wilson_percent
+from utils.evaluation.intervals import SURE, mcnemar, of_share, percent, wilson_percent
 from utils.evaluation.judging import ask_for_verdict, question
 from utils.evaluation.ratings import Verdict, linked, ratings
 from utils.evaluation.tables import Row, Table
@@ -235,7 +235,7 @@ def length_notes(judge: str, answers: dict[str, list[str]], decided: Sequence[Co
 
 
 def differences(judge: str, systems: Sequence[str], comparisons: Sequence[Comparison]) -> list[str]:
-    """In words, for each pair of systems, whether one of them wins more prompts (Wilson, without ties)."""
+    """In words, for each pair of systems, whether one of them wins more prompts (McNemar's test, without ties)."""
     outcomes = combined(comparisons)
     lines = []
     for one, other in itertools.combinations(systems, 2):
@@ -245,13 +245,13 @@ def differences(judge: str, systems: Sequence[str], comparisons: Sequence[Compar
         won, lost = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
         if not means:
             continue
-        shown = f"{won} prompts won, {lost} lost, {len(means) - won - lost} tied"
-        low, high = wilson(won, won + lost) if won + lost else (0.0, 1.0)
-        if low <= 0.5 <= high:
+        chance = mcnemar(won, lost)
+        shown = f"{one}: {won} prompts won, {lost} lost, {len(means) - won - lost} tied, McNemar p = {chance:.3f}"
+        if chance >= 1 - SURE:
             lines.append(f"{judge}: {one} and {other}: no difference can be told ({shown})")
         else:
-            better, worse = (one, other) if low > 0.5 else (other, one)
-            lines.append(f"{judge}: {better} is better than {worse} ({one}: {shown})")
+            better, worse = (one, other) if won > lost else (other, one)
+            lines.append(f"{judge}: {better} is better than {worse} ({shown})")
     return lines
 
 

@@ -121,7 +121,8 @@ def grid(table: Table, cells: Callable[[Row], list[str]]) -> str:
     """Markdown with one column for the categories, one for their numbers of samples, and one for each system."""
     rows = [["类别", "样本数", *table.systems], ["---", *["---:"] * (len(table.systems) + 1)]]
     rows += [[row.label, str(row.samples), *cells(row)] for row in table.rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n"
+    texts = [[" ".join(text.splitlines()).replace("|", "\\|") for text in row] for row in rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in texts)
 
 
 def comma_separated(tables: list[Table]) -> str:
