@@ -219,7 +219,7 @@ def test_the_cache_grows_in_place_and_keeps_its_content():
 def test_answers_end_at_the_next_question_and_not_at_a_quoted_response(folder):
     """Pitfalls 8 and 17."""
     tokenizer = load_tokenizer(folder / "llama")
-    ending = Ending(tokenizer, Prompter("alpaca").stop_strings)
+    ending = Ending(tokenizer, Prompter("alpaca").stop_strings, [2])
     quoted = tokenizer("The template ends with ### Response:\nand that is all.", add_special_tokens=False)["input_ids"]
     more = tokenizer("\n\n### Instruction:\nWhat else?", add_special_tokens=False)["input_ids"]
     assert not any(ending(quoted[: size + 1]) for size in range(len(quoted)))
@@ -228,13 +228,13 @@ def test_answers_end_at_the_next_question_and_not_at_a_quoted_response(folder):
     assert ending.text(ids[: size + 1]) == "The template ends with ### Response:\nand that is all."
     assert ending.text([*quoted, 2]) == ending.text(quoted)
     assert ending([*quoted, 2])
-    assert Ending(tokenizer, ["that", "with"]).text(quoted) == "The template ends"
+    assert Ending(tokenizer, ["that", "with"], [2]).text(quoted) == "The template ends"
 
 
 def test_streaming_shows_whole_characters_and_no_half_stop_strings(folder):
     """Pitfall 9."""
     tokenizer = load_tokenizer(folder / "llama")
-    ending = Ending(tokenizer, ["### Instruction:"])
+    ending = Ending(tokenizer, ["### Instruction:"], [2])
     text = "Zażółć 𠮷 我们👍🏽 # ## ###\n\n### Instruction:"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     shown = [ending.so_far(ids[: size + 1]) for size in range(len(ids))]

@@ -12,10 +12,10 @@ from utils.datasets.file_formats import read_items
 from utils.datasets.item_formats import InvalidRecord
 from utils.datasets.items import UnreadableItem, place_of
 from utils.datasets.prompts import prompt_files
+from utils.datasets.raw_sets import CHOICES
 
 LETTERS = "ABCDEFGHIJ"
 QUESTIONS = ("instruction", "question")  # column names of tables are read in lower case
-CHOICES = ("choices", "options")
 ANSWERS = ("answer", "label")
 MARK = re.compile(r"\s*(?:[(（]([A-JＡ-Ｊ])[)）]|([A-JＡ-Ｊ])\s*[.．、:：)）])\s*")
 

@@ -52,6 +52,7 @@ SHAPES = {
 }
 FOLDERS = {"Alpaca-GPT4": "alpaca_gpt4", "Firefly": "firefly", "PsyQA": "psyQA", "BELLE": "belle"}
 RECORDS = ("alpaca", "belle dialogue")  # shapes that are read as they are
+CHOICES = ("choices", "options")  # the fields that list the choices of a question
 COUPLETS = {"in.txt": "out.txt", "out.txt": "in.txt"}  # the first halves, and the second
 SPEAKERS = re.compile(r"\s*Human[:：].*(?:^|\n)\s*Assistant[:：]", re.DOTALL)
 
@@ -83,7 +84,7 @@ def prepared_by(item: dict) -> str | None:
 def has_choices(item: dict) -> bool:
     """True for an item whose answer names one of its choices, as in the evaluation sets."""
     beside = {"A", "B", "C"} <= {name.upper() for name in item}
-    listed = any(isinstance(item.get(name), list) for name in ("choices", "options"))
+    listed = any(isinstance(item.get(name), list) for name in CHOICES)
     return (beside or listed) and "output" not in item and bool({"answer", "Answer", "label"} & item.keys())
 
 

@@ -83,12 +83,6 @@ async def compare(endpoint: Endpoint, asked: Question) -> Comparison:
     return Comparison(*asked[:3], outcome, texts, problem)
 
 
-def pairs_of(answers: dict[str, list[str]], prompt: int) -> Iterator[tuple[str, str, bool]]:
-    """The pairs of systems in both orders, and whether their answers to a prompt are equal."""
-    for first, second in itertools.permutations(answers, 2):
-        yield first, second, answers[first][prompt].strip() == answers[second][prompt].strip()
-
-
 def questions(records: list[Record], answers: dict[str, list[str]], with_references: bool) -> list[Question]:
     """The requests that compare each pair of systems on every prompt, in both orders, unless their answers are equal."""
     return [
@@ -96,18 +90,19 @@ def questions(records: list[Record], answers: dict[str, list[str]], with_referen
             prompt, first, second, compare_prompt(record, answers[first][prompt], answers[second][prompt], with_references)
         )
         for prompt, record in enumerate(records)
-        for first, second, equal in pairs_of(answers, prompt)
-        if not equal
+        for first, second in itertools.permutations(answers, 2)
+        if answers[first][prompt].strip() != answers[second][prompt].strip()
     ]
 
 
 def compare_all(endpoint: Endpoint, asked: list[Question], answers: dict[str, list[str]]) -> list[Comparison]:
-    """Ask the judge all questions; equal answers are ties, without asking."""
+    """Ask the judge all questions; pairs that are not asked about have equal answers, and are ties."""
+    different = {one[:3] for one in asked}
     ties = [
         Comparison(prompt, first, second, 0.5, [], "the answers are equal: a tie")
         for prompt in range(len(next(iter(answers.values()))))
-        for first, second, equal in pairs_of(answers, prompt)
-        if equal
+        for first, second in itertools.permutations(answers, 2)
+        if (prompt, first, second) not in different
     ]
     found = endpoint.gather([compare(endpoint, one) for one in asked], "comparing")
     return sorted([*found, *ties], key=lambda one: (one.prompt, one.first, one.second))

@@ -35,15 +35,15 @@ MERGED_SHARE = 0.5  # likewise; larger merged weights would leave room for too f
 class Ending:
     """When an answer ends, and its readable text.
 
-    An answer ends at one of the tokens `ends` (the end of sequence if none are given) or at one of the texts `stops`, such
-    as the heading with which a model would write the next question itself.
+    An answer ends at one of the tokens `ends` or at one of the texts `stops`, such as the heading with which a model would
+    write the next question itself.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         stops: list[str],
-        ends: Iterable[int] = (),
+        ends: Iterable[int],
         markers: frozenset[int] = frozenset(),
         channels: Channels | None = None,
     ):
@@ -51,7 +51,7 @@ class Ending:
         an answer."""
         self.tokenizer, self.stops, self.markers = tokenizer, stops, markers
         self.channels = channels or Channels([], [], [])
-        self.ends = frozenset(ends) or frozenset({tokenizer.eos_token_id} - {None})
+        self.ends = frozenset(ends)
         self.tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token has at least one byte
         self.lasts = {stop[-1] for stop in stops} | {"\ufffd"}  # \ufffd: part of a character, which may be one of these
         self.known: dict[int, bool] = {}  # which tokens can be the last of a stop string
