@@ -20,6 +20,8 @@ def test_the_script_has_each_setting_as_it_is_described():
 def test_each_control_has_a_chinese_label_and_bounds_that_hold():
     texts = {text for name in SHOWN for text in (CONTROLS[name].label, CONTROLS[name].info) if text}
     assert set(LANGUAGES["zh"].controls) == texts and not LANGUAGES["en"].controls
+    same = [name for name, text in vars(LANGUAGES["zh"]).items() if text == getattr(LANGUAGES["en"], name)]
+    assert same == ["status"], "these have no Chinese"
     bounded(STARTS, 2048)
     for name in STARTS:
         for wrong in ("x", None, 10**10, -2, True if KINDS[name] is not bool else 1):

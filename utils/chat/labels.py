@@ -5,108 +5,138 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """One language. Names with a trailing `_info` explain the control of the same name."""
+    """The texts of the page in one language; the defaults are the English ones."""
 
-    title: str
-    subtitle: str
-    chat: str
-    compare: str
-    task: str
-    settings: str
-    question_hint: str
-    send: str
-    stop: str
-    retry: str
-    clear: str
-    save: str
-    load: str
-    examples: str
-    empty: str
-    adapter: str
-    base: str
-    template: str
-    own_template: str
-    answerers: str
-    ask_all: str
-    instruction: str
-    input: str
-    input_hint: str
-    output: str
-    waiting: str
-    status: str
-    speed: str
-    no_speed: str
-    dropped: str
-    not_a_conversation: str
-    no_conversation: str
-    none_chosen: str
-    too_long: str
-    refused: str
-    queued: str
-    reading: str
-    question: str
-    system: str
-    system_hint: str
-    persona: str
-    personas: dict[str, str]
-    preset: str
-    presets: dict[str, dict[str, float]]
-    go_on: str
-    nothing_to_continue: str
-    varied: str
-    greedy: str
-    sampled: str
-    marks: dict[str, str]
-    thoughts: str
-    too_many_characters: str
-    dialogues: str
-    new: str
-    name: str
-    unfinished: str
-    tokens: str
-    show_tokens: str
-    prompt: str
-    token_list: str
-    counted: str
-    noted: str
-    not_noted: str
-    prompts: str
-    prompts_hint: str
-    no_prompts: str
-    too_many_prompts: str
-    vote: str
-    votes: dict[str, str]
-    vote_hint: str
-    left_answer: str
-    right_answer: str
-    revealed: str
-    nothing_to_vote: str
-    same_answers: str
-    training: str
-    run: str
-    no_run: str
-    states: dict[str, str]
-    steps: str
-    loss: str
-    validation: str
-    pace: str
-    left: str
-    step: str
-    loss_axis: str
-    curve: str
-    curve_training: str
-    curve_validation: str
-    evaluated: str
-    answer_at: str
-    told: str
-    warned: str
-    controls: dict[str, str] = dataclasses.field(default_factory=dict)
+    title: str = "梦想家 DreamerGPT"
+    subtitle: str = "Instruction models in Chinese"
+    chat: str = "Chat"
+    compare: str = "Compare"
+    task: str = "Single instruction"
+    settings: str = "Settings"
+    question_hint: str = "Ask a question; Enter sends"
+    send: str = "Send"
+    stop: str = "Stop"
+    retry: str = "Regenerate"
+    clear: str = "Delete conversation"
+    save: str = "Save conversation"
+    load: str = "Load conversation"
+    examples: str = "Examples"
+    empty: str = "Ask a question to start; follow-up questions keep the context."
+    adapter: str = "Model"
+    base: str = "base model"
+    template: str = "Prompt template"
+    own_template: str = "as trained"
+    answerers: str = "Models to compare"
+    ask_all: str = "Ask all"
+    instruction: str = "Instruction"
+    input: str = "Input"
+    input_hint: str = "Optional, e.g. a sentence to translate or a text to read"
+    output: str = "Output"
+    waiting: str = "Beam search, step {tokens} …"
+    status: str = "**{base}** · {adapter} · {place} · {speed}"
+    speed: str = "{tokens} tokens, {speed:.1f}/s"
+    no_speed: str = "no answer yet"
+    dropped: str = "The conversation is too long: the oldest {count} turns were not sent to the model"
+    not_a_conversation: str = "No conversation in this file: {reason}"
+    no_conversation: str = "There is no conversation to save yet"
+    none_chosen: str = "Choose at least one model"
+    too_long: str = "The question is too long: {size} tokens, there is room for {room}"
+    refused: str = "No answer: {reason}"
+    queued: str = "Waiting, {count} requests ahead …"
+    reading: str = "Reading the prompt ({tokens} tokens, {seconds:.0f} s) …"
+    question: str = "Question"
+    system: str = "System prompt"
+    system_hint: str = "Optional; replaces the template's preamble for the whole conversation"
+    persona: str = "System prompt preset"
+    personas: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {
+            "None": "",
+            "Assistant": "You are a helpful assistant. Answer accurately and briefly; say so when you are not sure.",
+            "Translator": "You are a translator. Translate Chinese into English and English into Chinese. Output only that.",
+            "Summary": "Summarize the user's text in at most three sentences, relying only on the text.",
+            "Rewrite": "Rewrite the user's text so that it is fluent and formal, keeping its meaning. "
+            "Output the new text only.",
+            "Programmer": "You are a programmer. First give code that runs, then explain it in a sentence or two.",
+        }
+    )
+    preset: str = "Decoding preset"
+    presets: dict[str, dict[str, float]] = dataclasses.field(
+        default_factory=lambda: {
+            "Precise (greedy)": {"do_sample": False},
+            "Balanced": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40},
+            "Creative": {"do_sample": True, "temperature": 1.1, "top_p": 0.95, "top_k": 100},
+        }
+    )
+    go_on: str = "Continue"
+    nothing_to_continue: str = "The last answer is complete; there is nothing to continue"
+    varied: str = "Greedy decoding would give the same answer, so this one is sampled"
+    greedy: str = "greedy"
+    sampled: str = "sampled: temperature {temperature}, top-p {top_p}, top-k {top_k}, seed {seed}"
+    marks: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {"length": "⚠ cut at the token limit", "stopped": "⚠ stopped"}
+    )
+    thoughts: str = "Thoughts"
+    too_many_characters: str = "The question is too long: at most {most:,} characters"
+    dialogues: str = "Conversations (kept in this browser)"
+    new: str = "New conversation"
+    name: str = "Conversation name"
+    unfinished: str = "When saving, also train on unfinished answers"
+    tokens: str = "Prompt and tokens"
+    show_tokens: str = "Show"
+    prompt: str = "Prompt as the model reads it"
+    token_list: str = "Token ids"
+    counted: str = "**{count}** tokens, window {window}"
+    noted: str = "Written to {path}"
+    not_noted: str = "Not recorded: {reason}"
+    prompts: str = "List of prompts"
+    prompts_hint: str = "One prompt per line, at most 50; differences from the first column are highlighted"
+    no_prompts: str = "Enter prompts first, one per line"
+    too_many_prompts: str = "At most {most} prompts"
+    vote: str = "Vote"
+    votes: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {
+            "left": "A is better",
+            "right": "B is better",
+            "both": "Both are good",
+            "neither": "Both are bad",
+        }
+    )
+    vote_hint: str = (
+        "Two models are drawn at random; their names appear after the vote; votes become preference records to train on."
+    )
+    left_answer: str = "Answer A"
+    right_answer: str = "Answer B"
+    revealed: str = "A is **{left}**, B is **{right}**"
+    nothing_to_vote: str = "Ask first, and vote once both answers are complete"
+    same_answers: str = "Both answers are the same; not recorded"
+    training: str = "Training"
+    run: str = "Training run"
+    no_run: str = "Choose a run"
+    states: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {"running": "**running**", "stopped": "**interrupted**", "finished": "**finished**"}
+    )
+    steps: str = "step {step} of {steps}"
+    loss: str = "loss {loss:.4f}"
+    validation: str = "validation loss {loss:.4f}"
+    pace: str = "{seconds:.2f} s/step"
+    left: str = "{time} left"
+    step: str = "step"
+    loss_axis: str = "loss"
+    curve: str = "curve"
+    curve_training: str = "training"
+    curve_validation: str = "validation"
+    evaluated: str = "Answers at evaluations"
+    answer_at: str = "answer at step {step}"
+    told: str = "Note"
+    warned: str = "Warning"
+    controls: dict[str, str] = dataclasses.field(default_factory=dict)  # of utils.inference.sampling_params, by the English
 
     def control(self, text: str) -> str:
-        """A label or explanation of a setting (utils.inference.sampling_params) in this language."""
+        """A label or explanation of a setting in this language."""
         return self.controls.get(text, text)
 
 
+EN = Labels()
 ZH = Labels(
     title="梦想家",
     subtitle="DreamerGPT · 中文指令微调模型",
@@ -134,7 +164,6 @@ ZH = Labels(
     input_hint="可选，例如待翻译的句子、待理解的文章",
     output="输出",
     waiting="束搜索进行中，已算 {tokens} 步……",
-    status="**{base}** · {adapter} · {place} · {speed}",
     speed="{tokens} 个词元，{speed:.1f} 个/秒",
     no_speed="尚未回答",
     dropped="对话太长，最早的 {count} 轮未送入模型",
@@ -224,113 +253,6 @@ ZH = Labels(
         "Longest answer (tokens)": "回答长度上限（词元）",
         "Repetition penalty": "重复惩罚",
     },
-)
-
-EN = Labels(
-    title="梦想家 DreamerGPT",
-    subtitle="Instruction models in Chinese",
-    chat="Chat",
-    compare="Compare",
-    task="Single instruction",
-    settings="Settings",
-    question_hint="Ask a question; Enter sends",
-    send="Send",
-    stop="Stop",
-    retry="Regenerate",
-    clear="Delete conversation",
-    save="Save conversation",
-    load="Load conversation",
-    examples="Examples",
-    empty="Ask a question to start; follow-up questions keep the context.",
-    adapter="Model",
-    base="base model",
-    template="Prompt template",
-    own_template="as trained",
-    answerers="Models to compare",
-    ask_all="Ask all",
-    instruction="Instruction",
-    input="Input",
-    input_hint="Optional, e.g. a sentence to translate or a text to read",
-    output="Output",
-    waiting="Beam search, step {tokens} …",
-    status="**{base}** · {adapter} · {place} · {speed}",
-    speed="{tokens} tokens, {speed:.1f}/s",
-    no_speed="no answer yet",
-    dropped="The conversation is too long: the oldest {count} turns were not sent to the model",
-    not_a_conversation="No conversation in this file: {reason}",
-    no_conversation="There is no conversation to save yet",
-    none_chosen="Choose at least one model",
-    too_long="The question is too long: {size} tokens, there is room for {room}",
-    refused="No answer: {reason}",
-    queued="Waiting, {count} requests ahead …",
-    reading="Reading the prompt ({tokens} tokens, {seconds:.0f} s) …",
-    question="Question",
-    system="System prompt",
-    system_hint="Optional; replaces the template's preamble for the whole conversation",
-    persona="System prompt preset",
-    personas={
-        "None": "",
-        "Assistant": "You are a helpful assistant. Answer accurately and briefly; say so when you are not sure.",
-        "Translator": "You are a translator. Translate Chinese into English and English into Chinese. Output only that.",
-        "Summary": "Summarize the user's text in at most three sentences, relying only on the text.",
-        "Rewrite": "Rewrite the user's text so that it is fluent and formal, keeping its meaning. Output the new text only.",
-        "Programmer": "You are a programmer. First give code that runs, then explain it in a sentence or two.",
-    },
-    preset="Decoding preset",
-    presets={
-        "Precise (greedy)": {"do_sample": False},
-        "Balanced": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40},
-        "Creative": {"do_sample": True, "temperature": 1.1, "top_p": 0.95, "top_k": 100},
-    },
-    go_on="Continue",
-    nothing_to_continue="The last answer is complete; there is nothing to continue",
-    varied="Greedy decoding would give the same answer, so this one is sampled",
-    greedy="greedy",
-    sampled="sampled: temperature {temperature}, top-p {top_p}, top-k {top_k}, seed {seed}",
-    marks={"length": "⚠ cut at the token limit", "stopped": "⚠ stopped"},
-    thoughts="Thoughts",
-    too_many_characters="The question is too long: at most {most:,} characters",
-    dialogues="Conversations (kept in this browser)",
-    new="New conversation",
-    name="Conversation name",
-    unfinished="When saving, also train on unfinished answers",
-    tokens="Prompt and tokens",
-    show_tokens="Show",
-    prompt="Prompt as the model reads it",
-    token_list="Token ids",
-    counted="**{count}** tokens, window {window}",
-    noted="Written to {path}",
-    not_noted="Not recorded: {reason}",
-    prompts="List of prompts",
-    prompts_hint="One prompt per line, at most 50; differences from the first column are highlighted",
-    no_prompts="Enter prompts first, one per line",
-    too_many_prompts="At most {most} prompts",
-    vote="Vote",
-    votes={"left": "A is better", "right": "B is better", "both": "Both are good", "neither": "Both are bad"},
-    vote_hint="Two models are drawn at random; their names appear after the vote; votes become preference records to train on.",
-    left_answer="Answer A",
-    right_answer="Answer B",
-    revealed="A is **{left}**, B is **{right}**",
-    nothing_to_vote="Ask first, and vote once both answers are complete",
-    same_answers="Both answers are the same; not recorded",
-    training="Training",
-    run="Training run",
-    no_run="Choose a run",
-    states={"running": "**running**", "stopped": "**interrupted**", "finished": "**finished**"},
-    steps="step {step} of {steps}",
-    loss="loss {loss:.4f}",
-    validation="validation loss {loss:.4f}",
-    pace="{seconds:.2f} s/step",
-    left="{time} left",
-    step="step",
-    loss_axis="loss",
-    curve="curve",
-    curve_training="training",
-    curve_validation="validation",
-    evaluated="Answers at evaluations",
-    answer_at="answer at step {step}",
-    told="Note",
-    warned="Warning",
 )
 
 LANGUAGES = {"zh": ZH, "en": EN}
