@@ -193,7 +193,7 @@ def test_hub_name_is_fetched_and_then_found_without_network(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         said, (records, files) = load("owner/name")
         assert records == RECORDS
-        assert "taken for a data set on the Hugging Face hub" in said
+        assert "taken for a dataset on the Hugging Face hub" in said
         assert "reading 2 of its 3 files: data/train-0.jsonl, data/train-1.json.gz" in said
         assert [Path(file).name for file in files] == ["train-0.jsonl", "train-1.json.gz"]
         _, error = load("owner/other")

@@ -73,7 +73,7 @@ def test_a_choice_that_stands_there_twice_is_not_chosen_between():
 
 def test_a_file_without_questions_is_refused(tmp_path):
     write_json(tmp_path / "set.json", [{"instruction": "你好", "output": "好"}])
-    with pytest.raises(UserError, match="holds no usable question"):
+    with pytest.raises(UserError, match="no question in it can be used"):
         read_choices([str(tmp_path / "set.json")])
 
 

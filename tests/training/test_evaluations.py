@@ -130,7 +130,7 @@ def test_killed_amid_an_evaluation_the_same_command_ends_in_the_same_files(scrip
         ({"metric_for_best_model": "exact", "eval_answers": "{words}"}, "with a number as output for each of its prompts"),
         ({"metric_for_best_model": "bleu"}, "--metric_for_best_model bleu: unknown; give loss, choices, chrf or exact"),
         ({"eval_answers": "{none}"}, "none.json: no such file"),
-        ({"eval_choices": "{words}"}, "holds no usable question"),
+        ({"eval_choices": "{words}"}, "no question in it can be used"),
         (
             {"metric_for_best_model": "exact", "eval_answers": "{sums}", "load_best_model_at_end": False},
             "--load_best_model_at_end is False",

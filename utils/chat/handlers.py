@@ -201,7 +201,7 @@ class Handlers(Display):
         index = event.index if isinstance(event.index, int) else event.index[0]
         place = talk.conversation.turn_of(index)
         turn = talk.conversation.turns[place]
-        record = {key: value for key, value in talk.conversation.until(place + 1 or None).record().items()}
+        record = dict(talk.conversation.until(place + 1).record())
         liked = event.liked if isinstance(event.liked, bool) else None
         assert self.feedback is not None
         try:

@@ -2,15 +2,14 @@
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.console import UserError, say
-from utils.datasets.file_formats import read_items
+from utils.console import UserError
+from utils.datasets.file_formats import read_as
 from utils.datasets.item_formats import InvalidRecord
-from utils.datasets.items import UnreadableItem, place_of
+from utils.datasets.items import UnreadableItem
 from utils.datasets.prompts import prompt_files
 from utils.datasets.raw_sets import CHOICES
 
@@ -53,22 +52,8 @@ def read_choices(paths: Sequence[str], option: str = "--choices") -> list[Choice
 
 def read_file(path: Path) -> Iterator[Choice]:
     """The questions of one file. Raises UserError like `read_choices`."""
-    dropped: Counter[str] = Counter()
-    places: dict[str, str] = {}
-    found = 0
-    for number, item in read_items(path):
-        try:
-            one = as_choice(item)
-        except InvalidRecord as error:
-            dropped[str(error)] += 1
-            places.setdefault(str(error), place_of(path, number))
-            continue
-        found += 1
+    for one in read_as(path, lambda item: [as_choice(item)], "question"):
         yield one if one.category else one._replace(category=path.name.partition(".")[0])
-    for cause, count in dropped.most_common():
-        say(f"{path}: {count} of {found + dropped.total()} questions dropped: {cause} (the first: {places[cause]})")
-    if not found:
-        raise UserError(f"{path}: holds no usable question; see data/README.md for the form of choice records")
 
 
 def is_choice(item: Any) -> bool:

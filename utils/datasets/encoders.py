@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -40,7 +40,8 @@ COLUMNS = datasets.Features(
 class Encoder:
     """How records become ids and labels; `tokenizer_hash` stands for the tokenizer's files."""
 
-    features = COLUMNS
+    features: ClassVar[datasets.Features] = COLUMNS
+    kind: ClassVar[tuple[str, ...]] = ()
     prompter: Prompter | ChatPrompter
     tokenizer: PreTrainedTokenizerBase
     tokenizer_hash: str
@@ -50,7 +51,7 @@ class Encoder:
     @property
     def made_of(self) -> list[Any]:
         """What the rows depend on besides the file's content."""
-        return [self.prompter.texts, self.tokenizer_hash, self.cutoff_len, self.train_on_inputs]
+        return [*self.kind, self.prompter.texts, self.tokenizer_hash, self.cutoff_len, self.train_on_inputs]
 
     def read(self, file: Path) -> Iterator[Record]:
         """The records of a file."""
@@ -97,11 +98,7 @@ class PairEncoder(Encoder):
     """How pairs become ids and labels: those of the chosen answer, and `rejected_ids` and `rejected_labels`."""
 
     features = datasets.Features(COLUMNS | {"rejected_ids": LIST, "rejected_labels": LIST})
-
-    @property
-    def made_of(self) -> list[Any]:
-        """What the rows depend on besides the file's content."""
-        return ["pairs", *super().made_of]
+    kind = ("pairs",)
 
     def read(self, file: Path) -> Iterator[Any]:
         """The pairs of a file."""
@@ -111,18 +108,17 @@ class PairEncoder(Encoder):
         """Encode pairs; each counts as one supervised token, and is as long as the longer of its sequences."""
         sides = [where_rendered(self.encode_last, [pair[side] for pair in pairs]) for side in (0, 1)]
         both = list(zip(*sides, strict=True))
-        columns = {
-            "input_ids": lists([chosen.input_ids for chosen in sides[0]]),
-            "labels": lists([chosen.labels for chosen in sides[0]]),
-            "full_length": [max(one.full_length for one in pair) for pair in both],
-            "answer_tokens": [min(one.answer_tokens for one in pair) for pair in both],
-            "supervised": [1] * len(both),
-            "raw_answers": [sum(one.raw_answers for one in pair) for pair in both],
-            "refused": [chosen.refused or rejected.refused for chosen, rejected in both],
-            "rejected_ids": lists([rejected.input_ids for rejected in sides[1]]),
-            "rejected_labels": lists([rejected.labels for rejected in sides[1]]),
-        }
-        return pa.table(columns, schema=self.features.arrow_schema)
+        return as_table(
+            sides[0],
+            self.features,
+            full_length=[max(one.full_length for one in pair) for pair in both],
+            answer_tokens=[min(one.answer_tokens for one in pair) for pair in both],
+            supervised=[1] * len(both),
+            raw_answers=[sum(one.raw_answers for one in pair) for pair in both],
+            refused=[chosen.refused or rejected.refused for chosen, rejected in both],
+            rejected_ids=lists([rejected.input_ids for rejected in sides[1]]),
+            rejected_labels=lists([rejected.labels for rejected in sides[1]]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +126,7 @@ class JudgedEncoder(Encoder):
     """How labelled answers become ids and labels; each counts as one supervised token, with its label as `good`."""
 
     features = datasets.Features(COLUMNS | {"good": datasets.Value("bool")})
-
-    @property
-    def made_of(self) -> list[Any]:
-        """What the rows depend on besides the file's content."""
-        return ["judged", *super().made_of]
+    kind = ("judged",)
 
     def read(self, file: Path) -> Iterator[Any]:
         """The labelled answers of a file."""
@@ -142,11 +134,8 @@ class JudgedEncoder(Encoder):
 
     def __call__(self, judged: list[Any]) -> pa.Table:
         """Encode labelled answers."""
-        table = as_table(where_rendered(self.encode_last, [one.record for one in judged]))
-        ones = pa.array([1] * len(table), pa.int32())
-        table = table.set_column(table.column_names.index("supervised"), "supervised", ones)
-        columns = {name: table[name] for name in table.column_names} | {"good": [one.good for one in judged]}
-        return pa.table(columns, schema=self.features.arrow_schema)
+        encoded = where_rendered(self.encode_last, [one.record for one in judged])
+        return as_table(encoded, self.features, supervised=[1] * len(judged), good=[one.good for one in judged])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +156,8 @@ class QuestionEncoder(Encoder):
 
     def __call__(self, records: list[Record]) -> pa.Table:
         """Encode questions; a row carries its record."""
-        table = as_table(where_rendered(self.encode, records))
-        columns = {name: table[name] for name in table.column_names}
-        columns["record"] = [json.dumps(record, ensure_ascii=False) for record in records]
-        return pa.table(columns, schema=self.features.arrow_schema)
+        texts = [json.dumps(record, ensure_ascii=False) for record in records]
+        return as_table(where_rendered(self.encode, records), self.features, record=texts)
 
     def encode(self, records: list[Record]) -> list[EncodedRecord]:
         """Encode questions; one that leaves no room for an answer within the cutoff has no `answer_tokens`. Raises as above."""
@@ -199,8 +186,8 @@ def make_encoder(
     return {PREFERENCE: PairEncoder, LABELLED: JudgedEncoder}.get(stage, Encoder)(*how)
 
 
-def as_table(encoded: list[EncodedRecord]) -> pa.Table:
-    """Encoded records as rows."""
+def as_table(encoded: list[EncodedRecord], features: datasets.Features = COLUMNS, **other: Any) -> pa.Table:
+    """Encoded records as rows; `other` columns are added, or replace those of the same name."""
     columns = {
         "input_ids": lists([one.input_ids for one in encoded]),
         "labels": lists([one.labels for one in encoded]),
@@ -210,7 +197,7 @@ def as_table(encoded: list[EncodedRecord]) -> pa.Table:
         "raw_answers": [one.raw_answers for one in encoded],
         "refused": [one.refused for one in encoded],
     }
-    return pa.table(columns, schema=COLUMNS.arrow_schema)
+    return pa.table(columns | other, schema=features.arrow_schema)
 
 
 def lists(rows: list[list[int]]) -> pa.ListArray:

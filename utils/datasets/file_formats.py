@@ -5,19 +5,22 @@ import gzip
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import orjson
 
-from utils.console import UserError
+from utils.console import UserError, say
 from utils.datasets.csv_items import csv_rows
-from utils.datasets.items import BOM, Item, batched, format_ending
+from utils.datasets.item_formats import InvalidRecord
+from utils.datasets.items import BOM, Item, batched, format_ending, place_of
 from utils.datasets.json_items import CHUNK, json_array, json_lines
 from utils.datasets.text_encoding import as_utf8
 from utils.files import check_plain
 
+T = TypeVar("T")
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 NAMED = {
     b"version https://git-lfs": "is a git-lfs pointer, not the data; run git lfs pull in the repository it comes from",
@@ -59,6 +62,31 @@ def read_batches(path: str | Path) -> Iterator[list[Item]]:
         file.seek(0)
         text = file if is_table else as_utf8(path, file)
         yield from reader(path, text)(path, text)
+
+
+def read_as(path: Path, convert: Callable[[Any], Iterable[T]], noun: str) -> Iterator[T]:
+    """What `convert` makes of the items of one file (`noun`: what that is called); items for which it raises are dropped.
+
+    At the end what was dropped is printed by cause, with the count and where it first occurs. Raises UserError if nothing
+    is left.
+    """
+    dropped: Counter[str] = Counter()
+    places: dict[str, str] = {}
+    found = 0
+    for number, item in read_items(path):
+        try:
+            made = convert(item)
+        except InvalidRecord as error:
+            dropped[str(error)] += 1
+            places.setdefault(str(error), place_of(path, number))
+            continue
+        found += 1
+        yield from made
+    for cause, count in dropped.most_common():
+        say(f"{path}: {count} of {found + dropped.total()} {noun}s dropped: {cause} (the first: {places[cause]})")
+    if not found:
+        causes = ", ".join(f"{cause}: {count:,}" for cause, count in dropped.most_common()) or "it holds none"
+        raise UserError(f"{path}: no {noun} in it can be used ({causes}); see data/README.md for their form")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Folders that hold a data set: as the Hugging Face hub lays it out, or as `save_to_disk` of datasets writes it."""
+"""Folders that hold a dataset: as the Hugging Face hub lays it out, or as `save_to_disk` of datasets writes it."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def saved_to_disk(folder: Path) -> list[Path] | None:
 
 
 def training_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of a data set's training split (all if no file names a split), each once, and all files of records.
+    """The files of a dataset's training split (all if no file names a split), each once, and all files of records.
 
     Hidden folders, checkpoints and files about the set are skipped; if a split is there in several formats, one is
     chosen, with a notice. Raises UserError if there are several sets of files to choose from.
@@ -66,7 +66,7 @@ def training_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def is_of_records(path: Path) -> bool:
-    """True for a path in a data set that may hold records: not hidden, not in a checkpoint, not about the set."""
+    """True for a path in a dataset that may hold records: not hidden, not in a checkpoint, not about the set."""
     hidden = any(part.startswith((".", "checkpoint", "__")) for part in path.parts)
     return not hidden and path.name.lower().endswith(ENDINGS) and not INFO.fullmatch(path.name.lower())
 

@@ -248,18 +248,13 @@ def with_thought(thought: Any, text: Any) -> Any:
 
 def content_of(content: Any) -> Any:
     """The text of a message, its parts joined. Raises InvalidRecord if a part is an image or the like."""
-    content = parsed_parts(content)
+    content = [content] if isinstance(content, dict) else content  # a single part
     if not isinstance(content, list):
         return content
     texts = [text_of_part(part) for part in content]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRecord("a dialogue with parts that are not text")
     return "".join(texts)
-
-
-def parsed_parts(content: Any) -> Any:
-    """A single part as a list of one; any other content unchanged."""
-    return [content] if isinstance(content, dict) else content
 
 
 def text_of_part(part: Any) -> Any:

@@ -1,18 +1,15 @@
 """Preference records in the formats in which they are published: pairs of answers, and answers labelled good or bad."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from utils.console import UserError, say
-from utils.datasets.file_formats import read_items
+from utils.datasets.file_formats import read_as
 from utils.datasets.item_formats import LABELS, InvalidRecord, as_record, dialogue, label_of, roles_and_texts
-from utils.datasets.items import UnreadableItem, place_of
+from utils.datasets.items import UnreadableItem
 from utils.datasets.records import Record, validate
 
 ANSWERS = ("chosen", "rejected")
-Form = TypeVar("Form")
 
 
 class Pair(NamedTuple):
@@ -50,27 +47,6 @@ def read_pairs(path: Path) -> Iterator[Pair]:
 def read_judged(path: Path) -> Iterator[Judged]:
     """The labelled answers of one file (a pair counts as two); otherwise like `read_pairs`."""
     return read_as(path, as_judged, "labelled answer")
-
-
-def read_as(path: Path, convert: Callable[[Any], Iterable[Form]], noun: str) -> Iterator[Form]:
-    """What `convert` makes of the items of one file (`noun`: what that is called); items for which it raises are dropped."""
-    dropped: Counter[str] = Counter()
-    places: dict[str, str] = {}
-    found = 0
-    for number, item in read_items(path):
-        try:
-            made = convert(item)
-        except InvalidRecord as error:
-            dropped[str(error)] += 1
-            places.setdefault(str(error), place_of(path, number))
-            continue
-        found += 1
-        yield from made
-    for cause, count in dropped.most_common():
-        say(f"{path}: {count} of {found + dropped.total()} {noun}s dropped: {cause} (the first: {places[cause]})")
-    if not found:
-        causes = ", ".join(f"{cause}: {count:,}" for cause, count in dropped.most_common()) or "it holds none"
-        raise UserError(f"{path}: no {noun} in it can be used ({causes}); see data/README.md for their form")
 
 
 def as_judged(item: Any) -> list[Judged]:

@@ -1,4 +1,4 @@
-"""What a `--data_path` stands for: files, data sets on the Hugging Face hub, or several of these with weights."""
+"""What a `--data_path` stands for: files, datasets on the Hugging Face hub, or several of these with weights."""
 
 import difflib
 import functools
@@ -94,7 +94,7 @@ def source_of(part: str, data_path: str) -> Source:
 
 
 def files_of(name: str, data_path: str) -> list[Path]:
-    """The file of that name, or the files of that data set on the hub."""
+    """The file of that name, or the files of that dataset on the hub."""
     if not name:
         raise UserError(f"{data_path!r}: names no file; write FILE, or FILE,FILE:0.5")
     if os.path.isdir(name):
@@ -130,10 +130,10 @@ def check_exists(path: Path) -> None:
 
 @functools.cache
 def hub_files(name: str) -> list[Path]:
-    """Fetch a data set from the hub (or the local cache); returns its training files, or all if none is called that."""
+    """Fetch a dataset from the hub (or the local cache); returns its training files, or all if none is called that."""
     import huggingface_hub
 
-    say(f"{name}: no such file; taken for a data set on the Hugging Face hub")
+    say(f"{name}: no such file; taken for a dataset on the Hugging Face hub")
     try:
         folder = huggingface_hub.snapshot_download(
             name, repo_type="dataset", allow_patterns=[f"*{ending}" for ending in ENDINGS], ignore_patterns=list(HUB_INFO)
@@ -142,7 +142,7 @@ def hub_files(name: str) -> list[Path]:
         raise UserError(f"{name}: no such file, and not available from the hub ({reason(error)}); check the name") from None
     chosen, files = training_files(Path(folder))
     if not chosen:
-        raise UserError(f"{name}: this data set holds no {', '.join(ENDINGS)} file; name a file of records instead")
+        raise UserError(f"{name}: this dataset holds no {', '.join(ENDINGS)} file; name a file of records instead")
     names = ", ".join(str(file.relative_to(folder)) for file in chosen)
     say(f"{name}: reading {len(chosen)} of its {len(files)} files: {names}")
     return chosen
@@ -150,5 +150,5 @@ def hub_files(name: str) -> list[Path]:
 
 @functools.cache
 def folder_files(name: str) -> list[Path]:
-    """The files of a local folder that holds a data set."""
+    """The files of a local folder that holds a dataset."""
     return files_in(name)

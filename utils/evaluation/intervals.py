@@ -9,6 +9,7 @@ from typing import Any
 
 SURE = 0.95
 RESAMPLES = 2000
+SEED = 0
 FEWEST = 6  # prompts; of fewer not even a system that is better on each is shown to be: by signs alone p = 2 / 2⁵ > 0.05
 
 Interval = tuple[float, float]
@@ -39,7 +40,7 @@ def mcnemar(only_one: int, only_other: int) -> float:
     return min(1.0, 2 * tail / 2**discordant)
 
 
-def bootstrap(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval | None:
+def bootstrap(groups: Sequence[Sequence[float]]) -> Interval | None:
     """The interval of the mean of the groups' means, by resampling values within each group (Efron 1979).
 
     None if a group has fewer than two values, since resampling a single value tells nothing.
@@ -48,7 +49,7 @@ def bootstrap(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval | No
 
     if not groups or min(map(len, groups)) < 2:
         return None
-    chance = numpy.random.default_rng(seed)
+    chance = numpy.random.default_rng(SEED)
     means = [numpy.asarray(group)[chance.integers(len(group), size=(RESAMPLES, len(group)))].mean(1) for group in groups]
     edges: list[float] = numpy.quantile(numpy.mean(means, 0), [(1 - SURE) / 2, (1 + SURE) / 2]).tolist()
     return edges[0], edges[1]
@@ -64,7 +65,7 @@ def of_mean(values: Sequence[float]) -> Interval | None:
     return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
-def resampled(counts: Sequence[Sequence[float]], value: Callable[[Sequence[float]], float], seed: int = 0) -> Any:
+def resampled(counts: Sequence[Sequence[float]], value: Callable[[Sequence[float]], float]) -> Any:
     """`value` of the sums over questions drawn with replacement (Efron 1979), for each resample: (resamples,).
 
     `counts`: the same numbers for each question. The same questions are drawn for every system with equally many, so that
@@ -73,7 +74,7 @@ def resampled(counts: Sequence[Sequence[float]], value: Callable[[Sequence[float
     import numpy
 
     total = len(counts)
-    times = numpy.random.default_rng(seed).multinomial(total, [1 / total] * total, RESAMPLES)
+    times = numpy.random.default_rng(SEED).multinomial(total, [1 / total] * total, RESAMPLES)
     return numpy.array([value(sums) for sums in (times @ numpy.asarray(counts)).tolist()])
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from utils.evaluation.intervals import SURE, Interval
+from utils.evaluation.intervals import SEED, SURE, Interval
 
 if TYPE_CHECKING:
     import numpy
@@ -23,9 +23,7 @@ class Verdict(NamedTuple):
     outcome: float
 
 
-def ratings(
-    systems: Sequence[str], verdicts: Sequence[Verdict], seed: int = 0
-) -> dict[str, tuple[float | None, Interval | None]]:
+def ratings(systems: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, tuple[float | None, Interval | None]]:
     """Each system's rating, on average 1000 (None: it has no verdict), with its interval (None for fewer than two prompts).
 
     A tie is half a win for both. The interval is by random weights of the prompts (the Bayesian bootstrap, Rubin 1981), and of
@@ -46,7 +44,7 @@ def ratings(
         return {system: (middle[place] if system in known else None, None) for system, place in places.items()}
     pairs = len(systems) * (len(systems) - 1)
     units = numpy.concatenate([wins, [(1 - numpy.eye(len(systems))) * wins.sum() / len(prompts) / pairs]])
-    weights = numpy.random.default_rng(seed).dirichlet(numpy.ones(len(units)), RESAMPLES) * len(prompts)
+    weights = numpy.random.default_rng(SEED).dirichlet(numpy.ones(len(units)), RESAMPLES) * len(prompts)
     drawn = [rated(numpy.tensordot(each, units, 1)) for each in weights]
     low, high = numpy.quantile(drawn, [(1 - SURE) / 2, (1 + SURE) / 2], axis=0).tolist()
     return {

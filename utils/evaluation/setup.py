@@ -122,11 +122,26 @@ def completed(tables: list["Table"], findings: "Findings") -> list["Table"]:
     return [over_samples(one).telling(findings.how) for one in tables]
 
 
+def publish(
+    options: Options, findings: "Findings", name: str, found: list["Table"], notes: list[str], facts: Any = None
+) -> None:
+    """Write tables with their notes into the output folder, print the notes, and add both to the findings."""
+    from utils.evaluation import tables
+
+    tables.write(Path(options.output_dir) / name, found, notes, facts)
+    say(
+        "\
+".join(notes)
+    )
+    findings.tables += found
+    findings.notes += notes
+
+
 def have_judged(
     options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]], judge: Judge
 ) -> None:
     """Score the answers; write the scores and their chart, and print notes on the judge."""
-    from utils.evaluation import aggregate, tables
+    from utils.evaluation import aggregate
     from utils.evaluation.charts import draw
     from utils.evaluation.judging import judge_all
     from utils.files import write_json
@@ -136,11 +151,8 @@ def have_judged(
     notes = aggregate.notes(prompts, each, judgements)
     (table,) = completed([each], findings)
     write_json(folder / "judgements.json", [aggregate.as_record(one, prompts[one.prompt]) for one in judgements])
-    tables.write(folder / "scores", [table], notes, aggregate.facts(prompts, list(answers), judgements))
     draw(table, folder / "scores.png")
-    say("\n".join(notes))
-    findings.tables.append(table)
-    findings.notes += notes
+    publish(options, findings, "scores", [table], notes, aggregate.facts(prompts, list(answers), judgements))
     findings.pictures.append((table.title, folder / "scores.png"))
     for one in judgements:
         shown = ", ".join(f"{name} {'—' if score is None else f'{score:g}'}" for name, score in one.scores.items())
@@ -165,10 +177,9 @@ def have_compared(
 ) -> None:
     """Compare each pair of systems by each judge, including people's votes; write and print ratings, and how far judges
     agree."""
-    from utils.evaluation import pairwise, tables
+    from utils.evaluation import pairwise
     from utils.files import write_json
 
-    folder = Path(options.output_dir)
     judges = {pairwise.PEOPLE: pairwise.read_votes(options.votes, prompts, answers)} if options.votes else {}
     for endpoint, asked in models:
         judges[endpoint.service.model] = pairwise.compare_all(endpoint, asked, answers)
@@ -179,11 +190,8 @@ def have_compared(
         for one in comparisons:
             findings.questions[one.prompt]["remarks"] += [pairwise.shown(one, judge), *one.answers[-1:]]
     records = [pairwise.as_record(one, prompts[one.prompt], judge) for judge, given in judges.items() for one in given]
-    write_json(folder / "comparisons.json", records)
-    tables.write(folder / "pairwise", found, notes)
-    say("\n".join(notes))
-    findings.tables += found
-    findings.notes += notes
+    write_json(Path(options.output_dir) / "comparisons.json", records)
+    publish(options, findings, "pairwise", found, notes)
 
 
 def have_found_refusals(
@@ -194,16 +202,12 @@ def have_found_refusals(
     asked: Judge | None,
 ) -> None:
     """Count refused prompts, by the judge or by the answers' wording; write the shares by category."""
-    from utils.evaluation import refusals, tables
+    from utils.evaluation import refusals
 
-    folder, judge = Path(options.output_dir), options.judge_model or refusals.WORDINGS
+    judge = options.judge_model or refusals.WORDINGS
     verdicts = refusals.by_judge(*asked, answers) if asked else refusals.by_wordings(answers)
     table, notes = refusals.tabulate(prompts, verdicts, judge)
-    found = completed([table], findings)
-    tables.write(folder / "refusals", found, notes)
-    say("\n".join(notes))
-    findings.tables += found
-    findings.notes += notes
+    publish(options, findings, "refusals", completed([table], findings), notes)
     for system, given in verdicts.items():
         for place, refused in enumerate(given):
             findings.questions[place]["remarks"] += [f"{system}: refuses, by {judge}"] if refused else []
@@ -217,7 +221,6 @@ def have_measured(
     files: dict[str, Path],
 ) -> None:
     """Compute and write the metrics that need no judge; print how many prompts have a reference."""
-    from utils.evaluation import tables
     from utils.evaluation.answers import by_category, samples
     from utils.evaluation.metrics import measure
 
@@ -238,25 +241,18 @@ def have_measured(
         notes.append("no log-likelihoods, BLEU, chrF or ROUGE-L; name the files with the references as --test_input_path")
     elif options.likelihood and options.base_model:
         notes.append(f"no log-likelihoods under {options.base_model}: none of the answers stands beside an adapter")
-    tables.write(Path(options.output_dir) / "metrics", found, notes)
-    say("\n".join(notes))
-    findings.tables += found
-    findings.notes += notes
+    publish(options, findings, "metrics", found, notes)
 
 
 def have_run(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
     """Run the code in the answers against the problems' tests; write pass@k."""
     from utils.datasets.prompts import prompt_files
-    from utils.evaluation import code, tables
+    from utils.evaluation import code
 
     tasks = code.read_tasks([str(file) for file in prompt_files(options.test_input_path)])
     results = code.run_all(prompts, answers, tasks)
     counted, notes = code.tabulate(prompts, results)
-    found = completed(counted, findings)
-    tables.write(Path(options.output_dir) / "code", found, notes)
-    say("\n".join(notes))
-    findings.tables += found
-    findings.notes += notes
+    publish(options, findings, "code", completed(counted, findings), notes)
     for system, ended in results.items():
         for place, result in enumerate(ended):
             if result is not None:

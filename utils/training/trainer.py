@@ -56,7 +56,7 @@ class RunConfig:
 
 
 class PaddedBatches(torch.utils.data.Dataset):
-    """A data set whose items are padded micro-batches, indexed by record numbers."""
+    """A dataset whose items are padded micro-batches, indexed by record numbers."""
 
     def __init__(self, records: EncodedDataset, pad_to: int):
         self.records = records
