@@ -22,6 +22,7 @@ model.hf_quantizer = None
 model.save_pretrained(target)
 AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(target)
 PYTHON
+    chmod +r "$aside/model"/* # safetensors makes files readable only by their owner; a container has another user
     mv "$aside/model" "$base"
     echo "$base: the demo base model is ready"
 }

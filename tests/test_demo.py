@@ -46,6 +46,13 @@ def test_the_held_back_questions_are_in_no_training_record():
         assert len(held) == 10 and not asked & set(held)
 
 
+def test_other_users_such_as_a_container_can_read_the_models(tmp_path):
+    new = tmp_path / "new"
+    new.touch()
+    files = [path for path in MODELS.glob("*/*") if path.is_file()]
+    assert files and {path.stat().st_mode & 0o444 for path in files} == {new.stat().st_mode & 0o444}
+
+
 def test_the_merged_folder_loads_with_transformers_alone_and_the_adapter_with_peft_alone():
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "chinese-smollm2-135m")
     model = AutoModelForCausalLM.from_pretrained(MODELS / "chinese-smollm2-135m")

@@ -6,9 +6,11 @@ can pass "$@" on; an option made with `many=True` collects all. `--config run.ya
 command line win.
 """
 
+import atexit
 import dataclasses
 import difflib
 import errno
+import gc
 import io
 import logging
 import math
@@ -73,6 +75,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     # threads wait without spinning: much faster if other programs use the CPU; must be set before torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns about kernels that nobody asked for
+    atexit.register(gc.freeze)  # else Python looks through all objects for garbage once more: a second or two at every end
     end_when_told()
     try:
         if {"--help", "-h"} & set(argv):

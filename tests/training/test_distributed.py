@@ -1,8 +1,10 @@
 """The commands of docs/distributed.md run: two machines, played by two launchers here, give what one process gives."""
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -53,33 +55,28 @@ def test_two_machines_give_what_one_process_gives(script, bases, data, tmp_path,
 
 
 SRUN = """#!{python}
-import os, pathlib, signal, subprocess, sys
+import os, subprocess, sys
 
 step = {{name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_NNODES")}} | {{"SLURM_STEP_ID": "0"}}
-signed = [f"{{name}}={{value}}".encode() for name, value in step.items()]
-
-
-def forward(number, _):
-    for process in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            if set(signed) <= set((process / "environ").read_bytes().split(b"\\0")):
-                os.kill(int(process.name), number)
-        except OSError:
-            pass
-
-
 nodes = range(int(step["SLURM_NNODES"]))
 envs = [os.environ | step | {{"SLURM_NODEID": str(n), "SLURM_PROCID": str(n), "SLURM_LOCALID": "0"}} for n in nodes]
 tasks = [subprocess.Popen(sys.argv[1:], env=env) for env in envs]
-signal.signal(signal.SIGTERM, forward)
 sys.exit(max(abs(task.wait()) for task in tasks))
 """
 
 
+def signal_step(job, number):
+    """Send a signal as `--signal` without `B:` does: to all processes of the job's step, those that a task has started too."""
+    signed = {f"SLURM_JOB_ID={job}".encode(), b"SLURM_STEP_ID=0"}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if signed <= set((process / "environ").read_bytes().split(b"\0")):
+                os.kill(int(process.name), number)
+
+
 @pytest.fixture
 def sbatch(tmp_path):
-    """Starts the batch script of the documentation as Slurm would on two nodes: `srun` starts its task on each, and passes a
-    signal on to all processes of a step, those that a task has started among them."""
+    """Starts the batch script of the documentation as Slurm would on two nodes: `srun` starts its task on each."""
     for name, text in {"srun": SRUN.format(python=sys.executable), "scontrol": "#!/bin/sh\necho 127.0.0.1\n"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -88,7 +85,7 @@ def sbatch(tmp_path):
     def start(run):
         batch = re.sub(r"finetune\.py .*?'", lambda _: f"finetune.py {shlex.join(run)}'", block)
         batch = batch.replace("--nproc_per_node 2", "--nproc_per_node 1").replace("29500", free_port())
-        assert batch.count("127.0.0.1") == 0 and "--nodes 2 --ntasks-per-node 1" in batch
+        assert batch.count("127.0.0.1") == 0 and "--nodes 2 --ntasks-per-node 1" in batch and "--signal TERM@" in batch
         env = os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         env |= {"SLURM_JOB_ID": tmp_path.name, "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
         return subprocess.Popen(["bash", "-c", batch], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
@@ -104,7 +101,7 @@ def test_a_slurm_job_whose_time_runs_out_leaves_a_checkpoint_and_the_next_goes_o
     job = sbatch(run)
     while job.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.01)
-    job.terminate()
+    signal_step(tmp_path.name, signal.SIGTERM)
     _, errors = job.communicate(timeout=600)
     assert 'Traceback (most recent call last):\n  File "finetune' not in errors
     stopped = len(losses(tmp_path / "two"))
