@@ -70,7 +70,7 @@ def test_a_judge_finds_what_wordings_do_not_and_what_cannot_be_read_is_left_out(
     options = ["judge.py", *systems, "--judge_model", "m", "--api_base", server.url]
     out = script(*options).ok()
     assert len(server.bodies) == 7 + 3  # the one that cannot be read is asked for three times
-    assert "1 of 4 prompts have an unreadable verdict, and are left out" in out
+    assert "1 of 4 prompts have an unreadable verdict, and are left out" in out.splitlines()  # each note is a line
     (table,) = json.loads((tmp_path / "out/refusals.json").read_text("utf-8"))["tables"]
     assert table["title"].startswith("refused prompts in %, by m · ") and [row["category"] for row in table["rows"]] == ["违法"]
     assert table["rows"][0]["values"] == {"f1": pytest.approx(200 / 3), "f2": pytest.approx(100 / 3)}

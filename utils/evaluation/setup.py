@@ -129,10 +129,7 @@ def publish(
     from utils.evaluation import tables
 
     tables.write(Path(options.output_dir) / name, found, notes, facts)
-    say(
-        "\
-".join(notes)
-    )
+    say("\n".join(notes))
     findings.tables += found
     findings.notes += notes
 
