@@ -26,6 +26,7 @@ COLUMNS = 4  # answerers that are compared by default
 FONTS = ["system-ui", "-apple-system", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
 SENT = "(sent, now) => (sent && now === sent ? '' : now)"  # keeps what has been typed since
 VOTES = ("left", "right", "both", "neither")
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # of events that are the page's own
 POLLED = 5.0  # seconds between updates of a run
 
 
@@ -79,7 +80,7 @@ class Page:
             elif name != "event":
                 names.append(name)
         inputs = {name: self.parts[name] for name in names}
-        options = {"api_visibility": "private", "show_progress": "hidden"} | options
+        options = QUIET | options
         if not outputs:
             return event(fn=function, inputs_kwargs=inputs, **options)
         return event(fn=function, outputs=[self.parts[name] for name in outputs], inputs_kwargs=inputs, **options)
@@ -100,7 +101,7 @@ class Page:
         drawing = [name for name in SHOWN if CONTROLS[name].only]
         self.wire(parts["do_sample"].change, self.handlers.show_effective, drawing, queue=False)
         changed = [parts[name] for name in PRESET]
-        preset.input(self.handlers.preset, preset, changed, api_visibility="private", show_progress="hidden", queue=False)
+        preset.input(self.handlers.preset, preset, changed, **QUIET, queue=False)
 
     def control(self, name: str) -> gr.Checkbox | gr.Slider | gr.Number:
         """A setting with its bounds, as sampling_params describes it."""
@@ -160,9 +161,7 @@ class Page:
         answering = self.wire_chat(send, stop, go_on, again, clear, new)
         self.wire_files(save, load, answering)
         self.wire(parts["adapter"].change, self.handlers.show_adapter, ["status"], queue=False)
-        persona.input(
-            labels.personas.get, persona, parts["system"], api_visibility="private", show_progress="hidden", queue=False
-        )
+        persona.input(labels.personas.get, persona, parts["system"], **QUIET, queue=False)
         self.draw_tokens()
         self.offer([[text] for text, given in examples() if not given][:6], ["question"])
 
@@ -193,11 +192,10 @@ class Page:
         saving.then(None, parts["file"], js="(text) => dreamer.save(text, 'conversation.json')", api_visibility="private")
         picked = load.click(None, None, parts["file"], js="() => dreamer.load()", api_visibility="private")
         self.wire(picked.then, do.load, ["chat", "kept", "system"], cancels=answering)
-        options = {"api_visibility": "private", "show_progress": "hidden"}
         # in two steps: gradio (6.31) keeps one more copy per change of a component that the server both changes and reads
-        kept = parts["kept"].change(None, parts["kept"], parts["list_kept"], js="(text) => dreamer.keep(text)", **options)
+        kept = parts["kept"].change(None, parts["kept"], parts["list_kept"], js="(text) => dreamer.keep(text)", **QUIET)
         self.wire(kept.then, do.listed, ["dialogues"])
-        chosen = parts["dialogues"].input(None, parts["dialogues"], parts["reopened"], js="(id) => dreamer.open(id)", **options)
+        chosen = parts["dialogues"].input(None, parts["dialogues"], parts["reopened"], js="(id) => dreamer.open(id)", **QUIET)
         self.wire(chosen.then, do.reopen, ["chat", "system", "name"], cancels=answering)
         for event in (parts["name"].submit, parts["name"].blur):
             self.wire(event, do.rename, ["kept"])
@@ -210,8 +208,7 @@ class Page:
             [parts["talk"], parts["list_kept"], parts["kept"]],
             [parts[name] for name in ("chat", "system", "name", "dialogues", "adapter")],
             js="(talk) => [talk, dreamer.keep(''), dreamer.last()]",
-            api_visibility="private",
-            show_progress="hidden",
+            **QUIET,
         )
 
     def draw_tokens(self) -> None:
@@ -284,8 +281,7 @@ class Page:
         stop.click(None, cancels=running, api_visibility="private")
         for vote, name in zip(VOTES, names, strict=True):
             function = functools.partial(self.tabs.vote, vote=vote)
-            options = {"api_visibility": "private", "show_progress": "hidden"}
-            parts[name].click(function, parts["duel"], [parts["voted"], *(parts[one] for one in names)], **options)
+            parts[name].click(function, parts["duel"], [parts["voted"], *(parts[one] for one in names)], **QUIET)
 
     def draw_training(self, tab: gr.Tab) -> None:
         """The training tab: a run's loss, speed and time left, read from its log repeatedly while the tab is open."""
@@ -317,8 +313,7 @@ class Page:
         for event in (parts["run"].change, timer.tick, tab.select):
             self.wire(event, self.tabs.show_run, shown)
         self.wire(tab.select, self.tabs.show_runs, ["run"])
-        options = {"api_visibility": "private", "show_progress": "hidden"}
-        tab.select(lambda: gr.Timer(active=True), None, timer, **options)
+        tab.select(lambda: gr.Timer(active=True), None, timer, **QUIET)
 
     def draw_task(self) -> None:
         """The single-instruction tab: an instruction and an input, as in the template, without a conversation."""
