@@ -1,5 +1,6 @@
 """Folders that hold a dataset: as the Hugging Face hub lays it out, or as `save_to_disk` of datasets writes it."""
 
+import functools
 import json
 import os
 import re
@@ -109,6 +110,7 @@ def without_copies(folder: Path, files: list[Path]) -> list[Path]:
     return sorted({*kept.values()})
 
 
+@functools.cache
 def files_in(name: str) -> list[Path]:
     """The files of records that a local folder stands for.
 

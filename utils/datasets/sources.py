@@ -98,7 +98,7 @@ def files_of(name: str, data_path: str) -> list[Path]:
     if not name:
         raise UserError(f"{data_path!r}: names no file; write FILE, or FILE,FILE:0.5")
     if os.path.isdir(name):
-        return folder_files(name)
+        return files_in(name)
     if is_hub_name(name) and not name.endswith(ENDINGS):
         return hub_files(name)
     check_exists(Path(name))
@@ -146,9 +146,3 @@ def hub_files(name: str) -> list[Path]:
     names = ", ".join(str(file.relative_to(folder)) for file in chosen)
     say(f"{name}: reading {len(chosen)} of its {len(files)} files: {names}")
     return chosen
-
-
-@functools.cache
-def folder_files(name: str) -> list[Path]:
-    """The files of a local folder that holds a dataset."""
-    return files_in(name)
