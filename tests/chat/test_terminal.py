@@ -55,6 +55,10 @@ def test_questions_commands_and_keys(folder):
     person.reads("f1> ", "你".encode()[:2] + b"\n")
     assert "names are base, f1" in person.reads("f1> ", b"/model nobody\n")
     person.reads("base> ", b"/model  base \n")
-    os.write(person.own, b"/exit\n")
+    os.write(person.own, "你是谁？\n".encode())
+    person.sees(lambda shown: len(shown.partition(b"\n")[2]) > 20)
+    os.write(person.own, b"/clear\n\x04")  # typed while the answer grows
+    rest = person.sees(lambda shown: b"base> /clear" in shown and shown.endswith(b"base> \r\n"))
+    assert rest.count("/clear") == 1 and "stopped" not in rest
     assert person.process.wait(60) == 0
     os.close(person.own)

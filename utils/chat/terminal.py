@@ -10,7 +10,7 @@ from utils.console import UserError, harmless, say
 from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams
 
-HELP = "/model NAME: change the model; /clear: new dialogue; /exit or Ctrl-D: leave; Ctrl-C: stop an answer"
+HELP = "/model NAME: change the model; /clear: new dialogue; /exit or Ctrl-D: leave (after an answer that is under way); Ctrl-C: stop an answer"
 
 
 def talk(engine: Engine, settings: SamplingParams) -> None:
@@ -34,7 +34,9 @@ def talk(engine: Engine, settings: SamplingParams) -> None:
                 say(f"{HELP}; names are {', '.join(names)}")
             elif line.strip():
                 conversation = conversation.asked(line)
-                conversation = conversation.answered(written(service.reply(name, conversation.record(), settings)))
+                with keys_kept():
+                    answer = written(service.reply(name, conversation.record(), settings))
+                conversation = conversation.answered(answer)
     finally:
         service.scheduler.close()
 
@@ -49,6 +51,24 @@ def asked(name: str) -> str | None:
     except EOFError:
         print()
         return None
+
+
+@contextlib.contextmanager
+def keys_kept() -> Iterator[None]:
+    """Keep what is typed in the block for the next line, without echo. A terminal that collects lines would lose Ctrl-D,
+    which readline reads only after the block."""
+    if "readline" not in sys.modules or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin, termios.TCSADRAIN)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def written(replies: Iterator[ChatReply]) -> str:
