@@ -75,6 +75,13 @@ def test_votes_and_thumbs_become_records(visit, service, tmp_path):
         expect(page.get_by_text("已写入 thumbs.jsonl")).to_be_visible()
         (thumb,) = map(json.loads, (tmp_path / "thumbs.jsonl").read_text("utf-8").splitlines())
         assert thumb["label"] is True and thumb["instruction"] == "你好" and thumb["by"]["model"] == "f2"
+        (tmp_path / "thumbs.jsonl").rename(tmp_path / "kept")
+        (tmp_path / "thumbs.jsonl").mkdir()
+        page.get_by_role("button", name="踩", exact=True).click()
+        expect(page.locator(".toast-body.warning")).to_contain_text("没有记下")
+        expect(page.locator(".toast-body.warning .toast-title")).to_have_text("注意")
+        expect(page.get_by_role("button", name="已踩", exact=True)).to_have_count(0)  # only what is recorded is lit
+        expect(page.get_by_role("button", name="已赞", exact=True)).to_be_visible()
         page.get_by_role("tab", name="投票").click()
         page.locator("#vote_question textarea").fill("你是谁？")
         page.locator("#send_vote").click()

@@ -112,7 +112,8 @@ class Talk:
     """A visitor's state on the page: the conversation with its name, and how often it was changed other than by a growing
     answer, which keeps growing only while that number is unchanged.
 
-    `begun`: the wanted answer continues the existing one; `vary`: it must not be the likeliest one again.
+    `begun`: the wanted answer continues the existing one; `vary`: it must not be the likeliest one again. `thumbs`: which
+    answers were liked, or disliked.
     """
 
     conversation: Conversation = Conversation()
@@ -120,11 +121,14 @@ class Talk:
     wanted: int = -1  # the number of changes when an answer was last requested
     begun: bool = False
     vary: bool = False
+    thumbs: dict[int, bool] = dataclasses.field(default_factory=dict)
     name: str = ""
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     def change(self, conversation: Conversation, begun: bool = False, vary: bool = False) -> None:
         """Replace the conversation; an answer growing in the previous one stops."""
+        kept = [one == other for one, other in zip(self.conversation.turns, conversation.turns, strict=False)]
+        self.thumbs = {place: liked for place, liked in self.thumbs.items() if any(kept[place : place + 1])}
         self.conversation, self.changes, self.begun, self.vary = conversation, self.changes + 1, begun, vary
 
     def begin(self, conversation: Conversation = Conversation(), id: str = "", name: str = "") -> None:

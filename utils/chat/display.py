@@ -61,11 +61,11 @@ class Display:
 
     def tell(self, text: str) -> None:
         """Show a message for some seconds."""
-        gr.Info(text, title=self.labels.told)
+        gr.Info(text)
 
     def warn(self, text: str) -> None:
         """Show for some seconds why something was not done."""
-        gr.Warning(text, title=self.labels.warned)
+        gr.Warning(text)
 
     def show_adapter(self, adapter) -> dict:
         """The status line for another answerer."""
@@ -123,7 +123,13 @@ class Display:
         """The conversation as a chat shows it."""
         conversation = talk.conversation
         growing = growing or ("…" if talk.wanted == talk.changes else "")
-        return put(conversation.messages([self.note(turn) for turn in conversation.turns], self.labels.thoughts, growing))
+        shown = conversation.messages([self.note(turn) for turn in conversation.turns], self.labels.thoughts, growing)
+        return gr.update(value=shown, feedback_value=self.thumbs(talk))
+
+    def thumbs(self, talk: Talk) -> list[str | None]:
+        """The thumb that is lit at each answer, if any."""
+        names = {place: "Like" if liked else "Dislike" for place, liked in talk.thumbs.items()}
+        return [names.get(place) for place in range(len(talk.conversation.turns))]
 
     def way(self, talk: Talk, knobs: dict[str, Any]) -> dict[str, Any]:
         """How the scheduler treats a visitor's request: taking turns with others', and exactly if there is a seed."""

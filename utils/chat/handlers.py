@@ -6,6 +6,7 @@ A visitor's state (the talk) is passed in with each call; nothing is kept here.
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 
 import gradio as gr
@@ -19,6 +20,7 @@ from utils.chat.sessions import ChatService
 from utils.console import UserError
 
 KEPT = 2.0  # seconds between two copies of a growing answer sent to the browser to keep
+SEEN = 0.3  # seconds after which the browser has taken an update
 SHOWN_TOKENS = 4096  # at most this many are listed
 
 
@@ -196,8 +198,8 @@ class Handlers(Display):
             self.warn(self.labels.not_a_conversation.format(reason=error))
         return self.messages(talk), put(talk.to_browser()), put(talk.conversation.system)
 
-    def like(self, event: gr.LikeData, *, talk) -> None:
-        """Record what a visitor thinks of an answer."""
+    def like(self, event: gr.LikeData, *, talk) -> Iterator[dict]:
+        """Record what a visitor thinks of an answer; the thumbs show what is recorded."""
         index = event.index if isinstance(event.index, int) else event.index[0]
         place = talk.conversation.turn_of(index)
         turn = talk.conversation.turns[place]
@@ -208,8 +210,12 @@ class Handlers(Display):
             path = self.feedback.thumb(f"{talk.id}-{place}", record, turn.by, liked)
         except UserError as error:
             self.warn(self.labels.not_noted.format(reason=error))
+            yield gr.update(feedback_value=[""] * len(talk.conversation.turns))  # else the browser sees no change
+            time.sleep(SEEN)
         else:
             self.tell(self.labels.noted.format(path=path.name))
+            talk.thumbs = {key: value for key, value in (talk.thumbs | {place: liked}).items() if value is not None}
+        yield gr.update(feedback_value=self.thumbs(talk))
 
     def tokens(self, talk, question, system, adapter, template, **knobs) -> tuple:
         """The prompt for the question in the box, or for the last one: as text, as tokens, and their number."""

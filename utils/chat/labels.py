@@ -127,8 +127,6 @@ class Labels:
     curve_validation: str = "validation"
     evaluated: str = "Answers at evaluations"
     answer_at: str = "answer at step {step}"
-    told: str = "Note"
-    warned: str = "Warning"
     controls: dict[str, str] = dataclasses.field(default_factory=dict)  # of utils.inference.sampling_params, by the English
 
     def control(self, text: str) -> str:
@@ -239,8 +237,6 @@ ZH = Labels(
     curve_validation="验证",
     evaluated="评测时的回答",
     answer_at="第 {step} 步的回答",
-    told="提示",
-    warned="注意",
     controls={
         "Sample": "随机采样",
         "Otherwise the likeliest token is taken": "不勾选时为贪心解码",

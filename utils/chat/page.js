@@ -68,17 +68,21 @@ const dreamer = {
     [/^Copy conversation$/, "复制对话"], [/^Copy( message)?$/, "复制"], [/^Copied( message| conversation)?$/, "已复制"],
     [/^Reset to default value$/, "恢复默认值"], [/^number input for (.*)$/, "$1（数值）"], [/^range slider for (.*)$/, "$1（滑块）"], [/^undo$/, "撤销"],
     [/^chatbot conversation$/, "对话"], [/^More tabs$/, "更多标签页"], [/^Vega visualization$/, "曲线图"],
+    [/^Liked$/, "已赞"], [/^Disliked$/, "已踩"], [/^Info $/, "提示"], [/^Warning $/, "注意"], [/^Error $/, "出错"], [/^Close$/, "关闭"],
     [/^Gradio footer navigation$/, "页脚"], [/^user's message: (.*)$/s, "问题：$1"], [/^bot's message: (.*)$/s, "回答：$1"],
   ],
 
+  named(text) {
+    const pairs = document.documentElement.lang.startsWith("zh") ? this.chinese : [];
+    return pairs.reduce((found, [english, chinese]) => found.replace(english, chinese), this.typed(text));
+  },
+
   rename(part) {
     for (const name of ["aria-label", "title"]) {
-      const old = part.getAttribute(name);
-      if (!old) continue;
-      const pairs = document.documentElement.lang.startsWith("zh") ? this.chinese : [];
-      const found = pairs.reduce((text, [english, chinese]) => text.replace(english, chinese), dreamer.typed(old));
+      const old = part.getAttribute(name), found = old && this.named(old);
       if (found !== old) part.setAttribute(name, found);
     }
+    if (part.matches(".toast-title")) part.firstChild.data = this.named(part.firstChild.data);
   },
 
   // undoes utils/chat/markdown.py
@@ -89,7 +93,7 @@ const dreamer = {
 new MutationObserver((changes) => changes.forEach(({target, addedNodes}) => {
   dreamer.rename(target);
   for (const part of addedNodes) {
-    if (part.nodeType === 1) [part, ...part.querySelectorAll("[aria-label], [title]")].forEach((one) => dreamer.rename(one));
+    if (part.nodeType === 1) [part, ...part.querySelectorAll("[aria-label], [title], .toast-title")].forEach((one) => dreamer.rename(one));
   }
 })).observe(document.documentElement, {subtree: true, childList: true, attributeFilter: ["aria-label", "title"]});
 if (navigator.clipboard) {

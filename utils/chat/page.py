@@ -182,7 +182,7 @@ class Page:
         self.wire(new.click, do.begin, ["chat", "kept", "name"], cancels=answering)
         self.wire(chat.undo, do.undo, ["chat", "kept", "question"], cancels=answering)
         if do.feedback:
-            self.wire(chat.like, do.like, [])
+            self.wire(chat.like, do.like, ["chat"])
         return answering
 
     def wire_files(self, save: gr.Button, load: gr.Button, answering: Any) -> None:

@@ -10,7 +10,10 @@ from utils.console import UserError, harmless, say
 from utils.inference.engine import Engine
 from utils.inference.sampling_params import SamplingParams
 
-HELP = "/model NAME: change the model; /clear: new dialogue; /exit or Ctrl-D: leave (after an answer that is under way); Ctrl-C: stop an answer"
+HELP = (
+    "/model NAME: change the model; /clear: new dialogue; Ctrl-C: stop an answer; "
+    "/exit or Ctrl-D: leave, typed during an answer at its end"
+)
 
 
 def talk(engine: Engine, settings: SamplingParams) -> None:
