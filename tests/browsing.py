@@ -163,7 +163,7 @@ def plain(text):
 
 def reads(box, text):
     """Wait until a field holds `text`, but for what a field does to line ends and control characters."""
-    until = time.time() + 20
+    until = time.time() + PATIENCE / 1000
     while plain(box.input_value()) != plain(text) and time.time() < until:
         time.sleep(0.05)
     assert plain(box.input_value()) == plain(text)
