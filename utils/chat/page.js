@@ -90,8 +90,8 @@ const dreamer = {
     .replace(/&#0(\d+);/g, (_, code) => String.fromCharCode(code)),
 };
 
-new MutationObserver((changes) => changes.forEach(({target, addedNodes}) => {
-  dreamer.rename(target);
+new MutationObserver((changes) => changes.forEach(({type, target, addedNodes}) => {
+  if (type === "attributes") dreamer.rename(target);
   for (const part of addedNodes) {
     if (part.nodeType === 1) [part, ...part.querySelectorAll("[aria-label], [title], .toast-title")].forEach((one) => dreamer.rename(one));
   }
