@@ -68,6 +68,18 @@ def index(content: object) -> Break:
     return break_it
 
 
+def beside(file: str, other: str, name: str, **index: str) -> Break:
+    """A second file, which holds one tensor of the first with other values; `index`: the shards of the tensors."""
+
+    def break_it(folder: Path) -> None:
+        tensors = {name: load_file(folder / file)[name] + 1}
+        torch.save(tensors, folder / other) if other.endswith(".bin") else save_file(tensors, folder / other, {"format": "pt"})
+        if index:
+            (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+
+    return break_it
+
+
 def header(change: Callable) -> Break:
     """Change the header of a base's weights: `change(entries)` returns the new one, an object or bytes."""
 
@@ -113,6 +125,12 @@ def of_rank_zero(folder: Path) -> None:
     rewrite(ADAPTER, lambda t: {n: (v[:0] if "lora_A" in n else v[:, :0]).clone() for n, v in t.items()})(folder)
 
 
+def twice(folder: Path) -> None:
+    """A base in two shards, which hold different values for one tensor."""
+    index({"weight_map": {Q: SHARDS[0], "other": SHARDS[1]}})(folder)
+    beside(SHARDS[0], SHARDS[1], Q)(folder)
+
+
 WEIGHTS, PICKLED, ADAPTER = "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"
 SHARDS, INDEX = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), f"{WEIGHTS}.index.json"
 Q, EMBEDDINGS = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
@@ -156,12 +174,14 @@ BASES: dict[str, tuple] = {  # what is broken -> how, and the words of the refus
     "index: an empty map": (index({"weight_map": {}}), INDEX, AGAIN),
     "index: numbers for files": (index({"weight_map": {Q: 1}}), INDEX, AGAIN),
     "index: a file outside": (index({"weight_map": {Q: "../../../../etc/passwd"}}), "passwd", "download them again"),
+    "index: a copy of the weights": (beside(WEIGHTS, SHARDS[0], Q, **{Q: SHARDS[0]}), "hold different weights", "delete"),
+    "index: a tensor in two shards": (twice, "is also in another shard, with other values", "download them again"),
     "index: a shard is missing": (index({"weight_map": {Q: SHARDS[1]}}), "shards are missing", "download them again"),
     "index: a tensor is missing": (index({"weight_map": {"more": SHARDS[0]}}), "in none of its files", "download them again"),
     "pickle: a tensor alone": (pickled(torch.zeros(3)), PICKLED, "is it the right file?"),
     "pickle: a list": (pickled([1, 2]), PICKLED, "is it the right file?"),
     "pickle: numbers for names": (pickled({1: torch.zeros(3)}), PICKLED, "is it the right file?"),
-    "pickle: numbers and names": (pickled({1: torch.zeros(3), "a": torch.zeros(3)}), "not in the base", "use the base"),
+    "pickle: numbers and names": (pickled({1: torch.zeros(3), "a": torch.zeros(3)}), "tensors are missing", "check its files"),
     "pickle: no tensors": (pickled({"epoch": 3}), PICKLED, "is it the right file?"),
     "pickle: a page of HTML": (pickled({}, lambda d: b"<html>"), PICKLED, ";"),
     "pickle: empty": (pickled({}, lambda d: b""), PICKLED, AGAIN),
@@ -172,6 +192,7 @@ BASES: dict[str, tuple] = {  # what is broken -> how, and the words of the refus
     "quantized: in words": (settings("config.json", quantization_config="int4"), "(int4)", "float16"),
     "quantized: somehow": (settings("config.json", quantization_config={"bits": 4}), "unnamed", "float16"),
     "a layer: missing": (rewrite(WEIGHTS, without(Q)), "1 tensors are missing", "check its files"),
+    "a norm: missing": (rewrite(WEIGHTS, without("model.norm.weight")), "1 tensors are missing", "check its files"),
     "a layer: NaN": (one(WEIGHTS, Q, lambda t: t.fill_(NAN)), Q, "NaN", AGAIN),
     "a layer: of another width": (one(WEIGHTS, Q, lambda t: t[:32].clone()), "q_proj", "another size of model"),
     "a layer: of one dimension": (one(WEIGHTS, Q, lambda t: t[0].clone()), "q_proj", "another size of model"),
@@ -209,6 +230,7 @@ ADAPTERS: dict[str, tuple] = {
     "weights: none": (gone(ADAPTER), "holds no", "name the folder of an adapter"),
     "weights: empty": (data(ADAPTER, lambda d: b""), ADAPTER, AGAIN),
     "weights: cut off": (data(ADAPTER, lambda d: d[:-100]), ADAPTER, AGAIN),
+    "weights: of both kinds": (beside(ADAPTER, "adapter_model.bin", A), "hold different weights", "delete the others"),
     "weights: no tensors": (rewrite(ADAPTER, lambda t: {}), "holds no LoRA weights", "saving failed"),
     "weights: of a whole model": (rewrite(ADAPTER, lambda t: {"norm": torch.ones(64)}), "no LoRA weights", "another file"),
     "tensors: half of a pair": (rewrite(ADAPTER, without(A)), "has no lora_A", "train it again"),

@@ -14,7 +14,7 @@ from utils.adapters.settings import FILE, read_config
 from utils.console import UserError, reason, say
 from utils.files import replacing, write_json
 from utils.models.spread import shown_where_computed
-from utils.models.weights import Weights
+from utils.models.weights import Weights, check_same
 
 if TYPE_CHECKING:  # peft takes seconds to import, and reading an adapter's files does not need it
     from peft import LoraConfig, PeftModel
@@ -40,10 +40,14 @@ def find_weights(folder: str | Path) -> Path:
 def open_tensors(folder: str | Path) -> tuple[Weights, dict[str, str]]:
     """An adapter's tensors, not read yet, and their names: as peft saves them, without the adapter's name -> as in the file.
 
-    Raises UserError if the file is broken, holds no LoRA weights, or is the untouched shell of a failed save.
+    Raises UserError if the file is broken, holds no LoRA weights, or is the untouched shell of a failed save, and if the folder
+    has a file of either kind, which differ.
     """
     file = find_weights(folder)
     weights = Weights(file.parent, [file])
+    older = file.with_name(WEIGHTS[1])
+    if file.name == WEIGHTS[0] and older.is_file():
+        check_same(weights, Weights(file.parent, [older]))
     names: dict[str, str] = {}
     for name in weights.names:
         is_base = file.name == FULL_CHECKPOINT and "lora_" not in name and "modules_to_save" not in name

@@ -150,20 +150,27 @@ class Finder:
         return self._asked.stored.get(name, "")
 
     def missing(self) -> list[str]:
-        """The model's names of tensors that the files lack, where they have them for other layers; all, if they have none.
+        """The model's names of tensors that the files lack: those that other layers have, and those outside of layers; all, if
+        they have none.
 
-        The library is asked only where names look like it: those of a layer that another one has, or of a wrapped model.
+        The library is asked only where names look like it: a layer lacks what another one has, nothing but the embeddings is
+        outside of layers, an output layer is named by config.json alone, or the model was wrapped.
         """
         layers: dict[str, set[str]] = {}
         for name in self._names:
             layers.setdefault(NUMBER.sub("N", name, count=1), set()).update(NUMBER.findall(name)[:1])
         counts = {len(found) for found in layers.values() if found}
-        if len(counts) < 2 and not any(name.startswith(WRAPPED) for name in self._names):
+        outside = {name for name in self._names if not NUMBER.search(name)}
+        ends = not self.embedding or (self.config.get("tie_word_embeddings") is False and not self.stored_head)
+        lacks = ends or outside <= {self.embedding, self.stored_head}
+        if len(counts) < 2 and not lacks and not any(name.startswith(WRAPPED) for name in self._names):
             return []
         there = self._asked.stored.keys() | self._asked.joined.keys()
         kinds = {NUMBER.sub("N", name, count=1) for name in there}
-        lost = [name for name in self._asked.in_order if name not in there]
-        return [name for name in lost if NUMBER.sub("N", name, count=1) in kinds or not there]
+        tied = self._asked.head if self.tied_head else ""
+        lost = [name for name in self._asked.in_order if name not in there and name != tied]
+        top = {name for name in lost if name.endswith(".weight") and not NUMBER.search(name)}
+        return [name for name in lost if name in top or NUMBER.sub("N", name, count=1) in kinds or not there]
 
     def joined(self, name: str) -> list[list[str]]:
         """The base's names of the tensors that the library joins into `name`, one list per expert; [] if it does not."""

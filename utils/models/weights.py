@@ -4,6 +4,7 @@ import math
 import pickle
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def kind(opened: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights, in order.
 
-    Raises UserError if there are none, a shard is missing, or one cannot be read.
+    Raises UserError if there are none, a shard is missing or cut off, two of them hold different values for a tensor, or the
+    folder also holds other weights of the same kind.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path")
@@ -131,8 +133,57 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(files)} shards are missing ({missing[0]}, …); download them again")
     for file in files:
-        beginning(file)
+        check_whole(file)
+    if files[0].suffix == ".safetensors":
+        check_apart(files)
+    whole, index = folder / SAFETENSORS, folder / f"{SAFETENSORS}.index.json"
+    shards = [folder / Path(name).name for name in set(homes_in(index).values())] if index.is_file() else []
+    if whole.is_file() and shards and all(shard.is_file() for shard in shards):
+        check_same(Weights(folder, [whole]), Weights(folder, sorted(shards)))
     return files
+
+
+def check_whole(file: Path) -> None:
+    """Raises UserError if a file of weights is cut off or of another format, as far as its ends tell."""
+    head = beginning(file)
+    if file.suffix == ".safetensors":
+        open_safetensors(file)
+    elif not head.startswith((b"PK", b"\x80")):  # a zip file, or (before 1.6) a pickle
+        raise UserError(f"{file}: is not a torch.save file; download it again")
+    elif head.startswith(b"PK") and not zipfile.is_zipfile(file):
+        raise UserError(f"{file}: cannot be read (its end is missing); download it again")
+
+
+def check_apart(shards: list[Path]) -> None:
+    """Raises UserError if two shards hold different values for the same tensor."""
+    homes: dict[str, Any] = {}
+    for file in shards:
+        opened = open_safetensors(file)
+        for name in opened.keys():  # noqa: SIM118, a safetensors file is not a mapping
+            other = homes.setdefault(name, opened)
+            if other is not opened and not alike(other.get_tensor(name), opened.get_tensor(name)):
+                raise UserError(
+                    f"{file}: {name} is also in another shard, with other values; delete all shards, and download them again"
+                )
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True for tensors of the same type, shape and bytes."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def check_same(one: "Weights", other: "Weights") -> None:
+    """Raises UserError if two copies of the same weights differ, in names, shapes, or the first values of a tensor."""
+    lost = set(one.names) ^ set(other.names)
+    start = slice(1)  # the first row
+    differ = [name for name in one.names if name not in lost and not alike(one.rows(name, start), other.rows(name, start))]
+    if lost or differ:
+        raise UserError(
+            f"{one.folder}: {one.files[0].name} and {other.files[0].name} hold different weights "
+            f"({min([*lost, *differ])}, …); keep the right ones, and delete the others"
+        )
 
 
 def named_files(folder: Path) -> list[Path]:
@@ -186,8 +237,7 @@ def load_pickled(file: Path) -> dict[str, torch.Tensor]:
 
     Raises UserError if the file is cut off, or holds anything but tensors.
     """
-    if not beginning(file).startswith((b"PK", b"\x80")):  # a zip file, or (before 1.6) a pickle
-        raise UserError(f"{file}: is not a torch.save file; download it again")
+    check_whole(file)
     try:
         try:
             loaded, group = torch.load(file, map_location="cpu", weights_only=True, mmap=True), dict
