@@ -6,15 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from scripting import ROOT
 from trainings import tensors
 
+from data.demo.compare import score
 from utils import lineage
+from utils.datasets.records import read_records
 from utils.files import write_json
 
 pytestmark = pytest.mark.slow
+
+DEMO = Path(os.environ.get("MODEL_DIR", ROOT / "models")) / "chinese-smollm2-135m"
 
 QUESTIONS = [(f"{a}加{b}等于几？", str(a + b)) for a in range(1, 5) for b in range(1, 5)]
 STEPS = {
@@ -60,6 +65,36 @@ def test_a_chain_of_all_stages(script, tiny_llama, tmp_path):
     systems = ["--answers", f"merged={tmp_path}/merged.json", "--answers", f"adapter={tmp_path}/out/reward"]
     out = script("judge.py", *systems, "--metrics", "--test_input_path", prompts, "--output_dir", tmp_path / "judged").ok()
     assert "exact number (%), all 4 prompts: merged and adapter: no difference can be told" in out
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo's merged model is not there; bash scripts/quickstart.sh makes it")
+def test_on_the_demo_each_stage_teaches_its_own_and_leaves_what_came_before(script, tmp_path):
+    """Measured once: loss on text 4.50 to 1.88; "who are you" 0, 10 and 10 of 10 right; margin of the pairs -0.02 to 3.68."""
+    first, second = (list(read_records(ROOT / f"data/demo/{name}.json")) for name in ("f1", "f2"))
+    write_json(tmp_path / "text.json", [{"text": record["instruction"] + record["output"]} for record in second])
+    write_json(tmp_path / "instruction.json", first)
+    pairs = [{"instruction": r["instruction"], "chosen": r["output"], "rejected": "我是一个大语言模型。"} for r in first]
+    write_json(tmp_path / "preference.json", pairs)
+    before: list[str | Path] = []
+    logs, right = {}, {}
+    for stage, epochs, rate in (("text", 4, 2e-3), ("instruction", 8, 2e-3), ("preference", 3, 2e-4)):
+        out = tmp_path / "out" / stage
+        script(
+            "finetune.py", "--base_model", DEMO, "--data_path", tmp_path / f"{stage}.json", "--output_dir", out,
+            "--prompt_template_name", "alpaca_short", "--val_set_size", 0, "--batch_size", 10, "--micro_batch_size", 10,
+            "--lora_r", 8, "--lora_target_modules", "[q_proj,v_proj]", "--train_on_inputs", False, "--cutoff_len", 128,
+            "--num_epochs", epochs, "--learning_rate", rate, *before,
+        ).ok()  # fmt: skip
+        before = ["--resume_from_checkpoint", out]
+        asked = ["--test_input_path", ROOT / "data/demo/heldout", "--num_beams", 1, "--max_new_tokens", 40]
+        script("generate.py", "--is_ui", False, "--lora_weights", out, *asked).ok()
+        logs[stage] = [json.loads(line) for line in (out / "train_log.jsonl").read_text("utf-8").splitlines()]
+        right[stage] = score(json.loads((out / "test.json").read_text("utf-8")), "identity")
+    print(right, {stage: (log[0], log[-1]) for stage, log in logs.items()})
+    assert logs["text"][-1]["loss"] < 0.6 * logs["text"][0]["loss"]
+    assert right["text"] == 0 and right["instruction"] >= 8 and right["preference"] >= 8
+    assert logs["preference"][0]["reward_accuracy"] < 1 == logs["preference"][-1]["reward_accuracy"]
+    assert logs["preference"][-1]["reward_margin"] > 1
 
 
 @pytest.mark.parametrize(("name", "third"), [("counsellor", "preference"), ("assistant", "preference"), ("tutor", "replay")])
