@@ -21,7 +21,7 @@ from utils.datasets.prompts import answered
 from utils.datasets.templates import TEMPLATES, Prompter, split_thinking
 from utils.evaluation.answers import side_by_side
 from utils.files import write_json
-from utils.models.tokenizer import load_tokenizer, save_tokenizer
+from utils.models.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer
 
 KINDS = list(chat_templates.KINDS)
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.json"))
@@ -191,8 +191,20 @@ def test_a_template_with_control_tokens_is_refused(tmp_path):
 
 
 def test_without_a_chat_template_chat_is_refused(tmp_path):
+    words = tiny.tokenizer(tmp_path)
     with pytest.raises(UserError, match="no chat template"):
-        make_prompter("chat", tiny.tokenizer(tmp_path), [2])
+        make_prompter("chat", words, [2])
+    words.chat_template = "{% for message in messages %}{{ message.content "
+    with pytest.raises(UserError, match=r"its chat template fails .unexpected end of template.*; mend it, or name a template"):
+        make_prompter("chat", words, [2])
+
+
+def test_the_mark_that_an_editor_puts_before_a_template_begins_no_prompt(tmp_path):
+    chat_templates.tokenizer(tmp_path, KINDS[0])
+    file = tmp_path / "chat_template.jinja"
+    plain = read_tokenizer(tmp_path).chat_template
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_tokenizer(tmp_path).chat_template == plain
 
 
 # What travels

@@ -69,6 +69,7 @@ class ChatPrompter:
         if further := others(tokenizer):
             use = ", and tool_use for records with tools" * ("tool_use" in further)
             say(f"{tokenizer.name_or_path}: has several chat templates (default, {', '.join(further)}); default is used{use}")
+        self._try_out()
         self.takes_system = self._takes_system()
         if not self.takes_system:
             say(f"{tokenizer.name_or_path}: its chat template takes no system text; it is put before the first question")
@@ -227,6 +228,16 @@ class ChatPrompter:
         return next((token for token in opens if token in self.ends), default if default in self.ends else min(self.ends))
 
     # What the template supports, found out by rendering probes
+
+    def _try_out(self) -> None:
+        """Raise UserError if the template fails at a single question."""
+        try:
+            self._rendered([QUESTION], True)
+        except TooMuch:
+            raise
+        except Exception as error:  # a template may raise anything
+            fix = f"its chat template fails ({reason(error)}); mend it, or name a template in templates/"
+            raise UserError(f"{self.tokenizer.name_or_path}: {fix}") from None
 
     def _takes_system(self) -> bool:
         """Whether the template renders a system text."""

@@ -80,6 +80,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason(error)}); download it again") from None
     if tokenizer.eos_token != tokenizer.unk_token and tokenizer.eos_token_id == tokenizer.unk_token_id:
         tokenizer.eos_token = None  # a name, or "", that is no token, and would mean the unknown one
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")  # an editor's mark would begin each prompt
     return tokenizer
 
 
