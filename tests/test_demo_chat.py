@@ -52,8 +52,8 @@ def test_a_model_trained_with_its_own_template_answers_transformers_alone_with_t
 
 
 REFUSED = [
-    ((), "", "the terms were not accepted; nothing was fetched"),
-    ((), "no\n", "the terms were not accepted; nothing was fetched"),
+    ((), "", "the terms were not accepted; nothing was downloaded"),
+    ((), "no\n", "the terms were not accepted; nothing was downloaded"),
     (("--hub", "gemma"), "yes\n", "--hub gemma: unknown; give --hub OWNER/NAME"),
     (("--mirror", "x/y"), "yes\n", "--mirror x/y: unknown"),
     (("--url", "file:///nowhere/x.tar"), "yes\n", "file:///nowhere/x.tar: <urlopen error"),
@@ -78,7 +78,7 @@ def test_gemma_comes_from_an_archive_and_nothing_else_does(tmp_path, kind):
     ended = bash("get-gemma3-270m", "--url", f"file://{tmp_path}/model.tar.gz", folder=tmp_path, given="yes\n")
     made = tmp_path / "models" / "gemma3-270m"
     if kind == "llama":
-        assert ended.returncode == 2 and "is not of Gemma 3" in ended.stderr and not made.exists()
+        assert ended.returncode == 2 and "is not that of a Gemma 3" in ended.stderr and not made.exists()
         return
     assert ended.returncode == 0 and (made / "model.safetensors").is_file(), ended.stderr
     assert re.search("done already: .*gemma3-270m", bash("get-gemma3-270m", folder=tmp_path).stdout)

@@ -96,8 +96,9 @@ def test_words_between_control_tokens_tell_a_thought_from_what_is_said(tmp_path)
     from utils.inference.engine import Engine
     from utils.models.placement import place
 
-    tiny.llama(tmp_path)
     words = chat_templates.tokenizer(tmp_path, "harmony")
+    tiny.llama(tmp_path, vocab_size=len(words))
+    words = chat_templates.tokenizer(tmp_path, "harmony")  # written anew, since the model brought its own
     prompter = ChatPrompter(words, [words.eos_token_id])
     ending = Engine(str(tmp_path), [ChatModel(BASE, None, "chat", None)], place(False, False)).ending(BASE)
     for record in RECORDS:

@@ -119,7 +119,7 @@ def test_the_check_of_a_gpu_says_where_there_is_none(tmp_path):
     ended = subprocess.run(
         ["bash", ROOT / "scripts" / "gpu_check.sh", tmp_path / "r.md"], capture_output=True, text=True, env=env
     )
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "finds no NVIDIA card" in ended.stderr
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "finds no NVIDIA GPU" in ended.stderr
     assert not (tmp_path / "r.md").exists()
 
 
@@ -142,6 +142,6 @@ def test_the_check_of_a_gpu_writes_a_report_of_all_its_parts(tmp_path, status):
     assert ended.returncode == status, ended.stderr
     text = report.read_text("utf-8")
     assert "Some Card, 550.54, 24564 MiB" in text and text.count("figure: 1234 tokens/s") == 5 + 1 + 5 * status
-    for part in ("tests on the card", "demo, 8bit", "demo, bfloat16", "demo, 4bit", "two cards"):
+    for part in ("tests on the GPU", "demo, 8bit", "demo, bfloat16", "demo, 4bit", "two GPUs"):
         assert f"| {part} | {'FAIL' if status else 'pass'} |" in text
     assert not (tmp_path / "r.md.figures").exists()
