@@ -168,7 +168,7 @@ class Finder:
         there = self._asked.stored.keys() | self._asked.joined.keys()
         kinds = {NUMBER.sub("N", name, count=1) for name in there}
         tied = self._asked.head if self.tied_head else ""
-        lost = [name for name in self._asked.in_order if name not in there and name != tied]
+        lost = [name for name in self._asked.in_order if name not in there | self._names and name != tied]
         top = {name for name in lost if name.endswith(".weight") and not NUMBER.search(name)}
         return [name for name in lost if name in top or NUMBER.sub("N", name, count=1) in kinds or not there]
 
