@@ -11,12 +11,13 @@ from sentencepieces import llama
 from transformers import AutoTokenizer
 
 from utils.console import UserError
-from utils.datasets.chat_templates import ChatPrompter, make_prompter
+from utils.datasets.chat_templates import ChatPrompter
 from utils.datasets.dataset import usable
 from utils.datasets.encoders import Encoder, JudgedEncoder, PairEncoder, QuestionEncoder
 from utils.datasets.encoding import IGNORED, encode, encode_prompt
 from utils.datasets.jinja_export import SAMPLES, messages_of, proven, write_chat_template
 from utils.datasets.preferences import Judged
+from utils.datasets.prompters import make_prompter
 from utils.datasets.prompts import answered
 from utils.datasets.templates import TEMPLATES, Prompter, split_thinking
 from utils.evaluation.answers import side_by_side

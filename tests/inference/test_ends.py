@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from utils.console import say_once
-from utils.datasets.chat_templates import make_prompter
 from utils.datasets.encoding import IGNORED, encode, encode_prompt
+from utils.datasets.prompters import make_prompter
 from utils.datasets.templates import TEMPLATES
 from utils.inference.answerers import BASE, ChatModel
 from utils.inference.decoding import decode

@@ -1,9 +1,10 @@
 """The tokenizer's own chat template: how it renders a dialogue, which tokens are learned, and where an answer ends."""
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -11,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from utils.console import UserError, reason, say
 from utils.datasets.bounded_jinja import TooMuch
 from utils.datasets.records import Record
-from utils.datasets.templates import CHAT, Prompter, split_thinking
+from utils.datasets.templates import CHAT, split_thinking
 from utils.datasets.tool_calls import Message, open_part, parsed_json, words_of
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 EMPTY_THOUGHT = re.compile(r"\A\s*(<think>)?\s*</think>\n*")
-CONTROL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>")
 SEPARATE = ("reasoning_content", "thinking", "reasoning")  # keys of messages in which templates take thoughts
 PROBE = "ANSWER-PROBE"
 QUESTION = {"role": "user", "content": "Q"}
@@ -69,7 +69,8 @@ class ChatPrompter:
         if further := others(tokenizer):
             use = ", and tool_use for records with tools" * ("tool_use" in further)
             say(f"{tokenizer.name_or_path}: has several chat templates (default, {', '.join(further)}); default is used{use}")
-        self._try_out()
+        with refused_as(f"{tokenizer.name_or_path}: its chat template fails", "mend it, or name a template in templates/"):
+            self._rendered([QUESTION], True)
         self.takes_system = self._takes_system()
         if not self.takes_system:
             say(f"{tokenizer.name_or_path}: its chat template takes no system text; it is put before the first question")
@@ -229,16 +230,6 @@ class ChatPrompter:
 
     # What the template supports, found out by rendering probes
 
-    def _try_out(self) -> None:
-        """Raise UserError if the template fails at a single question."""
-        try:
-            self._rendered([QUESTION], True)
-        except TooMuch:
-            raise
-        except Exception as error:  # a template may raise anything
-            fix = f"its chat template fails ({reason(error)}); mend it, or name a template in templates/"
-            raise UserError(f"{self.tokenizer.name_or_path}: {fix}") from None
-
     def _takes_system(self) -> bool:
         """Whether the template renders a system text."""
         return "SYSTEM-PROBE" in self._tried([{"role": "system", "content": "SYSTEM-PROBE"}, QUESTION])
@@ -342,13 +333,9 @@ class ChatPrompter:
         """The text of messages, rendered in the library's sandbox. Raises UserError if the template refuses them."""
         switch = {} if thinking is None else {"enable_thinking": thinking}
         given = {"tools": tools} if tools and "tools" in self.carries else {}
-        try:
+        first = shown(messages[0]["content"])
+        with refused_as(f"{first}: the chat template cannot render this dialogue", "change it"):
             return self._rendered(self._for_template(messages), open_answer, **switch, **given)
-        except TooMuch:
-            raise
-        except Exception as error:  # a template may raise anything
-            first = shown(messages[0]["content"])
-            raise UserError(f"{first}: the chat template cannot render this dialogue ({reason(error)}); change it") from None
 
     def _rendered(self, messages: list[Message], open_answer: bool, **more: Any) -> str:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=open_answer, tokenize=False, **more)
@@ -356,6 +343,17 @@ class ChatPrompter:
     def _ids(self, text: str) -> Ids:
         """A rendered text as transformers encodes it."""
         return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+@contextlib.contextmanager
+def refused_as(what: str, fix: str) -> Iterator[None]:
+    """Raise UserError with `what` failed, why, and a `fix`, for anything that a template raises, but for TooMuch."""
+    try:
+        yield
+    except TooMuch:
+        raise
+    except Exception as error:  # a template may raise anything
+        raise UserError(f"{what} ({reason(error)}); {fix}") from None
 
 
 def spoken(record: Record) -> list[Message]:
@@ -384,27 +382,3 @@ def with_switch(template: str, thinking: bool | None) -> str:
 def shown(text: str) -> str:
     """The beginning of a text, in one line."""
     return repr(text[:40])
-
-
-def make_prompter(
-    template: str, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], thinking: bool | None = None
-) -> Prompter | ChatPrompter:
-    """The template of that name for a tokenizer.
-
-    Raises UserError if its texts contain control tokens, which would be encoded as plain characters.
-    """
-    if template == CHAT:
-        return ChatPrompter(tokenizer, ends, thinking)
-    prompter = Prompter(template)
-    special = set(tokenizer.all_special_tokens) | {
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-    }
-    literals = [literal for parts in prompter.parts.values() for literal, _ in parts]
-    for literal in literals:
-        found = next(iter([*CONTROL.findall(literal), *sorted(token for token in special if token in literal)]), None)
-        if found:
-            raise UserError(
-                f"{prompter.path}: {found} is a control token, but a template's text is encoded as characters; "
-                f"use the tokenizer's own chat template (--prompt_template_name {CHAT})"
-            )
-    return prompter

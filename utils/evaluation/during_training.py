@@ -7,9 +7,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.console import UserError
-from utils.datasets.chat_templates import ChatPrompter, make_prompter
+from utils.datasets.chat_templates import ChatPrompter
 from utils.datasets.choices import Choice
 from utils.datasets.encoding import encode_prompt
+from utils.datasets.prompters import make_prompter
 from utils.datasets.prompts import Record
 from utils.datasets.templates import Prompter, split_thinking
 from utils.evaluation import choices

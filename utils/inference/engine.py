@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.adapters import switching
 from utils.console import say
-from utils.datasets.chat_templates import Channels, ChatPrompter, make_prompter
+from utils.datasets.chat_templates import Channels, ChatPrompter
 from utils.datasets.encoding import encode_prompt
+from utils.datasets.prompters import make_prompter
 from utils.datasets.records import Record
 from utils.datasets.templates import Prompter
 from utils.inference.answerers import BASE, ChatModel, tokenizer_home

@@ -14,8 +14,8 @@ from typing import Any
 from utils import lineage
 from utils.adapters.settings import read_settings
 from utils.console import UserError, progress, say
-from utils.datasets.chat_templates import make_prompter
 from utils.datasets.encoding import encode_prompt
+from utils.datasets.prompters import make_prompter
 from utils.datasets.prompts import Record, answered, check_output
 from utils.files import digest, locked
 from utils.inference.answer_file import AnswerFile

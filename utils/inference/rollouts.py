@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.console import UserError
-from utils.datasets.chat_templates import ChatPrompter, make_prompter
+from utils.datasets.chat_templates import ChatPrompter
+from utils.datasets.prompters import make_prompter
 from utils.datasets.templates import Prompter
 from utils.inference.batch import plan
 from utils.inference.decoding import decode

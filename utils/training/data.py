@@ -35,8 +35,8 @@ def prepare_data(
 ) -> tuple[Any, "EncodedDataset", "EncodedDataset | None", dict[str, Any]]:
     """The tokenizer, the encoded records for training and validation, and what the lineage records about them."""
     from utils.datasets import dataset, encoders
-    from utils.datasets.chat_templates import make_prompter
     from utils.datasets.encoding import OVERLAP
+    from utils.datasets.prompters import make_prompter
     from utils.files import sha256
     from utils.models import quantized
     from utils.models.architecture import read_architecture
