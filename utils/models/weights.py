@@ -245,6 +245,8 @@ def load_pickled(file: Path) -> dict[str, torch.Tensor]:
             say(f"{file}: is in torch's old format, so all of it is read into memory")
             loaded, group = torch.load(file, map_location="cpu", weights_only=True), Unmapped
     except pickle.UnpicklingError:
+        if file.with_suffix(".safetensors").is_file():
+            raise UserError(f"{file.parent}: refused, because loading {file.name} would run code; delete it") from None
         raise UserError(f"{file}: refused, because loading it would run code; get the weights as .safetensors") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); download it again") from None
