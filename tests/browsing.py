@@ -1,5 +1,6 @@
 """The chat page over a real tiny model, and a real headless Chromium to open it in, for the tests of it."""
 
+import dataclasses
 import re
 import shutil
 import time
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 from playwright.sync_api import expect, sync_playwright
+from scripting import free_port
 
 from utils.chat import server
 from utils.chat.sessions import ChatService
@@ -63,6 +65,7 @@ def fixture_service(engine):
 
 @contextmanager
 def served(service, lang="zh", address=LOCAL, feedback=""):
+    address = dataclasses.replace(address, port=address.port or free_port())
     page = server.start(service, SamplingParams(), lang, address, feedback_dir=feedback)
     try:
         yield page

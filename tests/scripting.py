@@ -19,6 +19,13 @@ sys.path.insert(0, str(ROOT))
 HANGS = 600  # seconds after which a process is given up: far more than any takes
 
 
+def free_port() -> int:
+    """A port that nothing listens on: not one after the other, as pages choose them, so that two tests do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @dataclasses.dataclass
 class Ended:
     """A process that has ended: its exit status (negative: the signal that killed it) and what it printed."""
@@ -129,9 +136,7 @@ class Script:
 
     def ranks(self, count: int, name: str, *argv: object, **env: str) -> str:
         """Run a script as so many ranks that train together, as torchrun would start them; what the first printed."""
-        with socket.socket() as some:
-            some.bind(("127.0.0.1", 0))
-            port = str(some.getsockname()[1])
+        port = str(free_port())
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         started = [self.start(name, *argv, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
         printed = [running.wait().ok() for running in started]

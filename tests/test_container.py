@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import urllib.request
 import pytest
 import tiny
 import yaml
-from scripting import ROOT
+from scripting import ROOT, free_port
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
 LINES = [line.partition(" ") for line in DOCKERFILE.splitlines() if line and line[0] not in "# "]
@@ -47,9 +46,7 @@ def test_the_endpoint_answers_from_what_is_copied_and_ends_when_told(tmp_path):
         for source in sources:
             shutil.copytree(ROOT / source, app / source) if (ROOT / source).is_dir() else shutil.copy(ROOT / source, app)
     tiny.llama(app / "models" / "smollm2-135m")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     asked = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["endpoint"]["command"]
     asked = [re.sub(r"\$\{(\w+):[-?](.*)\}", lambda one: "key" if one[1] == "API_KEY" else one[2], word) for word in asked]
     entry = [sys.executable if word == "python" else word for word in json.loads(arguments("ENTRYPOINT")[0])]

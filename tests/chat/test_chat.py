@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from browsing import answer_of, served
 from gradio_client import Client
-from scripting import ROOT
+from scripting import ROOT, free_port
 
 import generate
 from utils.chat import server
@@ -119,9 +119,7 @@ def test_a_password_is_asked_for(service):
 
 @pytest.mark.cli
 def test_the_script_shows_the_page_until_it_is_stopped(folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     line = ["--lora_weights", f"{folder / 'f1'},{folder / 'f2'}", "--server_port", port, "--auth", "me:secret"]
     line = [sys.executable, str(ROOT / "generate.py"), *line, "--lang", "en", "--max_new_tokens", "7"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as running:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import tiny
 import uvicorn
-from scripting import ROOT
+from scripting import ROOT, free_port
 from starlette.applications import Starlette
 
 from utils.chat.endpoint import Endpoint
@@ -34,9 +34,7 @@ QUESTION = [{"role": "user", "content": "你是谁？"}]
 def serving(service, adapters_dir=""):
     """The address of an endpoint with the key "secret"."""
     routes = Endpoint(service, SamplingParams(), "secret", adapters_dir).routes(alone=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

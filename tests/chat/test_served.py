@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from scripting import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.datasets.records import read_records
@@ -58,9 +58,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "model"
     write_json(folder.parent / "prompts.json", PROMPTS)
     taught(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     program = Path(sys.executable).with_name("transformers")
     log = open(folder.parent / "log", "w")
     command = [program, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]

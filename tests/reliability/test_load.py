@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from gradio_client import Client
-from scripting import ROOT
+from scripting import ROOT, free_port
 
 from utils.inference.sampling_params import SHOWN, STARTS
 
@@ -90,9 +89,7 @@ def text_of(content: str | list[dict]) -> str:
 def test_sessions_side_by_side(models, full):
     """Each visitor's page has their own questions and no other's, and the answers that they would get alone."""
     count, turns = SESSIONS[full]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = command("--lora_weights", f"{models / 'f1'},{models / 'f2'}", "--server_port", port)
     try:
         url = next(found[0] for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))

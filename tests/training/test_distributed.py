@@ -5,26 +5,19 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from scripting import ROOT
+from scripting import ROOT, free_port
 from trainings import losses, options
 
 from utils.training.checkpoints import MANIFEST
 
 TEXT = (ROOT / "docs" / "distributed_EN.md").read_text("utf-8")
 COMMANDS = re.findall(r"^(torchrun --nnodes 2|accelerate launch --multi_gpu) (.*?) finetune\.py", TEXT, re.MULTILINE)
-
-
-def free_port():
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return str(some.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -34,7 +27,7 @@ def test_two_machines_give_what_one_process_gives(script, bases, data, tmp_path,
     script("finetune.py", *options(bases["llama"], data, tmp_path / "one", **changes)).ok()
     pair = [rest for begins, rest in COMMANDS if begins.startswith(launcher)]
     assert len(pair) == 2
-    port, running = free_port(), []
+    port, running = str(free_port()), []
     for rest in pair:
         words = shlex.split(rest.replace("10.0.0.1", "127.0.0.1").replace("29500", port))
         module = {
@@ -84,7 +77,7 @@ def sbatch(tmp_path):
 
     def start(run):
         batch = re.sub(r"finetune\.py .*?'", lambda _: f"finetune.py {shlex.join(run)}'", block)
-        batch = batch.replace("--nproc_per_node 2", "--nproc_per_node 1").replace("29500", free_port())
+        batch = batch.replace("--nproc_per_node 2", "--nproc_per_node 1").replace("29500", str(free_port()))
         assert batch.count("127.0.0.1") == 0 and "--nodes 2 --ntasks-per-node 1" in batch and "--signal TERM@" in batch
         env = os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         env |= {"SLURM_JOB_ID": tmp_path.name, "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
