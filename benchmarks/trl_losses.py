@@ -166,7 +166,7 @@ def our_loss(name: str, model: Any, start: dict[str, Any], inputs: dict[str, Any
         other, mismatched = inputs["other_ids"], inputs["other_labels"]
         with torch.no_grad():
             kl = (sums(other, mismatched)[0] - sums(other, mismatched, reference=True)[0]).mean().clamp(min=0)
-        found = functools.partial(judged_loss, lambda *_: our_log_probs(model, ids, labels)[0], settings, torch.zeros(5))
+        found = functools.partial(judged_loss, lambda **_: our_log_probs(model, ids, labels)[0], settings, torch.zeros(5))
         places = (torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten() != IGNORED).nonzero().flatten()
         reference = sums(ids, labels, reference=True)[0]
         return found(ids, labels, places, reference, inputs["good"], kl) / len(ids)

@@ -27,6 +27,7 @@ from utils.training.preferences import (
     pair_losses,
     sparse_log_probs,
 )
+from utils.training.prefix_sharing import share_prefixes
 
 
 def worked_out(loss, policy, reference, counts, beta, margin):
@@ -62,6 +63,7 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
     pairs = []
     for length in (9, 14):
         ids = torch.randint(5, 200, (2, length)).tolist()
+        ids[1][:5] = ids[0][:5]  # the question, and how both answers begin
         labels = [[IGNORED] * 4 + ids[0][4:], [IGNORED] * 4 + ids[1][4:]]
         pairs.append({"input_ids": ids[0], "labels": labels[0], "rejected_ids": ids[1][:-2], "rejected_labels": labels[1][:-2]})
 
@@ -82,18 +84,21 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
     gradients = torch.autograd.grad(expected, weights)
     base, sums = model.get_base_model(), torch.zeros(4)
     batch = pad([pair | {"reference": np.array(reference)} for pair, reference in zip(pairs, references, strict=True)], 1)
+    shared = share_prefixes(batch["input_ids"], batch["places"])
+    assert shared["input_ids"].shape == (2, 14 - 1 + 12 - 1 - 5), "what both begin with once, no last tokens"
     with returning_loss(base):
         base.forward = functools.partial(
             pair_loss, functools.partial(sparse_log_probs, base.base_model, base.lm_head), Preference("dpo", 0.1, 0, 0), sums
         )
-        loss = model(**batch)
-        found = torch.autograd.grad(loss, weights)
+        for rows in ({}, {"shared": shared}):
+            loss = model(**batch, **rows)
+            found = torch.autograd.grad(loss, weights)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+            for one, other in zip(found, gradients, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=3e-6)
         with torch.no_grad():
             empty = model(**pad([], 1))
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    for one, other in zip(found, gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    assert empty.item() == 0 and sums[3] == 2
+    assert empty.item() == 0 and sums[3] == 4
     ids, places, targets = batch["input_ids"], batch["places"], batch["labels"].flatten()[batch["places"] + 1]
     with torch.no_grad():  # and at a temperature, in both ways
         cool = (model(ids).logits.flatten(0, 1)[places] / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -107,7 +112,7 @@ def test_the_kto_loss_is_that_of_its_paper():
     ids, labels = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[IGNORED, IGNORED, 3]] * 2)
     totals = torch.zeros(5)
     loss = judged_loss(
-        lambda *_: log_probs.requires_grad_(), Preference("kto", 0.5, 0, 0, 2.0, 3.0), totals, ids, labels,
+        lambda **_: log_probs.requires_grad_(), Preference("kto", 0.5, 0, 0, 2.0, 3.0), totals, ids, labels,
         torch.tensor([1, 4]), reference, torch.tensor([True, False]), kl,
     )  # fmt: skip
     expected = 2 * (1 - 1 / (1 + math.exp(-0.5 * 1.75))) + 3 * (1 - 1 / (1 + math.exp(-0.5 * 0.75)))
@@ -160,6 +165,15 @@ def test_each_loss_learns_to_prefer(script, bases, pairs, tmp_path, loss):
         assert log[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
     found = lineage.read(tmp_path / "out")
     assert found["data"]["stage"] == "preference" and found["results"]["eval_loss"] < log[0]["loss"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bloom", "mistral"])
+def test_the_answers_of_a_pair_share_a_row_where_the_model_can(script, bases, pairs, tmp_path, family):
+    """Not with ALiBi, nor beyond a sliding window; the first loss is that of the reference itself."""
+    changes = {"lora_target_modules": "query_key_value"} if family == "bloom" else {}
+    out = script("finetune.py", *options(bases[family], pairs, tmp_path / "out", max_steps=1, lora_dropout=0, **changes)).ok()
+    assert ("rows of their own" in out) is (family in ("bloom", "mistral"))
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_the_reference_is_the_parent_also_after_a_stop(script, bases, pairs, data, tmp_path):

@@ -25,6 +25,7 @@ from utils.files import replacing
 from utils.training import checkpoints
 from utils.training.batching import pack_micro_batches, pad
 from utils.training.loss import CHUNK
+from utils.training.prefix_sharing import share_prefixes
 from utils.training.trainer import RunConfig, StepTrainer
 
 LOSSES = ("dpo", "ipo", "orpo", "simpo")
@@ -82,9 +83,13 @@ def sparse_log_probs(
     targets: torch.Tensor,
     places: torch.Tensor,
     temperature: float = 1.0,
+    **attention: torch.Tensor,
 ) -> torch.Tensor:
-    """Log-probabilities of the `targets` after the `places` of `batching.pad`: (labelled,); no other logits are computed."""
-    every = decoder(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)
+    """Log-probabilities of the `targets` after the `places` of `batching.pad`: (labelled,); no other logits are computed.
+
+    `attention` is what else the decoder needs to know of shared rows: their `position_ids` and `attention_mask`.
+    """
+    every = decoder(input_ids=input_ids, use_cache=False, **attention)[0].flatten(0, 1)
     if not len(places):  # zero, yet a function of all parameters, which a rank without records needs
         return 0 * head(every[:1]).float().sum(1)
     chunks = zip(every[places.to(every.device)].split(CHUNK), targets.split(CHUNK), strict=True)
@@ -104,9 +109,10 @@ def full_log_probs(
     targets: torch.Tensor,
     places: torch.Tensor,
     temperature: float = 1.0,
+    **attention: torch.Tensor,
 ) -> torch.Tensor:
     """The same from the model's own logits for all tokens."""
-    logits = forward(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
+    logits = forward(input_ids=input_ids, use_cache=False, **attention).logits.flatten(0, 1)
     scores = logits[places.to(logits.device)].float() / temperature
     found = functional.cross_entropy(scores, targets.to(logits.device), reduction="none")
     return -found.to(places.device)
@@ -129,14 +135,16 @@ def pair_loss(
     labels: torch.Tensor,
     places: torch.Tensor,
     reference: torch.Tensor | None = None,
+    shared: dict[str, torch.Tensor] | None = None,
     **_: object,
 ) -> torch.Tensor:
     """The sum of a micro-batch's losses; without `reference` (pairs, 2) the log-probabilities themselves (2 * pairs,).
 
-    The first half of the rows are the chosen answers, the other half the rejected ones. In training, sums of the
-    rewards, of the pairs in the right order and of all pairs are added to `rewards` (4,).
+    The first half of the rows are the chosen answers, the other half the rejected ones; `shared` are the same in shared
+    rows, if these are to be computed. In training, sums of the rewards, of the pairs in the right order and of all pairs
+    are added to `rewards` (4,).
     """
-    tokens = log_probs(input_ids, labels.flatten()[places + 1], places)
+    tokens = log_probs(targets=labels.flatten()[places + 1], **(shared or {"input_ids": input_ids, "places": places}))
     if len(input_ids) < 2:
         return tokens.sum()
     rows = places // input_ids.shape[1]
@@ -174,7 +182,7 @@ def judged_loss(
     the rewards of good and of bad answers, their numbers, and the number of those on the right side of `kl` are
     added to `totals` (5,).
     """
-    tokens = log_probs(input_ids, labels.flatten()[places + 1], places)
+    tokens = log_probs(input_ids=input_ids, targets=labels.flatten()[places + 1], places=places)
     if reference is None and not len(places):
         return tokens.sum()
     sums = sums_by_row(tokens, places // input_ids.shape[1], len(input_ids))
@@ -207,6 +215,7 @@ class PreferenceTrainer(StepTrainer):
 
     compute: Callable[..., torch.Tensor] = staticmethod(pair_loss)
     totals = 4  # how many sums it keeps
+    shares_prefixes = True  # whether both answers of a pair are computed in one row
 
     def __init__(
         self,
@@ -220,6 +229,7 @@ class PreferenceTrainer(StepTrainer):
         super().__init__(model, args, job, train, validation)
         self.settings = settings
         self.rewards = torch.zeros(self.totals, device=args.device)
+        self.shares_prefixes = self.shares_prefixes and self.can_share_prefixes()
         self.attach_reference()
 
     @contextlib.contextmanager
@@ -229,6 +239,34 @@ class PreferenceTrainer(StepTrainer):
         with super().returning_loss() as sparse:
             model.forward = functools.partial(self.compute, log_probs_by(model, sparse), self.settings, self.rewards)
             yield sparse
+
+    @torch.no_grad()
+    def can_share_prefixes(self) -> bool:
+        """True if the model computes the longest pair in a shared row as in two: tried, and printed if not.
+
+        Some models take no mask or positions, some lose their sliding window by it. Means over tokens may differ by rounding.
+        """
+        data, model = self.train_dataset, self.model.get_base_model()
+        batch = pad([data[max(range(len(data)), key=data.lengths.__getitem__)]], self.job.plan.pad_to)
+        is_rounded = getattr(model, "is_quantized", False) or self.accelerator.mixed_precision != "no"
+        most = 1e-4 if model.dtype == torch.float32 and not is_rounded else 0.02
+        self.model.eval()
+        with self.returning_loss(), self.accelerator.autocast():
+            apart = self.model(**super().on_device(batch))
+            with contextlib.suppress(AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                difference = (self.model(**self.on_device(batch)) - apart).abs().max() / len(batch["places"])
+                if difference < most:
+                    return True
+        say("the answers of a pair are computed in rows of their own: in one row, this model computes them differently")
+        return False
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A micro-batch's tensors on the device, with the pairs in shared rows."""
+        tensors: dict[str, Any] = super().on_device(batch)
+        if self.shares_prefixes and len(batch["places"]):
+            rows = share_prefixes(batch["input_ids"], batch["places"], self.job.plan.pad_to)
+            tensors["shared"] = super().on_device(rows)
+        return tensors
 
     def attach_reference(self) -> None:
         """Give each pair the reference's log-probabilities: computed before the first step, later read from the file.
@@ -305,6 +343,7 @@ class KTOTrainer(PreferenceTrainer):
     repeats_alone = False  # the ranks exchange `kl` at the beginning of a step
     compute = staticmethod(judged_loss)
     totals = 5
+    shares_prefixes = False  # its answers are no pairs
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.kl = 0.0
