@@ -97,7 +97,7 @@ class Options:
 def main(options: Options) -> None:
     """Have prompts answered, or answers judged, compared and measured, or choices scored; write and show the results."""
     check(options)
-    from utils.evaluation import setup
+    from utils.evaluation import ready, setup
     from utils.evaluation.answers import add_references, side_by_side
     from utils.files import locked
 
@@ -110,20 +110,21 @@ def main(options: Options) -> None:
     prompts = add_references(prompts, setup.read_prompts(options))
     findings = setup.start_findings(prompts, answers, files, steps)
     with locked(options.output_dir):
+        later = ready.prepare(options, findings, prompts, answers, files)
         with setup.judges(options, prompts, answers) as judges:
             if "judge" in judges:
                 setup.have_judged(options, findings, prompts, answers, judges["judge"])
             if options.pairwise or options.votes:
                 models = [one for name, one in judges.items() if name.startswith("pairwise")]
-                setup.have_compared(options, findings, prompts, answers, models)
+                setup.have_compared(options, findings, prompts, answers, models, later.votes)
             if options.refusals:
                 setup.have_found_refusals(options, findings, prompts, answers, judges.get("refusals"))
         if options.run_code:
-            setup.have_run(options, findings, prompts, answers)
-        if files and (options.metrics or not (options.judge_model or options.votes or options.run_code or options.refusals)):
-            setup.have_measured(options, findings, prompts, answers, files)
-        if options.chain:
-            setup.have_remembered(options, findings, steps)
+            setup.have_run(options, findings, prompts, answers, later.tasks)
+        if ready.measures(options, files):
+            setup.have_measured(options, findings, prompts, answers, files, later)
+        if later.chain and later.chain.data:
+            setup.have_remembered(options, findings, later.chain)
         show(options, findings)
 
 

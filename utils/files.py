@@ -25,7 +25,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LEAST_ROOM = 2**20  # bytes that a disk must have left for anything to be begun
-WRITTEN = {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".png", ".md", ".html"}  # how names of results end
+WRITTEN = {".json", ".jsonl", ".csv", ".yaml", ".safetensors", ".jinja", ".png", ".md", ".html", ".made", ".journal"}
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of network disks without locks
 
 
@@ -178,7 +178,7 @@ def check_room(folder: str | Path, needed: int, option: str = "--output_dir") ->
 
 
 def check_free(paths: Iterable[Path], option: str = "--output_dir") -> None:
-    """Raises UserError if one of the paths, where results may go, is a folder with the name of a file."""
+    """Raises UserError if one of the paths, where results may go, is a folder whose name ends like a result's."""
     for path in paths:
         if path.suffix in WRITTEN and path.is_dir():
             raise UserError(f"{path}: is a folder with the name of a file; move it, or give another {option}")

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from api_server import fair
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -152,6 +153,35 @@ def test_an_adapter_whose_base_is_not_there_is_measured_without_likelihoods(scri
     assert "gone" in error
     out = script("judge.py", *options, "--output_dir", tmp_path / "out3", "--base_model", chain / "base").ok()
     assert "log-likelihood of the reference" in out
+
+
+def test_no_judge_is_asked_for_a_run_that_cannot_end(script, chain, tmp_path, serve):
+    server = serve(fair)
+    moved, out, votes = tmp_path / "moved", tmp_path / "out", tmp_path / "votes.json"
+    shutil.copytree(chain, moved)
+    lineage = json.loads((moved / "f2/lineage.json").read_text("utf-8"))
+    write_json(moved / "f2/lineage.json", lineage | {"parent": lineage["parent"] | {"name": str(moved / "f1")}})
+    shutil.copytree(moved / "f1", tmp_path / "lost")
+    (tmp_path / "lost/lineage.json").write_text("[]")
+    write_json(votes, [{"instruction": "别的", "chosen": "好", "rejected": "坏"}])
+    write_json(tmp_path / "none.json", [{"instruction": "没有回答"}])
+    options = ["--chain", moved / "f2", "--judge_model", "m", "--api_base", server.url, "--report", "--output_dir", out]
+    for wrong, why in (
+        (["--held_out", f"f1={tmp_path}/none.json"], "none.json"),
+        (["--votes", votes], "holds no votes on these systems' answers"),
+        (["--run_code", "--test_input_path", chain / "prompts"], "holds no problem with tests"),
+        (["--answers", f"lost={tmp_path}/lost"], "lost/lineage.json: not a lineage file"),
+    ):
+        assert why in script("judge.py", *options, *wrong, OPENAI_API_KEY="k").error
+    weights = (moved / "f1/adapter_model.safetensors").read_bytes()
+    (moved / "f1/adapter_model.safetensors").write_bytes(weights[:-100])
+    assert "f1/adapter_model.safetensors" in script("judge.py", *options, OPENAI_API_KEY="k").error
+    assert not server.bodies and not out.exists()
+    (out / "scores.csv").mkdir(parents=True)
+    assert "scores.csv: is a folder" in script("judge.py", *options, OPENAI_API_KEY="k").error
+    (out / "scores.csv").rmdir()
+    (moved / "f1/adapter_model.safetensors").write_bytes(weights)
+    assert script("judge.py", *options, OPENAI_API_KEY="k").ok() and server.bodies and (out / "report.html").is_file()
 
 
 def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):

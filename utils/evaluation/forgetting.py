@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -163,14 +163,27 @@ def is_right(answer: str, reference: str) -> bool:
     return plain(answer) == plain(reference) or (number is not None and final_number(answer) == number)
 
 
-def matrix(base_model: str, folders: dict[str, Path], held_out: Sequence[str], load_8bit: bool) -> list[Table]:
-    """The two tables, with a row for each step's held-out records and a column for the base and each step; none if no step
-    has such records, which is printed. Raises UserError if base or adapters cannot be loaded."""
+class Chain(NamedTuple):
+    """The `engine` with all steps of a chain, the answerers' names of base and steps, and what is measured."""
+
+    engine: Engine
+    systems: dict[str, str]
+    data: list[HeldOut]
+
+
+def prepare(base_model: str, folders: dict[str, Path], held_out: Sequence[str], load_8bit: bool) -> Chain:
+    """The chain of the steps in `folders`, ready to be measured. Raises UserError if base, adapters or records cannot be
+    used."""
     named = named_files(held_out, list(folders))
-    engine = load_engine(base_model, [str(folder) for folder in folders.values()], load_8bit)
+    engine = load_engine(base_model, list(folders.values()), load_8bit)
     systems = dict(zip([BASE, *folders], (one.name for one in engine.answerers), strict=True))
-    by_step = {systems[step]: path for step, path in named.items()}
-    data = held_out_records(engine, by_step)
+    return Chain(engine, systems, held_out_records(engine, {systems[step]: path for step, path in named.items()}))
+
+
+def matrix(chain: Chain) -> list[Table]:
+    """The two tables, with a row for each step's held-out records and a column for the base and each step; none if no step
+    has such records."""
+    engine, systems, data = chain
     losses: list[Row] = []
     rights: list[Row] = []
     names = {own: step for step, own in systems.items()}

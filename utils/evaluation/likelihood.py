@@ -4,7 +4,6 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,9 +22,9 @@ Members = dict[str, list[int]]
 LONGEST = 1 << 20  # tokens: nothing is cut
 
 
-def load_engine(base_model: str, folders: Sequence[str], load_8bit: bool) -> Engine:
+def load_engine(base_model: str, folders: Sequence[str | Path], load_8bit: bool) -> Engine:
     """A base model, and the adapters in `folders` on it. Raises UserError if they cannot be loaded or do not fit each other."""
-    base_model, answerers = resolve(base_model, folders, "")
+    base_model, answerers = resolve(base_model, [str(folder) for folder in folders], "")
     return Engine(base_model, with_base(answerers), place(load_8bit, False))
 
 
@@ -52,33 +51,28 @@ def sum_of_losses(engine: Engine, ids: list[int], labels: list[int]) -> float:
     return full_loss(engine.model.forward, inputs, targets).item()
 
 
-def table_where_possible(base_model: str, *rest: Any) -> tuple[list[Table], list[str]]:
-    """`table_of`; none, with a notice, if no `base_model` was given and the adapters' own cannot be loaded."""
+def engine_where_possible(base_model: str, folders: Sequence[str | Path], load_8bit: bool) -> Engine | None:
+    """`load_engine`; None, with a notice, if no `base_model` was given and the adapters' own cannot be loaded."""
     try:
-        table, lines = table_of(base_model, *rest)
-        return [table], lines
+        return load_engine(base_model, folders, load_8bit)
     except UserError as error:
         if base_model:
             raise
         say(f"log-likelihoods are left out: {error}")
-        return [], []
+        return None
 
 
-def table_of(
-    base_model: str, folders: dict[str, Path], records: Sequence[Record], members: Members, load_8bit: bool
-) -> tuple[Table, list[str]]:
+def table_of(engine: Engine, adapters: Sequence[str], records: Sequence[Record], members: Members) -> tuple[Table, list[str]]:
     """The mean log-likelihood of the references of each category, under the base and each adapter on it; and in words which of
     them differ.
 
-    `folders`: the adapters by their systems' names; `members`: positions of each category's records.
-    Raises UserError if base or adapters cannot be loaded, or do not fit each other.
+    `adapters`: the systems' names of the engine's adapters; `members`: positions of each category's records.
     """
-    engine = load_engine(base_model, [str(folder) for folder in folders.values()], load_8bit)
     groups = {c: [p for p in positions if records[p].get("reference")] for c, positions in members.items()}
     asked = [position for positions in groups.values() for position in positions]
     found = {
         system: dict(zip(asked, log_likelihoods(engine, one.name, [records[p] for p in asked]), strict=True))
-        for system, one in zip([BASE, *folders], engine.answerers, strict=True)
+        for system, one in zip([BASE, *adapters], engine.answerers, strict=True)
     }
     too_long = {position for given in found.values() for position, value in given.items() if value is None}
     if too_long:

@@ -5,10 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from utils import lineage
 from utils.console import UserError, say
+from utils.evaluation.ready import Ready, adapters_of
 
 if TYPE_CHECKING:
     from utils.datasets.prompts import Record
+    from utils.evaluation.code import Task
+    from utils.evaluation.forgetting import Chain
+    from utils.evaluation.pairwise import Comparison
     from utils.evaluation.report import Findings
     from utils.evaluation.tables import Table
     from utils.inference.openai_client import ModelServer
@@ -171,13 +176,14 @@ def have_compared(
     prompts: list["Record"],
     answers: dict[str, list[str]],
     models: list[Judge],
+    votes: list["Comparison"],
 ) -> None:
     """Compare each pair of systems by each judge, including people's votes; write and print ratings, and how far judges
     agree."""
     from utils.evaluation import pairwise
     from utils.files import write_json
 
-    judges = {pairwise.PEOPLE: pairwise.read_votes(options.votes, prompts, answers)} if options.votes else {}
+    judges = {pairwise.PEOPLE: votes} if votes else {}
     for endpoint, asked in models:
         judges[endpoint.service.model] = pairwise.compare_all(endpoint, asked, answers)
     found, notes = [], pairwise.agreement(judges)
@@ -216,9 +222,10 @@ def have_measured(
     prompts: list["Record"],
     answers: dict[str, list[str]],
     files: dict[str, Path],
+    ready: Ready,
 ) -> None:
     """Compute and write the metrics that need no judge; print how many prompts have a reference."""
-    from utils.evaluation.answers import by_category, samples
+    from utils.evaluation.answers import by_category
     from utils.evaluation.metrics import measure
 
     members = by_category(prompts)
@@ -226,27 +233,30 @@ def have_measured(
     found = completed(measured, findings)
     referenced = sum("reference" in prompt for prompt in prompts)
     notes = [f"{referenced} of {len(prompts)} prompts have a reference; intervals are 95 %", *differences]
-    folders = {name: files[name].parent for name in samples(list(files))}
-    adapters = {name: folder for name, folder in folders.items() if (folder / "adapter_config.json").is_file()}
-    if options.likelihood and adapters and referenced:
-        from utils.evaluation.likelihood import table_where_possible
+    engine, ready.likelihood = ready.likelihood, None  # its weights are freed before others are loaded
+    if engine:
+        from utils.evaluation.likelihood import table_of
 
-        likelihoods, lines = table_where_possible(options.base_model, adapters, prompts, members, options.load_8bit)
-        found += likelihoods
+        likelihoods, lines = table_of(engine, list(adapters_of(files)), prompts, members)
+        found.append(likelihoods)
         notes += lines
-    elif options.likelihood and adapters:
+    elif options.likelihood and adapters_of(files) and not referenced:
         notes.append("no log-likelihoods, BLEU, chrF or ROUGE-L; name the files with the references as --test_input_path")
-    elif options.likelihood and options.base_model:
+    elif options.likelihood and options.base_model and not adapters_of(files):
         notes.append(f"no log-likelihoods under {options.base_model}: none of the answers stands beside an adapter")
     publish(options, findings, "metrics", found, notes)
 
 
-def have_run(options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]]) -> None:
+def have_run(
+    options: Options,
+    findings: "Findings",
+    prompts: list["Record"],
+    answers: dict[str, list[str]],
+    tasks: dict[str, "Task"],
+) -> None:
     """Run the code in the answers against the problems' tests; write pass@k."""
-    from utils.datasets.prompts import prompt_files
     from utils.evaluation import code
 
-    tasks = code.read_tasks([str(file) for file in prompt_files(options.test_input_path)])
     results = code.run_all(prompts, answers, tasks)
     counted, notes = code.tabulate(prompts, results)
     publish(options, findings, "code", completed(counted, findings), notes)
@@ -256,21 +266,16 @@ def have_run(options: Options, findings: "Findings", prompts: list["Record"], an
                 findings.questions[place]["remarks"].append(f"{system}: {result or 'passes'}")
 
 
-def have_remembered(options: Options, findings: "Findings", steps: dict[str, Path]) -> None:
-    """Measure each step on the held-out records of every step; write and draw the matrix. Raises UserError if there is
-    nothing to show at all."""
+def have_remembered(options: Options, findings: "Findings", chain: "Chain") -> None:
+    """Measure each step on the held-out records of every step; write and draw the matrix."""
     from utils.evaluation import forgetting, tables
     from utils.evaluation.charts import draw_matrix
 
-    found = forgetting.matrix(options.base_model, steps, options.held_out, options.load_8bit)
-    if found:
-        folder = Path(options.output_dir)
-        tables.write(folder / "forgetting", found)
-        draw_matrix(found, folder / "forgetting.png")
-        findings.tables += found
-        findings.pictures.append(("what each step knows of every step's records", folder / "forgetting.png"))
-    elif not findings.tables:
-        raise UserError(f"{options.chain}: no step of the chain has answers or held-out records; give --held_out STEP=FILE")
+    found, folder = forgetting.matrix(chain), Path(options.output_dir)
+    tables.write(folder / "forgetting", found)
+    draw_matrix(found, folder / "forgetting.png")
+    findings.tables += found
+    findings.pictures.append(("what each step knows of every step's records", folder / "forgetting.png"))
 
 
 def start_findings(
@@ -307,7 +312,9 @@ def have_chosen(options: Options) -> "Findings":
     way = choices.Way(options.shots, options.choices_by, options.choices_template)
     questions = read_choices(options.choices)
     examples = choices.read_examples(options.shots_path, questions, options.choices, options.shots)
-    adapters = [str(path) for path in chain_folders(options.chain).values()] if options.chain else options.lora_weights
+    adapters = list(chain_folders(options.chain).values()) if options.chain else options.lora_weights
+    for one in adapters if options.report else []:
+        lineage.read(one)
     engine = load_engine(options.base_model, adapters, options.load_8bit)
     with locked(folder):
         marks = choices.mark_all(engine, questions, examples, way, folder / "choices.jsonl")
