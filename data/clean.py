@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 from array import array
 from collections import Counter, deque
@@ -202,7 +203,8 @@ worker: dict[str, Any] = {}  # passed to each process once
 
 
 def prepare(options: Options, index: Any) -> None:
-    """Keep what all chunks need in this process."""
+    """Keep what all chunks need in this process, which leaves Ctrl-C to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker.update(options=options, index=index)
 
 

@@ -1,7 +1,9 @@
 """Options: written in all of Fire's ways, typed, checked before anything heavy is imported or written."""
 
 import dataclasses
+import itertools
 import json
+import signal
 import subprocess
 import sys
 
@@ -202,6 +204,31 @@ def test_a_reader_that_has_seen_enough_ends_the_program_without_a_word():
     line = f"'{sys.executable}' generate.py --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "" and done.returncode == 141
+
+
+TOLD_TWICE = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from utils import cli
+class Options: pass
+def main(options):
+    try:
+        os.kill(os.getpid(), {first})
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), {second})
+        print("cleaned up")
+cli.parse = lambda *_: None
+cli.run(main, Options, [])
+"""
+
+
+def test_a_second_signal_does_not_disturb_the_cleanup_that_the_first_began(script, tmp_path):
+    names = {signal.SIGINT: "", signal.SIGTERM: " (SIGTERM)", signal.SIGHUP: " (SIGHUP)"}
+    for first, second in itertools.permutations([*names, signal.SIGINT], 2):
+        (tmp_path / "told.py").write_text(TOLD_TWICE.format(root=str(ROOT), first=int(first), second=int(second)))
+        ended = script(tmp_path / "told.py")
+        assert (ended.status, ended.out, ended.err) == (128 + first, "cleaned up\n", f"told.py: interrupted{names[first]}\n")
 
 
 # --config

@@ -88,7 +88,7 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it would print a traceback
         number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
-        print(f"{script}: interrupted" + (f" ({number.name})" if stop.args else ""), file=sys.stderr)
+        print(f"{script}: interrupted" + (f" ({number.name})" if number != signal.SIGINT else ""), file=sys.stderr)
         sys.exit(128 + number)
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still to be flushed
@@ -109,24 +109,26 @@ def run(main: Callable[[Any], None], options: type, argv: list[str] | None = Non
 
 
 def end_when_told() -> None:
-    """Make SIGTERM and SIGHUP end the script as Ctrl-C does, so that no partial file or lock is left behind.
+    """Make SIGINT (Ctrl-C), SIGTERM and SIGHUP end the script by a KeyboardInterrupt, so that no partial file or lock is left
+    behind. Whichever comes after the first is ignored: it would disturb the cleanup.
 
     Processes forked by it keep the default action.
     """
     own = os.getpid()
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
 
     def end(number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != own:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        signal.signal(number, signal.SIG_IGN)  # a second one would disturb the cleanup
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
         if signal.Signals(number).name == "SIGHUP":
             leave_terminal()
         raise KeyboardInterrupt(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: one
     for number in numbers if threading.current_thread() is threading.main_thread() else ():
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup has it ignored
             signal.signal(number, end)
 
 

@@ -1,6 +1,7 @@
 """Chat in the terminal: each line is a question, and its answer is printed as it grows."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -24,6 +25,7 @@ def talk(engine: Engine, settings: SamplingParams) -> None:
     names = [one.name for one in engine.answerers]
     name, conversation = names[-1], Conversation()
     say(f"{engine.base_model}, {engine.placement}; {', '.join(names)}\n{HELP}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as often as it is pressed
     try:
         while (line := asked(name)) is not None:
             command, _, rest = line.strip().partition(" ")

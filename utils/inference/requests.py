@@ -124,6 +124,7 @@ class Endpoint:
     async def _gather(self, jobs: list[Coroutine], name: str) -> list[Any]:
         self.slots = asyncio.Semaphore(self.terms.concurrency)
         loop, this = asyncio.get_running_loop(), asyncio.current_task()
+        before = signal.getsignal(signal.SIGINT)
         loop.add_signal_handler(signal.SIGINT, self._interrupted, this)  # type: ignore[arg-type]
         bar = progress(total=len(jobs), desc=name)
 
@@ -142,6 +143,7 @@ class Endpoint:
         finally:
             bar.close()
             loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, before)
         if self.stop is None and self.refused and not self.answered:
             self.stop = UserError(f"{self.service.model}: refused every request; see {self.journal.path}")
         if self.stop is not None:
