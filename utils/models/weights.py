@@ -61,6 +61,7 @@ class Weights:
         self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for file in self.files:
             opened = self._open(file)
+            check_filled(file, opened)
             for name in opened.keys():  # noqa: SIM118, a safetensors file is not a mapping
                 self._homes[name] = file
                 self._kinds[name] = kind(opened, name)
@@ -147,11 +148,32 @@ def check_whole(file: Path) -> None:
     """Raises UserError if a file of weights is cut off or of another format, as far as its ends tell."""
     head = beginning(file)
     if file.suffix == ".safetensors":
-        open_safetensors(file)
+        check_filled(file, open_safetensors(file))
     elif not head.startswith((b"PK", b"\x80")):  # a zip file, or (before 1.6) a pickle
         raise UserError(f"{file}: is not a torch.save file; download it again")
     elif head.startswith(b"PK") and not zipfile.is_zipfile(file):
         raise UserError(f"{file}: cannot be read (its end is missing); download it again")
+
+
+def check_filled(file: Path, opened: Any) -> None:
+    """Raises UserError if a safetensors file ends in zeros: what copied it had made room for it, and was interrupted.
+
+    These reach back at least to the middle of a matrix, but not only of one that training begins with as zeros. A few rows
+    are read, and none if the file's last bytes say otherwise.
+    """
+    with open(file, "rb") as raw:
+        raw.seek(max(0, file.stat().st_size - 64))
+        if isinstance(opened, dict) or any(raw.read()):
+            return
+    for name in reversed(opened.offset_keys()):
+        part = opened.get_slice(name)
+        shape = part.get_shape()
+        if not shape or 0 in shape or part.get_dtype() not in DTYPES:
+            return
+        if any(part[row : row + 1].view(torch.uint8).any() for row in (shape[0] - 1, shape[0] // 2)):
+            return
+        if len(shape) > 1 and "lora_B" not in name:
+            raise UserError(f"{file}: holds only zeros from {name} on, as a copy that was interrupted; download it again")
 
 
 def check_apart(shards: list[Path]) -> None:
