@@ -122,7 +122,7 @@ def end_when_told() -> None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         for one in numbers:
-            signal.signal(one, signal.SIG_IGN)
+            signal.signal(one, lambda *_: None)  # SIG_IGN would have Python complain about one that has already come
         if signal.Signals(number).name == "SIGHUP":
             leave_terminal()
         raise KeyboardInterrupt(number)
