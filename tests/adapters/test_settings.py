@@ -196,8 +196,8 @@ def test_all_linear_layers_of_a_mixture_leave_its_embeddings_and_its_router_out(
     [
         {"bias": None, "rank_pattern": None, "use_dora": None, "init_lora_weights": None, "lora_dropout": None},
         {"r": 4.0, "lora_alpha": 8.0, "rank_pattern": {"q_proj": 4.0}, "alpha_pattern": {"q_proj": 8.0}},
-        {"init_lora_weights": "eva", "eva_config": None},
-        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "EVA", "eva_config": None},
+        {"init_lora_weights": "Orthogonal"},
         {
             "runtime_config": {"ephemeral_gpu_offload": True},
             "megatron_core": "megatron.core",
@@ -232,6 +232,9 @@ def test_unknown_settings_are_printed_by_the_reader_of_all_scripts(plain, tmp_pa
     folder = changed(plain, tmp_path / "adapter", use_magic={"x": 1}, unused=None, off=False)
     assert "use_magic" not in read_settings(folder)
     assert f"{folder}/adapter_config.json: unknown settings are left out: use_magic\n" in capsys.readouterr().out
+    folder = changed(plain, tmp_path / "loftq", loftq_config={"loftq_bits": 4}, base_model_name_or_path="changed")
+    assert read_settings(folder)
+    assert f"{folder}: was made by LoftQ, and fits only the base changed by it: changed\n" in capsys.readouterr().out
 
 
 def test_training_goes_on_from_a_parent_whose_start_needs_the_base_s_values(bases, tmp_path, script):

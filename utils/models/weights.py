@@ -168,7 +168,7 @@ def check_filled(file: Path, opened: Any) -> None:
     for name in reversed(opened.offset_keys()):
         part = opened.get_slice(name)
         shape = part.get_shape()
-        if not shape or 0 in shape or part.get_dtype() not in DTYPES:
+        if not shape or 0 in shape or part.get_dtype() not in DTYPES or not DTYPES[part.get_dtype()].is_floating_point:
             return
         if any(part[row : row + 1].view(torch.uint8).any() for row in (shape[0] - 1, shape[0] // 2)):
             return
