@@ -67,6 +67,17 @@ def test_missing_values_are_gaps(tmp_path, figure):
     assert list(radar[1].get_ydata()) == [70.0] * 4
 
 
+@pytest.mark.parametrize("way", [draw, lambda one, path: draw_chain([one], one.systems, path)])
+def test_names_are_only_names(tmp_path, figure, way):
+    """No formulas, no hidden entries, no wider than the picture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = ["$x_{$", "_f1", "\N{PARTY POPPER}", "<b>", "W" * 300]
+        way(Table("of $x_{$", names, [Row(name, 1, dict.fromkeys(names, 50.0)) for name in names]), tmp_path / "p.png")
+    shown = [text.get_text().strip() for text in figure[0].legends[0].get_texts()]
+    assert shown == [*names[:-1], "W" * 23 + "…"]
+
+
 def test_a_chain_is_drawn_from_its_first_step_with_a_line_a_category(tmp_path, figure):
     rows = [Row("01qa", 10, {"f2": 3.0, "f1": 1.0}), Row("07code", 10, {"f1": None, "f2": 5.0})]
     likelihood = Table("likelihood", ["base", "f2", "f1"], [Row("01qa", 10, {"f2": -1.0, "base": -3.0, "f1": -2.0})])

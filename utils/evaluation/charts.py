@@ -3,6 +3,7 @@
 import contextlib
 import math
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ PREFERRED = (  # among fonts with every needed character, those made for Chinese
 BOXES = ("Last Resort", ".LastResort", "LastResort")  # they have every character, but as a box
 MOST_SIDES = 12  # a radar with more is not readable
 WIDEST = 44  # characters of a panel's title in one line
+LONGEST_NAME = 24  # characters
+PLAIN = {"axes.unicode_minus": False, "text.parse_math": False}  # a name with dollar signs is no formula
 
 
 def find_font(text: str, files: Iterable[str | Path]) -> Path | None:
@@ -93,7 +96,7 @@ def draw_chain(tables: list[Table], steps: list[str], path: str | Path, fonts: I
             for row in table.rows:
                 values = [math.nan if (value := row.values.get(step)) is None else value for step in shown]
                 panel.plot(range(len(shown)), values, marker="o", markersize=3, label=named[row.category])
-            panel.set_xticks(range(len(shown)), [textwrap.fill(step, 48 // len(shown)) for step in shown])
+            panel.set_xticks(range(len(shown)), [textwrap.fill(short(step), max(1, 48 // len(shown))) for step in shown])
             panel.set_title(textwrap.fill(table.title, WIDEST), fontsize="medium")
             panel.grid(alpha=0.3)
         for panel in axes.flat[len(tables) :]:
@@ -125,7 +128,7 @@ def draw_matrix(tables: list[Table], path: str | Path, fonts: Iterable[str | Pat
                 for x, system in enumerate(table.systems):
                     color = "white" if (row.values.get(system) or 0) > middle else "black"
                     panel.text(x, y, table.shown(row.values.get(system)), ha="center", va="center", color=color)
-            panel.set_xticks(range(len(table.systems)), [textwrap.fill(name, 12) for name in table.systems])
+            panel.set_xticks(range(len(table.systems)), [textwrap.fill(short(name), 12) for name in table.systems])
             panel.set_yticks(range(len(table.rows)), [named[row.category] for row in table.rows])
             panel.set_title(textwrap.fill(table.title, WIDEST), fontsize="medium")
         save(figure, path)
@@ -152,7 +155,8 @@ def chinese_font(
 
     labels = [label for label, _ in categories]
     fonts = sorted(font_manager.findSystemFonts()) if fonts is None else fonts
-    font = find_font("".join([*labels, *texts]), fonts)
+    has_all = find_font("".join([*labels, *texts]), fonts)
+    font = has_all or find_font("".join(labels), fonts)
     if font is None and not "".join(labels + texts).isascii():
         say(f"{path}: no font has all characters of the labels (install e.g. Noto Sans CJK); categories get their plain names")
         labels = [category for _, category in categories]
@@ -160,8 +164,16 @@ def chinese_font(
     if font is not None:
         font_manager.fontManager.addfont(font)
         family = {"font.family": [font_manager.FontProperties(fname=str(font)).get_name(), "DejaVu Sans"]}
-    with matplotlib.rc_context(family | {"axes.unicode_minus": False}):
-        yield labels
+    with matplotlib.rc_context(family | PLAIN), warnings.catch_warnings():
+        if has_all is None:
+            warnings.simplefilter("ignore", UserWarning)  # about a box for each character that no font has
+        yield list(map(short, labels))
+
+
+def short(name: str) -> str:
+    """A name as written in a chart, whose legend would leave out what begins with an underscore."""
+    name = f" {name}" if name.startswith("_") else name
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def save(figure: Any, path: str | Path) -> None:
@@ -178,7 +190,7 @@ def draw_radar(axes: Any, table: Table, labels: list[str]) -> None:
     angles = [2 * math.pi * index / len(labels) for index in range(len(labels))]
     for system in table.systems:
         values = [math.nan if (value := row.values.get(system)) is None else value for row in table.rows]
-        axes.plot([*angles, angles[0]], [*values, values[0]], marker="o", markersize=3, label=system)
+        axes.plot([*angles, angles[0]], [*values, values[0]], marker="o", markersize=3, label=short(system))
     axes.set_xticks(angles, labels)
     axes.tick_params(axis="x", pad=12)
     axes.set_theta_offset(math.pi / 2)
@@ -191,7 +203,7 @@ def draw_bars(axes: Any, table: Table, labels: list[str]) -> None:
     width = 0.8 / len(table.systems)
     for index, system in enumerate(table.systems):
         places = [place - 0.4 + (index + 0.5) * width for place in range(len(labels))]
-        axes.bar(places, [row.values.get(system) or 0 for row in table.rows], width, label=system)
+        axes.bar(places, [row.values.get(system) or 0 for row in table.rows], width, label=short(system))
     axes.set_xticks(range(len(labels)), labels, rotation=0 if len(labels) <= 6 else 30)
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
