@@ -165,6 +165,17 @@ def test_an_opening_that_several_share_is_read_once(scheduler):
     hook.remove()
 
 
+def test_the_fewer_answers_grow_the_more_is_read_at_once(scheduler):
+    read = []
+    hook = scheduler.engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    prompts = [[number] * 5 for number in range(5, 8)] + [list(range(100, 400)) * 5]
+    answers(scheduler, [Request("base", prompt, GREEDY) for prompt in prompts])
+    hook.remove()
+    assert read[:3] == [1024, 3 + 256, 3 + (3 * 5 + 1500 - 1024 - 256)]
+
+
 def test_places_are_shared_fairly_and_the_queue_has_an_end(scheduler):
     """Who asks one thing does not wait behind all that another asks; one too many is refused; a place given up is free."""
     before = []  # how many of the others had been given a place when there was news of the one

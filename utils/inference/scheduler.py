@@ -25,7 +25,8 @@ from utils.memory import is_out_of_memory
 
 WAITING = 64  # requests in the queue; more are refused
 AT_ONCE = 32  # answers that grow in parallel, if memory suffices
-READ_AT_ONCE = 256  # prompt tokens per pass: few enough that growing answers do not stall
+READ_AT_ONCE = 1024  # prompt tokens per pass while no answer grows; fewer passes over the weights are faster
+READ_BESIDE = 256  # and if nearly all do: few enough that they do not stall
 KEPT = 0.5  # most memory for the caches of ended requests, as a share of the weights' size
 
 
@@ -270,7 +271,8 @@ class Scheduler:
         """One pass over the new tokens of all `tickets`."""
         parts: list[tuple[Ticket, Part]] = []
         begun: list[Ticket] = []
-        left = READ_AT_ONCE
+        reading = sum(not ticket.steps for ticket in tickets)
+        left = max(READ_BESIDE, READ_AT_ONCE * reading // len(tickets))
         for ticket in tickets:
             if ticket.text is None:
                 if left <= 0 or self._is_being_read(ticket, begun):
