@@ -16,7 +16,7 @@ pytest_plugins = ["browsing"]  # fixtures
 
 def test_conversations_come_from_any_record_format():
     assert from_file('[{"instruction": "a", "input": "b", "output": "c"}]').turns == (Turn("a\n\nb", "c", WHOLE),)
-    assert from_file('{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}\n{}').turns == (
+    assert from_file('\n{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}\n{}').turns == (
         Turn("q", "r", WHOLE),
     )
     kept = Conversation((Turn("a", "b", CUT, {"model": "f1"}), Turn("c", "d", WHOLE)), "system text")

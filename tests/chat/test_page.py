@@ -327,6 +327,8 @@ def test_a_turn_leaves_no_component_behind(visit, url):
 
 def test_a_cut_answer_is_continued_as_if_it_had_not_been_cut(visit, url, service):
     page = visit(url)
+    page.locator("#go_on").click()
+    expect(page.get_by_text("不需要继续")).to_be_visible()
     ask(page, "讲故事", tokens=8)
     expect(page.locator("#chat .bot.message")).to_contain_text("达到长度上限")
     page.locator("#go_on").click()

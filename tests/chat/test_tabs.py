@@ -1,6 +1,7 @@
 """The page's other tabs in a real headless Chromium: several models side by side, votes, single instructions, and training."""
 
 import json
+import os
 import re
 
 from browsing import (
@@ -15,6 +16,7 @@ from playwright.sync_api import expect
 
 from utils import lineage
 from utils.chat.runs import read_run, runs_beside, thinned
+from utils.chat.tabs import marked
 from utils.datasets.preferences import read_pairs
 
 pytest_plugins = ["browsing"]  # fixtures
@@ -54,6 +56,10 @@ def test_a_list_of_prompts_goes_to_several_and_differences_are_marked(visit, url
         for cell, text in zip(cells.all(), wanted, strict=True):
             expect(cell).to_have_text(re.compile(r"\W*".join(map(re.escape, plain(text)))))
         assert cells.nth(1).locator("mark").count() == 0 < cells.nth(2).locator("mark").count()
+
+
+def test_what_is_marked_in_long_texts_is_what_differs():
+    assert marked("的" * 300, "<了>" + "的" * 300) == "<mark>&lt;了&gt;</mark>" + "的" * 300
 
 
 def test_a_single_task_has_an_input(visit, url, service):
@@ -112,6 +118,8 @@ def test_the_training_tab_reads_running_and_finished_runs(tmp_path):
     assert (read.state, read.step, read.steps, read.pace, read.left) == ("running", 2, 10, 2.0, 16.0)
     assert (read.loss, read.validation) == (1.0, 1.5) and read.points[-1] == (2, 1.5, "validation")
     assert (read.answered, read.answers) == ((1, 2), [("问", "早", "晚")]) and read.scores == {"right choices (%)": 50.0}
+    os.utime(run / ".progress.json", (0, 0))
+    assert read_run(run).state == "stopped"
     (run / ".progress.json").unlink()
     assert read_run(run).state == "stopped"
     lineage.write(run, {"kind": "finetune", "options": {}, "time": {"began": "", "seconds": 6.0}})

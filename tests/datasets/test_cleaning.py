@@ -119,5 +119,6 @@ def test_the_script_drops_masks_counts_and_can_be_repeated(script, tmp_path):
     left = {file.name for file in tmp_path.iterdir() if not file.name.startswith(".run")}
     assert left == {"data.json", "test.json", "clean.json", "clean.report.json"}
     assert "already exists; give --overwrite" in script("data/clean.py", *argv).error
+    assert "swap them" in script("data/clean.py", *argv, "--most_characters", 1, "--overwrite").error
     assert "is a folder; name a file" in script("data/clean.py", *argv, "--output_path", tmp_path, "--overwrite").error
     assert "is also an input" in script("data/clean.py", *argv[:2], "--output_path", data, "--overwrite").error

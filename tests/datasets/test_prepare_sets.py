@@ -256,6 +256,12 @@ def test_belle_older_fields(prepare, tmp_path):
     assert found == [record("问", "答")]
 
 
+def test_most_of_the_first_items_say_what_a_file_is(prepare, tmp_path):
+    items = [{"input": "旧", "target": "答"}, *({"instruction": f"问{n}", "input": "", "output": "答"} for n in range(2))]
+    found, said = prepared(prepare, tmp_path, "belle", lines(items))
+    assert found == [record("问0", "答"), record("问1", "答")] and "1 dropped, 2 kept" in said
+
+
 def test_belle_dialogues_in_one_text(prepare, tmp_path):
     def item(instruction, output="\n末答"):
         return {"instruction": instruction, "input": "", "output": output}

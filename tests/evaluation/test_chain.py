@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.datasets.templates import Prompter
 from utils.evaluation import forgetting
+from utils.evaluation.likelihood import load_engine, log_likelihoods
 from utils.files import write_json
+from utils.inference.answerers import BASE
 
 PROMPTS = {
     "01qa": [
@@ -83,6 +85,15 @@ def test_a_chain_is_compared_step_by_step(script, chain, tmp_path):
     assert out.count("| 01qa |") + out.count("| 知识问答 |") == len(tables)  # each table is printed once
     assert "of the reference (nats per token; own template, float32), and its change from the previous step" in out
     assert (tmp_path / "out/chain.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_reference_that_fills_the_window_is_scored_and_a_longer_one_left_out(chain):
+    engine, record = load_engine(str(chain / "base"), [], False), PROMPTS["01qa"][0]
+    prompt = Prompter("alpaca").generate_prompt(record["instruction"])
+    length = len(engine.tokenizers[BASE](prompt + record["reference"])["input_ids"]) + 1
+    for window, wanted in ((length, pytest.approx(likelihood_by_hand(chain, None, record), abs=1e-4)), (length - 1, None)):
+        engine.config.max_position_embeddings = window
+        assert log_likelihoods(engine, BASE, [record]) == [wanted]
 
 
 def test_a_chain_without_references_says_what_is_left_out(script, chain, tmp_path):
@@ -207,13 +218,14 @@ def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):
     assert [row["samples"] for row in right["rows"]] == [3, 3]
     assert right["rows"][1]["values"]["f2"] > 50 and right["rows"][1]["values"]["base"] == 0
 
-    write_json(tmp_path / "other.json", [{"instruction": "问100", "input": "", "output": "我是梦想家。"}])
+    others = [{"instruction": f"问{n}", "input": "", "output": "我是梦想家。"} for n in (100, 101)]
+    write_json(tmp_path / "other.json", others)
     more = ["--held_out", f"f1={tmp_path}/other.json", "--output_dir", tmp_path / "more"]
     monkeypatch.setattr(forgetting, "MOST", 2)
     out = script("judge.py", "--chain", tmp_path / "f2", *more).ok()
     assert "f2: the first 2 of 3 held-out records are measured" in out and out.count("held-out records are measured") == 1
     found = json.loads((tmp_path / "more/forgetting.json").read_text("utf-8"))["tables"][0]["rows"]
-    assert [row["samples"] for row in found] == [1, 2]
+    assert [row["samples"] for row in found] == [2, 2]
 
     write_json(tmp_path / "f1.json", [{"instruction": "变了", "input": "", "output": "变了"}] * 12)
     out = script("judge.py", "--chain", tmp_path / "f2", "--output_dir", tmp_path / "third").ok()

@@ -65,6 +65,9 @@ def test_missing_values_are_gaps(tmp_path, figure):
     radar = figure[0].axes[0].get_lines()
     assert [str(value) for value in radar[0].get_ydata()] == ["40.0", "nan", "60.0", "40.0"]
     assert list(radar[1].get_ydata()) == [70.0] * 4
+    bars = figure[0].axes[1]
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([0.4] * 6), "two beside each other"
+    assert bars.get_gridspec().get_width_ratios() == [1, 1]
 
 
 @pytest.mark.parametrize("way", [draw, lambda one, path: draw_chain([one], one.systems, path)])

@@ -242,6 +242,7 @@ def test_streaming_shows_whole_characters_and_no_half_stop_strings(folder):
     assert all(text.startswith(part) for part in shown)
     assert ending.text(ids) == "Zażółć 𠮷 我们👍🏽 # ## ###"
     assert not any("\ufffd" in ending.text(ids[: size + 1]) for size in range(len(ids)))  # cut by the token limit
+    assert ending.text(tokenizer("好 𠮷", add_special_tokens=False)["input_ids"][:-1]) == "好"
     assert len(set(shown)) > 8
 
 

@@ -204,6 +204,28 @@ def test_places_are_shared_fairly_and_the_queue_has_an_end(scheduler):
     assert not scheduler.waiting and not scheduler.running
 
 
+def test_where_memory_ends_kept_caches_are_dropped_and_then_the_latest_request(scheduler, monkeypatch):
+    requests = [Request("f1", [5, 6, 7], GREEDY), Request("base", [7, 8, 9], GREEDY)]
+    expected, plain, failures = answers(scheduler, requests), SharedForward.__call__, [1]
+    answers(scheduler, [Request("base", [*range(5, 45)], GREEDY)])
+
+    def short(self, parts, exact):
+        scores = plain(self, parts, exact)
+        if len(parts) > 1 and failures:
+            failures.pop()
+            raise MemoryError
+        return scores
+
+    monkeypatch.setattr(SharedForward, "__call__", short)
+    assert scheduler.kept and answers(scheduler, requests) == expected and not failures
+    failures += [1, 1]
+    with scheduler.news:
+        first, latest = (scheduler.submit(request, lambda: None) for request in requests)
+    while not (first.finish or first.error):
+        time.sleep(0.01)
+    assert first.answer == expected[0] and "out of memory" in latest.error
+
+
 def test_a_failure_ends_one_request_and_not_the_others(scheduler):
     requests = [Request("f1", [5, 6, 7], GREEDY), Request("base", [7, 8, 9], GREEDY)]
     expected = answers(scheduler, requests[1:])[0]

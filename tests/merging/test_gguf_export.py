@@ -1,6 +1,7 @@
 """Export for llama.cpp and Ollama: options, the Modelfile's template; and, where the packages are, the demo's f2 itself."""
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ from scripting import ROOT
 
 from utils.console import UserError
 from utils.datasets.templates import Prompter
-from utils.merging.gguf_export import CONVERTER, check_packages, go_template
+from utils.files import write_json
+from utils.merging.gguf_export import CONVERTER, check_packages, go_template, write_modelfile
 
 OUTPUT = Path(os.environ.get("OUTPUT_DIR", ROOT / "output"))
 MODELS = Path(os.environ.get("MODEL_DIR", ROOT / "models"))
@@ -46,6 +48,20 @@ def test_ollamas_template_is_the_one_that_was_trained(name):
         turns = prompter.turns(record | {"system": system})
         wanted = "".join(turn.prompt + (f"{turn.answer}</s>" if turn.answer else "") for turn in turns)
         assert rendered(template, [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")], system) == wanted
+
+
+def test_the_modelfile_has_the_template_of_the_last_adapter(tiny_llama, tmp_path, capsys):
+    write_modelfile(tiny_llama, tmp_path / "model-f16.gguf", None)
+    assert "has no TEMPLATE" in capsys.readouterr().out
+    prompter = Prompter("alpaca_short")
+    write_json(
+        tmp_path / "lineage.json",
+        {"kind": "train", "options": {}, "template": {"name": prompter.name, "texts": prompter.texts}},
+    )
+    write_modelfile(tiny_llama, tmp_path / "model-f16.gguf", tmp_path)
+    text = (tiny_llama / "Modelfile").read_text("utf-8")
+    assert text.startswith("FROM ./model-f16.gguf\n") and f'TEMPLATE """{go_template(prompter, "</s>")}"""' in text
+    assert all(f"PARAMETER stop {json.dumps(stop)}" in text for stop in prompter.stop_strings)
 
 
 @pytest.mark.parametrize(

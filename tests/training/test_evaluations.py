@@ -55,9 +55,7 @@ def test_answers_and_choices_are_those_of_the_other_scripts_and_change_nothing(s
     answers = [entry for entry in entries if ANSWERS in entry]
     assert [entry["step"] for entry in scores] == [entry["step"] for entry in answers] == [4, 5, 8, 10]
     assert {"eval_choices", "eval_chrf", "eval_exact"} <= scores[0].keys() and "eval_loss" not in scores[0]
-    behind = (
-        r"\(9 questions, 1 left out, 0 shots, plain text, likelihood of the letter, float32; 95 % interval [\d.]+ to [\d.]+\)"
-    )
+    behind = r"\(9 of 10 questions, 0 shots, plain text, likelihood of the letter, float32; 95 % interval [\d.]+ to [\d.]+\)"
     assert re.search(rf"step 10: right choices {scores[-1]['eval_choices']:.1f} % {behind}", out)
     assert re.search(r"step 10: chrF [\d.]+ \(5 prompts, template alpaca_short, greedy, float32; 95 % interval", out)
     assert "kept: the adapter of step 10 of 10, the last one (right choices (%)" in out

@@ -6,10 +6,15 @@ import math
 import pytest
 import torch
 from trainings import options, same, tensors
+from transformers import AutoModelForCausalLM
 
 from utils import lineage
 from utils.console import UserError
-from utils.training.grpo import advantages, policy_losses, sampling_seeds
+from utils.datasets.encoding import IGNORED
+from utils.training.batching import pad
+from utils.training.grpo import Policy, advantages, policy_loss, policy_losses, sampling_seeds
+from utils.training.loss import returning_loss
+from utils.training.preferences import log_probs_by
 from utils.training.rewards import exact, length, load_rewards, number, try_out
 
 
@@ -22,6 +27,28 @@ def test_the_loss_is_clipped_and_has_the_kl_term_of_the_paper():
     assert losses.tolist() == pytest.approx([loss + 0.1 * term for loss, term in zip(plain, expected_kl, strict=True)])
     assert advantages([1, 0, 0, 1]) == pytest.approx([x / (math.sqrt(1 / 3) + 1e-4) for x in (0.5, -0.5, -0.5, 0.5)])
     assert advantages([2, 2]) == [0, 0]
+
+
+def test_each_answer_has_its_own_advantage_and_an_empty_micro_batch_loss_zero(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    answers = [([5, 6, 7], [8, 9], 2.0), ([7, 8], [9, 6, 5], -1.0)]
+    by_hand = [
+        model(torch.tensor([asked + ids])).logits[0, len(asked) - 1 : -1].log_softmax(-1)[range(len(ids)), ids]
+        for asked, ids, _ in answers
+    ]
+    change = torch.tensor([0.3, -0.3, 0.3, 0.1, -0.1])  # of the log-probabilities; the first is clipped
+    old, wanted = torch.cat(by_hand).detach() - change, -2.4 - 2 * math.exp(-0.3) + sum(map(math.exp, (0.3, 0.1, -0.1)))
+    batch = pad([{"input_ids": asked + ids, "labels": [IGNORED] * len(asked) + ids} for asked, ids, _ in answers], 8)
+    policy, totals = Policy([], 2, 1.0, clip=0.2, beta=0.0, updates=2), torch.zeros(3)
+    with returning_loss(model) as sparse:
+        log_probs = log_probs_by(model, sparse)
+        loss = policy_loss(log_probs, policy, totals, **batch, advantage=torch.tensor([row[2] for row in answers]), old=old)
+        found = policy_loss(log_probs, policy, totals, **batch)
+        assert loss.item() == pytest.approx(wanted, abs=1e-4) and totals.tolist() == [0, 1, 5]
+        assert found.tolist() == pytest.approx(torch.cat(by_hand).tolist(), abs=1e-4)
+        empty = policy_loss(log_probs, policy, totals, **pad([], 8), advantage=torch.zeros(1), old=torch.zeros(1))
+        empty.backward()
+    assert empty.item() == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_each_answer_has_a_seed_of_its_own_at_each_step():

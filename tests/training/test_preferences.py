@@ -205,6 +205,7 @@ def test_labelled_answers_are_learned_by_kto(script, bases, pairs, tmp_path):
     assert "1 of 32 labelled answers dropped: label is neither true nor false" in out and "answers labelled good" in out
     log = entries(tmp_path / "out")
     assert log[0]["kl"] < 1e-4 and log[-1]["loss"] < 0.3 < log[0]["loss"] and log[-1]["reward_margin"] > 1
+    assert 0.5 < log[-1]["reward_accuracy"] <= 1
     assert lineage.read(tmp_path / "out")["data"]["stage"] == "labelled"
     run = script.start("finetune.py", *options(bases["llama"], path, tmp_path / "again", **changes))
     run.wait_until(lambda: (tmp_path / "again" / "checkpoint-3" / "checkpoint.json").is_file())

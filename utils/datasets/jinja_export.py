@@ -113,7 +113,7 @@ def proven(prompter: Prompter, tokenizer: PreTrainedTokenizerBase, folder: Path)
     wanted = [encode_prompt(sample, prompter, tokenizer) for sample in SAMPLES]
     for gaps in GAPS:
         text = jinja(prompter, tokenizer, gaps)
-        settings = {"chat_template": text, "add_generation_prompt": True, "return_dict": False}
+        settings = {"chat_template": text, "return_dict": False}
         if all(plain.apply_chat_template(messages_of(s), **settings) == ids for s, ids in zip(SAMPLES, wanted, strict=True)):
             return text
     return None

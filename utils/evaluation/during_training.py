@@ -106,8 +106,7 @@ class Evaluator:
         if not counted:
             raise UserError("--eval_choices: no question has one right choice and fits the model's window; give others")
         low, high = wilson_percent(right, counted)
-        left_out = f", {len(self.questions) - counted} left out" if counted < len(self.questions) else ""
-        basis = f"{counted} questions{left_out}, {WAY}, {self.dtype}; 95 % interval {low:.1f} to {high:.1f}"
+        basis = f"{counted} of {len(self.questions)} questions, {WAY}, {self.dtype}; 95 % interval {low:.1f} to {high:.1f}"
         return 100 * right / counted, f"right choices {100 * right / counted:.1f} % ({basis})"
 
     def answer(self, model: PreTrainedModel) -> tuple[list[str], int]:

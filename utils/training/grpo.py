@@ -127,8 +127,10 @@ def policy_loss(
     tokens are added to `totals` (3,).
     """
     found = log_probs(input_ids, labels.flatten()[places + 1], places)
-    if advantage is None or not len(places):
-        return found if len(places) or advantage is None else found.sum()
+    if advantage is None:
+        return found
+    if not len(places):
+        return found.sum()
     old = found.detach() if old is None else old
     per_token = advantage[places // input_ids.shape[1]]
     losses, kl = policy_losses(found, old, reference, per_token, settings.clip, settings.beta)
