@@ -87,7 +87,7 @@ def test_weights_are_dequantized_as_the_library_does_it(bases, way):
     expected = as_the_library_dequantizes(bases[way]).state_dict()
     config, stored = open_model(bases[way])
     found = quantized.full(bases[way], config, stored)
-    assert set(found.names) == set(expected) and len(found.quantized) == 14
+    assert set(found.names) == set(expected) and len(found.derived) == 14
     for name in found.names:
         assert found.shape(name) == tuple(expected[name].shape) and found.dtype(name) == torch.float32
         torch.testing.assert_close(found.tensor(name), expected[name].float(), rtol=1e-6, atol=1e-7)

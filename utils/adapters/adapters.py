@@ -14,7 +14,7 @@ from utils.adapters.settings import FILE, read_config
 from utils.console import UserError, reason, say
 from utils.files import replacing, write_json
 from utils.models.spread import shown_where_computed
-from utils.models.weights import Weights, check_same
+from utils.models.weights import Weights, check_same, dtype_name
 
 if TYPE_CHECKING:  # peft takes seconds to import, and reading an adapter's files does not need it
     from peft import LoraConfig, PeftModel
@@ -56,7 +56,7 @@ def open_tensors(folder: str | Path) -> tuple[Weights, dict[str, str]]:
             if plain in names:
                 raise UserError(f"{file}: {names[plain]} and {name} are the same tensor; delete one of them")
             if not weights.dtype(name).is_floating_point:
-                kind = str(weights.dtype(name)).removeprefix("torch.")
+                kind = dtype_name(weights.dtype(name))
                 raise UserError(f"{file}: {name} is {kind}, but a LoRA has floating-point numbers; download it again")
             names[plain] = name
     if not any("lora_" in name for name in names):

@@ -8,37 +8,31 @@ import torch
 from utils.adapters.biases import built_by, switches_for
 from utils.console import say
 from utils.merging.adapter_deltas import Adapter
-from utils.models.weights import Weights
+from utils.models.weights import DerivedWeights, Weights
 
 
-class WithBiases(Weights):
+class WithBiases(DerivedWeights):
     """The tensors of `stored`, plus biases of the shapes in `zeros`, all zero."""
 
     def __init__(self, stored: Weights, zeros: dict[str, tuple[int, ...]]):
-        self.folder, self.files, self.stored, self.zeros = stored.folder, stored.files, stored, zeros
+        super().__init__(stored)
+        self.derived = self.zeros = zeros
         self.names = sorted({*stored.names, *zeros})
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape."""
         return self.zeros.get(name) or self.stored.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor; a bias has its weight's."""
         return self.stored.dtype(self._in_file(name))
 
     def file_of(self, name: str) -> Path:
-        """The file that holds one tensor, or a bias's weight."""
         return self.stored.file_of(self._in_file(name))
 
-    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
-        """The rows `index` of one tensor."""
-        return (
-            torch.zeros(self.zeros[name], dtype=self.dtype(name))[index]
-            if name in self.zeros
-            else self.stored.rows(name, index)
-        )
+    def derive(self, name: str) -> torch.Tensor:
+        return torch.zeros(self.zeros[name], dtype=self.dtype(name))
 
     def _in_file(self, name: str) -> str:
+        """A tensor's name in the files; for a bias that of its weight, whose dtype and file it has."""
         return name.removesuffix("bias") + "weight" if name in self.zeros else name
 
 

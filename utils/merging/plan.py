@@ -17,7 +17,7 @@ from utils.merging.tensor_recipes import Change, Grow, Recipe, Replace, ReplaceR
 from utils.models import meta_layout, quantized
 from utils.models.names import Finder
 from utils.models.tokenizer_files import MODEL, STAGES, count_tokens, has_tokenizer, is_sentencepiece, too_many_tokens
-from utils.models.weights import Weights, base_folder, size_of, tell_adapter
+from utils.models.weights import Weights, base_folder, dtype_name, size_of, tell_adapter
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PADDING = 8  # vocabularies are padded to multiples of this; those of LLaMA and its descendants are not
@@ -100,9 +100,8 @@ def dequantized(base: Path, config: dict[str, Any], weights: Weights) -> tuple[d
     """Configuration and weights of a base, dequantized if necessary, which is printed."""
     found = quantized.full(base, config, weights)
     if isinstance(found, quantized.Dequantized):
-        kind = str(found.full).removeprefix("torch.")
-        count = f"{len(found.quantized)} tensors are quantized ({quantized.method_of(config)})"
-        say(f"{base}: {count}; dequantized to {kind}, by the library")
+        count = f"{len(found.derived)} tensors are quantized ({quantized.method_of(config)})"
+        say(f"{base}: {count}; dequantized to {dtype_name(found.full)}, by the library")
         config = quantized.without_method(config)
     return config, found
 
@@ -163,7 +162,7 @@ def plan_recipes(weights: Weights, find: Finder, adapters: list[Adapter]) -> tup
             if replacing:
                 recipes[name].kind = replacing[-1].weights.shape(replacing[-1].name), recipes[name].kind[1]
             if not recipes[name].kind[1].is_floating_point:
-                kind = str(recipes[name].kind[1]).removeprefix("torch.")
+                kind = dtype_name(recipes[name].kind[1])
                 raise UserError(f"{weights.folder}: {name} is of {kind}; merge into the same model in float16 or bfloat16")
             recipes[name].changes += found
         rows.append(max((recipes[name].kind[0][0] for name in embeddings), default=0))
@@ -262,7 +261,7 @@ def describe_dtype(config: dict[str, Any], recipes: dict[str, Recipe]) -> None:
     """Set the configuration's dtype to that of the largest tensor."""
     largest = max(recipes.values(), key=lambda recipe: size_of(recipe.kind))
     key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(largest.kind[1]).removeprefix("torch.")
+    config[key] = dtype_name(largest.kind[1])
 
 
 def in_order(recipes: dict[str, Recipe], weights: Weights) -> list[str]:

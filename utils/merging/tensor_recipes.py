@@ -9,7 +9,7 @@ import functools
 import torch
 
 from utils.console import UserError
-from utils.models.weights import Kind, Weights
+from utils.models.weights import Kind, Weights, dtype_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +190,13 @@ class Recipe:
         return not torch.equal(rounded, (stored[:, columns] if stored.dim() > 1 else stored).to(self.kind[1]))
 
     def _not_finite(self, extremes: torch.Tensor) -> UserError:
-        dtype = str(self.kind[1]).removeprefix("torch.")
         if extremes.isnan().any():
             return UserError(
                 f"{self.source}: holds values that are not numbers (NaN); the base or the adapter is broken, download it again"
             )
-        return UserError(f"{self.source}: holds values too large for {dtype}; give --dtype bfloat16 or float32")
+        return UserError(
+            f"{self.source}: holds values too large for {dtype_name(self.kind[1])}; give --dtype bfloat16 or float32"
+        )
 
 
 def as_float32(stored: torch.Tensor, columns: slice) -> torch.Tensor:

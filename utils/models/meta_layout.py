@@ -13,7 +13,7 @@ import torch
 
 from utils.console import UserError
 from utils.files import read_json
-from utils.models.weights import Weights, refuse_adapter
+from utils.models.weights import Weights, dtype_name, refuse_adapter
 
 META_FILES = "consolidated.*.pth"
 WHOLE, ROWS, COLUMNS = "whole", "rows", "columns"
@@ -180,5 +180,5 @@ def config_of(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
         "use_cache": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
     }

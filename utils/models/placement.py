@@ -14,7 +14,7 @@ from utils.console import UserError, reason, say
 from utils.models import sharding
 from utils.models.architecture import read_architecture
 from utils.models.sharding import wants_fsdp
-from utils.models.weights import base_folder
+from utils.models.weights import base_folder, dtype_name
 
 FLASH = "flash_attention_2"
 SMALL = 1024  # hidden size below which float32 runs are short anyway, and equal on all machines
@@ -47,7 +47,7 @@ class DeviceConfig:
     @property
     def dtype_name(self) -> str:
         """The dtype as --dtype names it."""
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
     @property
     def autocast_dtype(self) -> str | None:
@@ -176,11 +176,10 @@ def measured(placement: DeviceConfig, base_model: str) -> DeviceConfig:
         return placement
     fast = torch.bfloat16 if placement.device.type == "cpu" else placement.dtype
     gain = half_precision_gain(placement.device, fast, min(width, SMALL))
-    dtype = fast if gain >= WORTH else torch.float32
-    name = str(fast).removeprefix("torch.")
-    chosen = dataclasses.replace(placement, dtype=dtype)
-    say(f"{name} computes {gain:.1f} times as fast as float32 here: computing in {chosen.dtype_name} (--dtype: another)")
-    return chosen
+    chosen = fast if gain >= WORTH else torch.float32
+    found = f"{dtype_name(fast)} computes {gain:.1f} times as fast as float32 here"
+    say(f"{found}: computing in {dtype_name(chosen)} (--dtype: another)")
+    return dataclasses.replace(placement, dtype=chosen)
 
 
 def half_precision_gain(device: torch.device, dtype: torch.dtype, width: int) -> float:

@@ -1,6 +1,5 @@
 """Bases whose files hold quantized weights: what works with them here, and their full weights for merging."""
 
-import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from utils.console import UserError, reason
-from utils.models.weights import Weights
+from utils.models.weights import DerivedWeights, Weights, dtype_name
 
 # tensors of quantized weights: bitsandbytes, GPTQ and AWQ, fp8 and compressed-tensors, mxfp4
 SCALES = re.compile(
@@ -46,34 +45,32 @@ def check(folder: Path, config: Any, device: str = "cpu", training: bool = False
     `config` is transformers' configuration of the model. Files that are missing (a dry run needs none) or unreadable are
     left to the loader.
     """
-    settings = getattr(config, "quantization_config", None)
-    if not settings:
+    settings = getattr(config, "quantization_config", None) or {}
+    named = {"quantization_config": settings if isinstance(settings, dict) else settings.to_dict()}
+    method = method_of(named)
+    can_train = not method or check_library(folder, method, settings, device)
+    if not method or method in DEQUANTIZED:
         try:
             weights = Weights(folder)
         except UserError:
             return
-        refuse_scales(folder, weights)
-        return
+        full(folder, named, weights)  # raises if they have scales without a method, or a method without scales
+    if training and not can_train:
+        raise UserError(f"{folder}: its weights are quantized ({method}), and the library cannot train on them; {OTHER}")
+
+
+def check_library(folder: Path, method: str, settings: Any, device: str) -> bool:
+    """True if the library can train on weights quantized with these settings. Raises UserError if it cannot even compute."""
     from transformers.quantizers import AutoHfQuantizer
 
-    settings_dict = settings if isinstance(settings, dict) else settings.to_dict()
-    method = method_of({"quantization_config": settings_dict})
     try:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
-        can_train = quantizer.is_trainable
+        return quantizer.is_trainable
     except Exception as error:  # each method has its own checks, also for other packages
         raise UserError(
             f"{folder}: its weights are quantized ({method}), which does not work here ({reason(error)}); {OTHER}"
         ) from None
-    if method in DEQUANTIZED:
-        try:
-            weights = Weights(folder)
-        except UserError:
-            return
-        full(folder, {"quantization_config": settings_dict}, weights)  # raises if they lack scales
-    if training and not can_train:
-        raise UserError(f"{folder}: its weights are quantized ({method}), and the library cannot train on them; {OTHER}")
 
 
 def refuse_scales(folder: Path, weights: Weights) -> None:
@@ -82,11 +79,8 @@ def refuse_scales(folder: Path, weights: Weights) -> None:
         (name for name in weights.names if name.endswith("weight") and is_quantized(weights, name)), ""
     )
     if strange:
-        kind = str(weights.dtype(strange)).removeprefix("torch.")
-        raise UserError(
-            f"{folder}: its weights are quantized ({kind} in {strange}), and its config.json does not say how; "
-            f"copy config.json again, or {OTHER}"
-        )
+        found = f"its weights are quantized ({dtype_name(weights.dtype(strange))} in {strange})"
+        raise UserError(f"{folder}: {found}, and its config.json does not say how; copy config.json again, or {OTHER}")
 
 
 def is_quantized(weights: Weights, name: str) -> bool:
@@ -106,7 +100,7 @@ def full(folder: Path, config: dict[str, Any], weights: Weights) -> Weights:
     if method not in DEQUANTIZED or not isinstance(settings, dict):
         raise UserError(f"{folder}: its weights are quantized ({method}), and are not dequantized here; {OTHER}")
     found = (BlockFp8 if method == "fp8" else Bits4 if way_of(settings) == "4-bit" else Bits8)(weights, full_dtype(config))
-    if method == "bitsandbytes" and not found.quantized:
+    if method == "bitsandbytes" and not found.derived:
         raise UserError(
             f"{folder}: its config.json says that its weights are quantized ({method}), and none is; copy both again"
         )
@@ -120,19 +114,19 @@ def full_dtype(config: dict[str, Any]) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1 else torch.float16
 
 
-class Dequantized(Weights):
-    """A quantized model's tensors dequantized to `dtype`; their scales and other auxiliary tensors are not listed."""
+class Dequantized(DerivedWeights):
+    """A quantized model's tensors dequantized to `full`; their scales and other auxiliary tensors are not listed."""
 
     helpers: tuple[str, ...]  # what the names of scales add to the weight's name
 
-    def __init__(self, stored: Weights, dtype: torch.dtype):
-        self.folder, self.files, self.stored, self.full = stored.folder, stored.files, stored, dtype
+    def __init__(self, stored: Weights, full: torch.dtype):
+        super().__init__(stored)
+        self.full = full
         self.names = [name for name in stored.names if not SCALES.search(name)]
         scaled = set(filter(self.has_scales, self.names))  # 4-bit values may be packed into a type of more than a byte
-        self.quantized = scaled | {name for name in self.names if is_quantized(stored, name)}
-        if lost := self.quantized - scaled:
+        self.derived = scaled | {name for name in self.names if is_quantized(stored, name)}
+        if lost := self.derived - scaled:
             raise UserError(f"{self.folder}: {min(lost)} is quantized, and nothing says how it is scaled; copy the model again")
-        self.tensor_of = functools.lru_cache(maxsize=4)(self._dequantize)  # blocks of one tensor are requested in parallel
 
     def has_scales(self, name: str) -> bool:
         """True if the files hold what scales this tensor."""
@@ -142,27 +136,11 @@ class Dequantized(Weights):
         """The name of a tensor that belongs to the weight `name`."""
         return name.removesuffix("weight") + ending
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape."""
-        return self.stored.shape(name)
-
     def dtype(self, name: str) -> torch.dtype:
-        """The type of one tensor."""
-        return self.full if name in self.quantized else self.stored.dtype(name)
-
-    def file_of(self, name: str) -> Path:
-        """The file that one tensor lies in."""
-        return self.stored.file_of(name)
-
-    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
-        """The rows `index` of one tensor."""
-        return self.tensor_of(name)[index] if name in self.quantized else self.stored.rows(name, index)
-
-    def _dequantize(self, name: str) -> torch.Tensor:
-        raise NotImplementedError
+        return self.full if name in self.derived else self.stored.dtype(name)
 
 
-class Requantized(Weights):
+class Requantized(DerivedWeights):
     """A full model's tensors, with the `linear` ones as they are after quantizing to 4 or 8 bit (`way`), in their own dtype.
 
     `step` is the lineage of the adapter trained that way, for the dtype they were quantized from.
@@ -171,30 +149,13 @@ class Requantized(Weights):
     MEASURED = 16  # tensors
 
     def __init__(self, stored: Weights, linear: list[str], way: str, step: dict[str, Any]):
-        self.folder, self.files, self.names, self.stored = stored.folder, stored.files, stored.names, stored
-        self.quantized, self.way = set(linear), way
+        super().__init__(stored)
+        self.derived, self.way = set(linear), way
         self.before = getattr(torch, str(step.get("dtype")), None)
-        self.tensor_of = functools.lru_cache(maxsize=4)(self._requantize)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape."""
-        return self.stored.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type of one tensor."""
-        return self.stored.dtype(name)
-
-    def file_of(self, name: str) -> Path:
-        """The file that one tensor lies in."""
-        return self.stored.file_of(name)
-
-    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
-        """The rows `index` of one tensor."""
-        return self.tensor_of(name)[index] if name in self.quantized else self.stored.rows(name, index)
 
     def difference(self) -> tuple[float, int]:
         """By how much the quantized tensors differ from the full ones (relative root mean square), and over how many."""
-        names = sorted(self.quantized)
+        names = sorted(self.derived)
         some = names[:: max(1, -(-len(names) // self.MEASURED))]
         apart = whole = 0.0
         for name in some:
@@ -203,7 +164,7 @@ class Requantized(Weights):
             whole += full.square().sum().item()
         return (apart / whole) ** 0.5 if whole else 0.0, len(some)
 
-    def _requantize(self, name: str) -> torch.Tensor:
+    def derive(self, name: str) -> torch.Tensor:
         from bitsandbytes import functional
 
         stored = self.stored.tensor(name)
@@ -220,7 +181,7 @@ class Bits8(Dequantized):
 
     helpers = ("SCB",)
 
-    def _dequantize(self, name: str) -> torch.Tensor:
+    def derive(self, name: str) -> torch.Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         return int8_vectorwise_dequant(self.stored.tensor(name), self.stored.tensor(self.helper(name, "SCB"))).to(self.full)
@@ -241,10 +202,9 @@ class Bits4(Dequantized):
         return QuantState.from_dict(parts, torch.device("cpu"))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape."""
-        return tuple(self._state(name).shape) if name in self.quantized else self.stored.shape(name)
+        return tuple(self._state(name).shape) if name in self.derived else self.stored.shape(name)
 
-    def _dequantize(self, name: str) -> torch.Tensor:
+    def derive(self, name: str) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.stored.tensor(name), self._state(name)).to(self.full)
@@ -255,7 +215,7 @@ class BlockFp8(Dequantized):
 
     helpers = ("weight_scale_inv",)
 
-    def _dequantize(self, name: str) -> torch.Tensor:
+    def derive(self, name: str) -> torch.Tensor:
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
         scales = self.stored.tensor(self.helper(name, "weight_scale_inv"))

@@ -1,10 +1,12 @@
 """A model folder's tensors, in whatever files: memory-mapped, one at a time, never running pickled code."""
 
+import functools
 import math
 import pickle
 import threading
 import warnings
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,11 @@ def size_of(kind: Kind) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name, such as float16."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Weights:
     """The tensors of a model or adapter: `names`, and by name `shape`, `dtype`, `tensor` and `rows`.
 
@@ -58,7 +65,7 @@ class Weights:
         self._opened: dict[Path, Any] = {}
         self._bytes_read = 0
         self._homes: dict[str, Path] = {}
-        self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._kinds: dict[str, Kind] = {}
         for file in self.files:
             opened = self._open(file)
             check_filled(file, opened)
@@ -107,11 +114,37 @@ class Weights:
         return self._homes[name]
 
 
+class DerivedWeights(Weights):
+    """The tensors of `stored`, of which those in `derived` have the values that `derive` returns."""
+
+    derived: Collection[str]
+
+    def __init__(self, stored: Weights):
+        self.folder, self.files, self.names, self.stored = stored.folder, stored.files, stored.names, stored
+        self.tensor_of = functools.lru_cache(maxsize=4)(self.derive)  # blocks of one tensor are requested in parallel
+
+    def derive(self, name: str) -> torch.Tensor:
+        """All values of one of the `derived` tensors."""
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.stored.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.stored.dtype(name)
+
+    def file_of(self, name: str) -> Path:
+        return self.stored.file_of(name)
+
+    def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
+        return self.tensor_of(name)[index] if name in self.derived else self.stored.rows(name, index)
+
+
 class Unmapped(dict):
     """Tensors of a file that cannot be mapped, so that all are in memory."""
 
 
-def kind(opened: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+def kind(opened: Any, name: str) -> Kind:
     """Shape and type of a tensor of an opened file, without reading it. Raises UserError for types unknown to torch."""
     if isinstance(opened, dict):
         return tuple(opened[name].shape), opened[name].dtype
