@@ -55,16 +55,12 @@ def find_font(text: str, files: Iterable[str | Path]) -> Path | None:
     return next(iter([*ranked, *fitting.values()]), None)
 
 
-def draw(table: Table, path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
-    """Write a PNG with a radar (if there are at least three categories) and bars of the table.
-
-    Its font is found among the files `fonts`, or all of the system's. If none has the characters of the labels, that is
-    printed, and the categories' plain names are used.
-    """
+def draw(table: Table, path: str | Path) -> None:
+    """Write a PNG with a radar (if there are at least three categories) and bars of the table."""
     from matplotlib import pyplot
 
-    categories = [(row.label, row.category) for row in table.rows]
-    with chinese_font([*table.systems, table.title], categories, path, fonts) as labels:
+    with font_for([table], table.systems, path) as names:
+        labels = list(names.values())
         radar = 3 <= len(labels) <= MOST_SIDES
         figure = pyplot.figure(figsize=(6 * radar + max(6.0, 1.1 * len(labels)), 6), layout="constrained")
         grid = figure.add_gridspec(1, 2 if radar else 1, width_ratios=[1, max(1.0, len(labels) / 6)] if radar else None)
@@ -78,16 +74,11 @@ def draw(table: Table, path: str | Path, fonts: Iterable[str | Path] | None = No
         save(figure, path)
 
 
-def draw_chain(tables: list[Table], steps: list[str], path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
-    """Write a PNG with one panel per table: a line for each category over the `steps` of a chain that have a value.
-
-    The font is found as in `draw`.
-    """
+def draw_chain(tables: list[Table], steps: list[str], path: str | Path) -> None:
+    """Write a PNG with one panel per table: a line for each category over the `steps` of a chain that have a value."""
     from matplotlib import pyplot
 
-    categories = list(dict.fromkeys((row.label, row.category) for table in tables for row in table.rows))
-    with chinese_font([*steps, *(table.title for table in tables)], categories, path, fonts) as labels:
-        named = dict(zip((category for _, category in categories), labels, strict=True))
+    with font_for(tables, steps, path) as names:
         columns = min(3, len(tables))
         lines = math.ceil(len(tables) / columns)
         figure, axes = pyplot.subplots(lines, columns, figsize=(5 * columns, 3.5 * lines), squeeze=False, layout="constrained")
@@ -95,7 +86,7 @@ def draw_chain(tables: list[Table], steps: list[str], path: str | Path, fonts: I
             shown = [step for step in steps if step in table.systems]
             for row in table.rows:
                 values = [math.nan if (value := row.values.get(step)) is None else value for step in shown]
-                panel.plot(range(len(shown)), values, marker="o", markersize=3, label=named[row.category])
+                panel.plot(range(len(shown)), values, marker="o", markersize=3, label=names[row.category])
             panel.set_xticks(range(len(shown)), [textwrap.fill(short(step), max(1, 48 // len(shown))) for step in shown])
             panel.set_title(textwrap.fill(table.title, WIDEST), fontsize="medium")
             panel.grid(alpha=0.3)
@@ -106,60 +97,49 @@ def draw_chain(tables: list[Table], steps: list[str], path: str | Path, fonts: I
         save(figure, path)
 
 
-def draw_matrix(tables: list[Table], path: str | Path, fonts: Iterable[str | Path] | None = None) -> None:
-    """Write a PNG with one panel per table: a cell for each row and column with its value, darker the larger it is.
-
-    The font is found as in `draw`.
-    """
+def draw_matrix(tables: list[Table], path: str | Path) -> None:
+    """Write a PNG with one panel per table: a cell for each row and column with its value, darker the larger it is."""
     from matplotlib import pyplot
 
-    categories = list(dict.fromkeys((row.label, row.category) for table in tables for row in table.rows))
-    texts = [text for table in tables for text in (*table.systems, table.title)]
-    with chinese_font(texts, categories, path, fonts) as labels:
-        named = dict(zip((category for _, category in categories), labels, strict=True))
+    with font_for(tables, [system for table in tables for system in table.systems], path) as names:
         most = max(len(table.rows) for table in tables)
         size = (2.5 + 1.3 * sum(len(table.systems) for table in tables), 1.8 + 0.7 * most)
         figure, axes = pyplot.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
         for panel, table in zip(axes.flat, tables, strict=True):
             values = [[math.nan if (v := row.values.get(s)) is None else v for s in table.systems] for row in table.rows]
             panel.imshow(values, cmap="Blues", aspect="auto")
-            middle = sum(edges(values)) / 2
+            known = [value for row in values for value in row if not math.isnan(value)]
+            middle = (min(known, default=0.0) + max(known, default=0.0)) / 2
             for y, row in enumerate(table.rows):
                 for x, system in enumerate(table.systems):
                     color = "white" if (row.values.get(system) or 0) > middle else "black"
                     panel.text(x, y, table.shown(row.values.get(system)), ha="center", va="center", color=color)
             panel.set_xticks(range(len(table.systems)), [textwrap.fill(short(name), 12) for name in table.systems])
-            panel.set_yticks(range(len(table.rows)), [named[row.category] for row in table.rows])
+            panel.set_yticks(range(len(table.rows)), [names[row.category] for row in table.rows])
             panel.set_title(textwrap.fill(table.title, WIDEST), fontsize="medium")
         save(figure, path)
 
 
-def edges(values: list[list[float]]) -> tuple[float, float]:
-    """The smallest and largest values, ignoring NaN."""
-    known = [value for row in values for value in row if not math.isnan(value)]
-    return min(known, default=0.0), max(known, default=0.0)
-
-
 @contextlib.contextmanager
-def chinese_font(
-    texts: list[str], categories: list[tuple[str, str]], path: str | Path, fonts: Iterable[str | Path] | None
-) -> Iterator[list[str]]:
-    """Draw within this context with a font that has all of `texts` and the categories' labels; yields the labels to use.
+def font_for(tables: list[Table], systems: list[str], path: str | Path) -> Iterator[dict[str, str]]:
+    """Draw within this context with one of the system's fonts that has all characters of the tables' titles, their categories'
+    labels and the names of `systems`; yields each category's label.
 
-    `categories`: label and plain name of each; if no font has the labels, the plain names are used, which is printed.
+    If no font has them, that is printed, and the categories' plain names are their labels.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import font_manager
 
-    labels = [label for label, _ in categories]
-    fonts = sorted(font_manager.findSystemFonts()) if fonts is None else fonts
-    has_all = find_font("".join([*labels, *texts]), fonts)
-    font = has_all or find_font("".join(labels), fonts)
-    if font is None and not "".join(labels + texts).isascii():
+    labels = {row.category: row.label for table in tables for row in table.rows}
+    fonts = sorted(font_manager.findSystemFonts())
+    text = "".join([*labels.values(), *systems, *(table.title for table in tables)])
+    has_all = find_font(text, fonts)
+    font = has_all or find_font("".join(labels.values()), fonts)
+    if font is None and not text.isascii():
         say(f"{path}: no font has all characters of the labels (install e.g. Noto Sans CJK); categories get their plain names")
-        labels = [category for _, category in categories]
+        labels = {category: category for category in labels}
     family = {}
     if font is not None:
         font_manager.fontManager.addfont(font)
@@ -167,7 +147,7 @@ def chinese_font(
     with matplotlib.rc_context(family | PLAIN), warnings.catch_warnings():
         if has_all is None:
             warnings.simplefilter("ignore", UserWarning)  # about a box for each character that no font has
-        yield list(map(short, labels))
+        yield {category: short(label) for category, label in labels.items()}
 
 
 def short(name: str) -> str:
