@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from utils.console import UserError, say
 from utils.datasets.prompts import RESULT, Record, result_files
@@ -18,6 +18,7 @@ from utils.inference.answer_file import made_path
 
 ALL = "all"  # the category of prompts that have none
 SAMPLE = "#"  # between the name of a system and the number of its sample
+T = TypeVar("T")
 
 
 def answer_files(answers: list[str]) -> dict[str, Path]:
@@ -129,12 +130,17 @@ def add_references(prompts: list[Record], known: list[Record]) -> list[Record]:
     return completed
 
 
+def grouped(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
+    """Items by their keys, in order of first appearance."""
+    found: dict[str, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
 def by_category(records: list[Record]) -> dict[str, list[int]]:
-    """The positions of the records of each category, in order of first appearance."""
-    members: dict[str, list[int]] = {}
-    for position, record in enumerate(records):
-        members.setdefault(record["category"], []).append(position)
-    return members
+    """The positions of the records of each category."""
+    return grouped(range(len(records)), lambda place: records[place]["category"])
 
 
 def samples(systems: list[str]) -> dict[str, list[str]]:

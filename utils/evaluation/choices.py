@@ -10,14 +10,15 @@ from utils.console import UserError, progress, say
 from utils.datasets.choices import LETTERS, Choice, read_choices
 from utils.datasets.encoding import encode_last_answers, encode_text
 from utils.datasets.records import Record
+from utils.evaluation.answers import grouped
 from utils.evaluation.chosen import read_answer
-from utils.evaluation.intervals import compare_shares, wilson_percent
+from utils.evaluation.intervals import compare_shares, share
 from utils.evaluation.tables import Row, Table
 from utils.files import digest
 from utils.inference import batch
 from utils.inference.continuations import Asked, log_likelihoods
 from utils.inference.engine import Engine
-from utils.inference.kv_cache import Ids
+from utils.inference.kv_cache import Ids, common
 from utils.journal import Journal
 
 LETTER, TEXT, ANSWER = "letter", "text", "answer"  # what is scored: a choice's letter, its text, or the generated answer
@@ -132,13 +133,6 @@ def encode(engine: Engine, name: str, one: Choice, examples: Sequence[Choice], w
     return Asked(prompt[:shared], rests)
 
 
-def common(one: Ids, other: Ids) -> int:
-    """The number of tokens that two texts begin with in common."""
-    return next(
-        (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
-    )
-
-
 def up_to(ids: Ids, ends: Collection[int]) -> Ids:
     """The tokens before the first end token."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
@@ -162,9 +156,7 @@ def mark_all(
     in the journal `path` when it is there."""
     if way.by != ANSWER and all(len(one.right) > 1 for one in questions):
         raise UserError("--choices: all questions have several right choices; give --choices_by answer, which can name several")
-    subjects: dict[str, list[int]] = {}
-    for place, one in enumerate(questions):
-        subjects.setdefault(one.category, []).append(place)
+    subjects = grouped(range(len(questions)), lambda place: questions[place].category)
     header: dict[str, Any] = {"questions": digest(questions), "examples": digest(examples), "way": list(way)}
     header |= {"answerers": fingerprints(engine), "placement": str(engine.placement)}
     journal = Journal(path, header)
@@ -255,20 +247,17 @@ def tabulate(
     if not counted:
         raise UserError("--choices: no question can be scored; see the lines above")
     right = {name: {place: is_right(questions[place], found[place]) for place in counted} for name, found in marks.items()}
+    subjects = grouped(counted, lambda place: questions[place].category)
     groups: dict[str, list[int]] = {}
-    subjects: dict[str, list[int]] = {}
     for place in counted:
-        subjects.setdefault(questions[place].category, []).append(place)
         for group in questions[place].groups:
             groups.setdefault(group, []).append(place)
 
     def table(title: str, members: dict[str, list[int]]) -> Table:
         rows = []
         for label, places in members.items():
-            counts = {name: sum(hit[place] for place in places) for name, hit in right.items()}
-            shares: dict[str, float | None] = {name: 100 * count / len(places) for name, count in counts.items()}
-            doubt = {name: wilson_percent(count, len(places)) for name, count in counts.items()}
-            rows.append(Row(label, len(places), shares, doubt))
+            shares = {name: share(sum(hit[place] for place in places), len(places)) for name, hit in right.items()}
+            rows.append(Row.of(label, len(places), shares))
         return Table(f"{title} ({way}, {dtype})", list(marks), rows)
 
     tables = [table("right choices in %", {"all questions": counted} | groups)]

@@ -16,8 +16,8 @@ from utils.console import UserError, progress
 from utils.datasets.file_formats import read_items
 from utils.datasets.items import UnreadableItem
 from utils.datasets.prompts import Record
-from utils.evaluation.answers import ALL, key_of, samples
-from utils.evaluation.intervals import FEWEST, Interval, bootstrap, compare, compare_shares, of_share
+from utils.evaluation.answers import ALL, grouped, key_of, samples
+from utils.evaluation.intervals import FEWEST, bootstrap, compare, compare_shares, of_share
 from utils.evaluation.programs import Task, program
 from utils.evaluation.sandbox import REFUSED
 from utils.evaluation.tables import Row, Table
@@ -107,9 +107,7 @@ def tabulate(records: Sequence[Record], results: Mapping[str, list[str | None]])
     groups = samples(list(results))
     fewest = min(map(len, groups.values()))
     places = [place for place, found in enumerate(next(iter(results.values()))) if found is not None]
-    members: dict[str, list[int]] = {}
-    for place in places:
-        members.setdefault(records[place].get("category", ALL), []).append(place)
+    members = grouped(places, lambda place: records[place].get("category", ALL))
     tables, lines = [], notes(groups, results)
     for k in [k for k in (1, 10, 100) if k <= fewest]:
         shares = {
@@ -118,13 +116,9 @@ def tabulate(records: Sequence[Record], results: Mapping[str, list[str | None]])
         }
         rows = []
         for category, inside in members.items():
-            values: dict[str, float | None] = {
-                name: statistics.fmean(found[p] for p in inside) for name, found in shares.items()
-            }
-            doubt: dict[str, Interval | None] = {
-                name: of_share([(found[p], 100) for p in inside]) for name, found in shares.items()
-            }
-            rows.append(Row(category, len(inside), values, doubt))
+            given = {name: [found[p] for p in inside] for name, found in shares.items()}
+            means = {name: (statistics.fmean(of), of_share([(one, 100) for one in of])) for name, of in given.items()}
+            rows.append(Row.of(category, len(inside), means))
         tables.append(Table(f"pass@{k} in % ({fewest} samples per problem, {SECONDS} s, {MEGABYTES} MB)", list(groups), rows))
         lines += [f"pass@{k}, all {len(places)} problems: {line}" for line in differences(shares)]
     return tables, lines

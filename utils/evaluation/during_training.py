@@ -8,13 +8,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.console import UserError
 from utils.datasets.chat_templates import ChatPrompter
-from utils.datasets.choices import Choice
 from utils.datasets.encoding import encode_prompt
 from utils.datasets.prompters import make_prompter
 from utils.datasets.prompts import Record
 from utils.datasets.templates import Prompter, split_thinking
 from utils.evaluation import choices
-from utils.evaluation.intervals import wilson_percent
+from utils.evaluation.answers import grouped
+from utils.evaluation.intervals import share
 from utils.evaluation.metrics import CLOSENESS, final_number
 from utils.evaluation.training_questions import TrainingQuestions, reference_of
 from utils.inference.answerers import BASE
@@ -94,20 +94,17 @@ class Evaluator:
     def choose(self, model: PreTrainedModel) -> tuple[float, str]:
         """The share of right choices in percent, and a note on what it is based on."""
         engine = LoadedEngine(model, self.tokenizer, self.ends, self.room)
-        subjects: dict[str, list[Choice]] = {}
-        for one in self.questions:
-            subjects.setdefault(one.category, []).append(one)
         right = counted = 0
-        for questions in subjects.values():
+        for questions in grouped(self.questions, lambda one: one.category).values():
             marks, _ = choices.mark(engine, BASE, questions, [], WAY)
             places = choices.scored(questions, {BASE: marks}, WAY)
             counted += len(places)
             right += sum(choices.is_right(questions[place], marks[place]) for place in places)
         if not counted:
             raise UserError("--eval_choices: no question has one right choice and fits the model's window; give others")
-        low, high = wilson_percent(right, counted)
+        value, (low, high) = share(right, counted)
         basis = f"{counted} of {len(self.questions)} questions, {WAY}, {self.dtype}; 95 % interval {low:.1f} to {high:.1f}"
-        return 100 * right / counted, f"right choices {100 * right / counted:.1f} % ({basis})"
+        return value, f"right choices {value:.1f} % ({basis})"
 
     def answer(self, model: PreTrainedModel) -> tuple[list[str], int]:
         """The answers' texts without thoughts, and how many were cut."""
@@ -127,8 +124,7 @@ class Evaluator:
         shown = f"chrF {value:.1f} ({basis} {edges})"
         if "eval_exact" in self.scores:
             right = sum(final_number(text) == final_number(reference) for text, reference in pairs)
-            low, high = wilson_percent(right, len(pairs))
-            scores["eval_exact"] = 100 * right / len(pairs)
+            scores["eval_exact"], (low, high) = share(right, len(pairs))
             shown += f", exact numbers {scores['eval_exact']:.1f} % ({low:.1f} to {high:.1f})"
         return scores, shown
 

@@ -91,11 +91,8 @@ def unusable(step: dict[str, Any], data: dict[str, Any]) -> str:
             return f"{file} no longer exists"
         if sha256(file) != content:
             return f"{file} has changed since it was learned"
-    return (
-        ""
-        if {"seed", "val_set_size", "data_path"} <= step["options"].keys()
-        else "its lineage.json does not say how to draw them"
-    )
+    is_told = {"seed", "val_set_size", "data_path"} <= step["options"].keys()
+    return "" if is_told else "its lineage.json does not say how to draw them"
 
 
 def read_held_out(engine: Engine, one: ChatModel, stage: str, step: dict[str, Any], path: str) -> HeldOut:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -15,19 +15,18 @@ FEWEST = 6  # prompts; of fewer not even a system that is better on each is show
 Interval = tuple[float, float]
 
 
-def wilson(right: float, total: int) -> Interval:
-    """The interval of a share, `right` of `total` (Wilson 1927), each from 0 to 1."""
+def wilson(right: float, total: float) -> Interval:
+    """The interval, in percent, of a share, `right` of `total` (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + SURE) / 2)
     share, spread = right / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def wilson_percent(right: float, total: int) -> Interval:
-    """The same interval in percent."""
-    low, high = wilson(right, total)
-    return 100 * low, 100 * high
+def share(right: float, total: float) -> tuple[float, Interval]:
+    """A share in percent, and its interval."""
+    return 100 * right / total, wilson(right, total)
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
@@ -51,8 +50,7 @@ def bootstrap(groups: Sequence[Sequence[float]]) -> Interval | None:
         return None
     chance = numpy.random.default_rng(SEED)
     means = [numpy.asarray(group)[chance.integers(len(group), size=(RESAMPLES, len(group)))].mean(1) for group in groups]
-    edges: list[float] = numpy.quantile(numpy.mean(means, 0), [(1 - SURE) / 2, (1 + SURE) / 2]).tolist()
-    return edges[0], edges[1]
+    return middle(numpy.mean(means, 0))
 
 
 def of_mean(values: Sequence[float]) -> Interval | None:
@@ -78,9 +76,14 @@ def resampled(counts: Sequence[Sequence[float]], value: Callable[[Sequence[float
     return numpy.array([value(sums) for sums in (times @ numpy.asarray(counts)).tolist()])
 
 
-def percent(sums: Sequence[float]) -> float:
+def sums(counts: Iterable[Sequence[float]]) -> list[float]:
+    """The sums over questions of the numbers that are given for each of them."""
+    return [sum(column) for column in zip(*counts, strict=True)]
+
+
+def percent(counts: Sequence[float]) -> float:
     """A share in percent, from a count and its total."""
-    return 100 * sums[0] / sums[1]
+    return 100 * counts[0] / counts[1]
 
 
 def of_share(counts: Sequence[Sequence[float]]) -> Interval:
@@ -89,8 +92,8 @@ def of_share(counts: Sequence[Sequence[float]]) -> Interval:
     shares = {one / total for one, total in counts}
     if len(shares) > 1 and not shares <= {0.0, 1.0}:
         return middle(resampled(counts, percent))
-    one, total = (sum(column) for column in zip(*counts, strict=True))
-    return wilson_percent(len(counts) * one / total, len(counts))
+    one, total = sums(counts)
+    return wilson(len(counts) * one / total, len(counts))
 
 
 def middle(values: Any) -> Interval:
@@ -109,15 +112,22 @@ def compare(one: str, other: str, interval: Interval | None, digits: int = 1, wo
     if interval is None:
         return f"{one} and {other}: too few prompts to tell a difference"
     shown = f"95 % interval of the difference {interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"
-    if interval[0] <= 0 <= interval[1]:
-        return f"{one} and {other}: no difference can be told ({shown})"
-    better, worse = (one, other) if interval[0] > 0 else (other, one)
-    return f"{better} {verb(word)} than {worse} ({shown})"
+    return in_words(one, other, (interval[0] > 0) - (interval[1] < 0), shown, word)
 
 
-def verb(word: str) -> str:
-    """The predicate of the system with more."""
-    return "is better" if word == "better" else f"has {word}"
+def in_words(one: str, other: str, lead: int, basis: str, word: str = "better") -> str:
+    """Which of two systems has more, by the sign of the `lead` of `one` (0: no difference can be told), on what `basis`."""
+    if not lead:
+        return f"{one} and {other}: no difference can be told ({basis})"
+    more, less = (one, other) if lead > 0 else (other, one)
+    return f"{more} {'is better' if word == 'better' else f'has {word}'} than {less} ({basis})"
+
+
+def compare_counts(one: str, other: str, only_one: int, only_other: int, basis: str, word: str = "better") -> str:
+    """The same by McNemar's test, whose result is added to the `basis`."""
+    chance = mcnemar(only_one, only_other)
+    lead = only_one - only_other if chance < 1 - SURE else 0
+    return in_words(one, other, lead, f"{basis}, McNemar p = {chance:.3f}", word)
 
 
 def compare_shares(right: dict[str, list[bool]], word: str = "better") -> list[str]:
@@ -130,11 +140,6 @@ def compare_shares(right: dict[str, list[bool]], word: str = "better") -> list[s
     for one, other in itertools.combinations(right, 2):
         pairs = list(zip(right[one], right[other], strict=True))
         counts = pairs.count((True, False)), pairs.count((False, True))
-        chance = mcnemar(*counts)
-        shown = f"only {one} {hit} {counts[0]}, only {other} {hit} {counts[1]}, McNemar p = {chance:.3f}"
-        if chance >= 1 - SURE:
-            lines.append(f"{one} and {other}: no difference can be told ({shown})")
-        else:
-            better, worse = (one, other) if counts[0] > counts[1] else (other, one)
-            lines.append(f"{better} {verb(word)} than {worse} ({shown})")
+        basis = f"only {one} {hit} {counts[0]}, only {other} {hit} {counts[1]}"
+        lines.append(compare_counts(one, other, *counts, basis, word))
     return lines

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from utils.datasets.prompts import Record
 from utils.evaluation.judge_scores import read_scores
@@ -54,29 +54,19 @@ def shown_order(systems: list[str], seed: int, prompt: int, repeat: int) -> list
 
 
 class Question(NamedTuple):
-    """A request to the judge: which prompt, which repeat, the order of systems, and the text."""
+    """A request to a judge: what it is about (first the position of the prompt), its name, and its text."""
 
-    prompt: int
-    repeat: int
-    order: list[str]
+    about: tuple[Any, ...]
+    name: str
     content: str
 
     def key(self, attempt: int) -> str:
         """Its key in the journal at attempt number `attempt`, counted from 0."""
-        return f"prompt {self.prompt + 1}, repeat {self.repeat + 1}, time {attempt + 1}"
-
-
-class Askable(Protocol):
-    """Any request to a judge: its text, and its key in the journal."""
-
-    @property
-    def content(self) -> str: ...
-
-    def key(self, attempt: int) -> str: ...
+        return f"prompt {self.about[0] + 1}, {self.name}, time {attempt + 1}"
 
 
 async def ask_for_verdict(
-    endpoint: Endpoint, asked: Askable, read: Callable[[str], T | None], reminder: str
+    endpoint: Endpoint, asked: Question, read: Callable[[str], T | None], reminder: str
 ) -> tuple[T | None, list[str], bool]:
     """Ask a judge until its verdict can be read, with a `reminder` from the second time on.
 
@@ -101,12 +91,13 @@ async def judge(endpoint: Endpoint, asked: Question) -> Judgement:
 
     Among several texts of the judge the one with the most certain scores counts; scores are not mixed.
     """
+    prompt, repeat, order = asked.about
     texts: list[str] = []
     best, reminder = None, ""
     for attempt in range(ASKED):
         reply = await endpoint.ask(asked.key(attempt), [{"role": "user", "content": asked.content + reminder}])
         texts.append(reply.text)
-        reading = read_scores("" if reply.finish == "refused" else reply.text, len(asked.order))
+        reading = read_scores("" if reply.finish == "refused" else reply.text, len(order))
         if best is None or len(reading.problems) < len(best.problems):
             best = reading
         if not reading.problems or reply.finish == "refused":
@@ -115,7 +106,7 @@ async def judge(endpoint: Endpoint, asked: Question) -> Judgement:
     assert best is not None
     problems = [f"refused: {reply.text}"] if reply.finish == "refused" else list(best.problems)
     problems += ["cut off (--max_tokens)"] if problems and reply.finish == "length" else []
-    return Judgement(asked.prompt, asked.repeat, asked.order, dict(zip(asked.order, best.scores, strict=True)), texts, problems)
+    return Judgement(prompt, repeat, order, dict(zip(order, best.scores, strict=True)), texts, problems)
 
 
 def questions(
@@ -127,7 +118,7 @@ def questions(
         for prompt, record in enumerate(records):
             order = shown_order(list(answers), seed, prompt, repeat)
             content = judge_prompt(record, [answers[system][prompt] for system in order], with_references)
-            found.append(Question(prompt, repeat, order, content))
+            found.append(Question((prompt, repeat, order), f"repeat {repeat + 1}", content))
     return found
 
 

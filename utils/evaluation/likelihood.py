@@ -11,13 +11,11 @@ from utils.console import UserError, progress, say
 from utils.datasets.encoding import encode
 from utils.datasets.prompts import Record
 from utils.evaluation.intervals import bootstrap, compare
-from utils.evaluation.tables import Row, Table, Values
+from utils.evaluation.tables import Row, Table
 from utils.inference.answerers import BASE, resolve, with_base
 from utils.inference.engine import Engine
 from utils.models.placement import place
 from utils.training.loss import full_loss
-
-Members = dict[str, list[int]]
 
 LONGEST = 1 << 20  # tokens: nothing is cut
 
@@ -62,7 +60,9 @@ def engine_where_possible(base_model: str, folders: Sequence[str | Path], load_8
         return None
 
 
-def table_of(engine: Engine, adapters: Sequence[str], records: Sequence[Record], members: Members) -> tuple[Table, list[str]]:
+def table_of(
+    engine: Engine, adapters: Sequence[str], records: Sequence[Record], members: dict[str, list[int]]
+) -> tuple[Table, list[str]]:
     """The mean log-likelihood of the references of each category, under the base and each adapter on it; and in words which of
     them differ.
 
@@ -81,9 +81,9 @@ def table_of(engine: Engine, adapters: Sequence[str], records: Sequence[Record],
     for category, positions in groups.items():
         kept = [position for position in positions if position not in too_long]
         if kept:
-            values: Values = {system: statistics.fmean(given[p] for p in kept) for system, given in found.items()}  # type: ignore[misc]
-            doubt = {system: bootstrap([[given[p] for p in kept]]) for system, given in found.items()}  # type: ignore[misc]
-            rows.append(Row(category, len(kept), values, doubt))
+            numbers: dict[str, list[Any]] = {system: [given[p] for p in kept] for system, given in found.items()}
+            means = {system: (statistics.fmean(of), bootstrap([of])) for system, of in numbers.items()}
+            rows.append(Row.of(category, len(kept), means))
     title = f"log-likelihood of the reference (nats per token; own template, {engine.placement.numbers})"
     everywhere = [position for position in asked if position not in too_long]
     lines = []

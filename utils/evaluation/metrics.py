@@ -11,8 +11,8 @@ from typing import Any
 
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import samples
-from utils.evaluation.intervals import FEWEST, Interval, compare, compare_shares, middle, resampled, wilson_percent
-from utils.evaluation.tables import Row, Table, Values
+from utils.evaluation.intervals import FEWEST, Interval, compare, compare_shares, middle, percent, resampled, sums, wilson
+from utils.evaluation.tables import Row, Table
 
 Pairs = list[tuple[str, str]]  # answers with their references
 DIGITS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
@@ -53,14 +53,14 @@ class Measure:
 
     def __call__(self, pairs: Pairs) -> float:
         """The value of answers with their references ("" if the metric needs none)."""
-        return self.value([sum(column) for column in zip(*self.count(pairs), strict=True)])
+        return self.value(sums(self.count(pairs)))
 
     def with_interval(self, pairs: Pairs) -> tuple[float, Interval | None]:
         """The value, and its 95 % interval (Wilson's for a share, else by resampling answers; None for a single answer)."""
         counts = self.count(pairs)
-        value = self.value([sum(column) for column in zip(*counts, strict=True)])
+        value = self.value(sums(counts))
         if self.yes_or_no:
-            return value, wilson_percent(sum(yes for yes, _ in counts), len(counts))
+            return value, wilson(*sums(counts))
         return value, middle(resampled(counts, self.value)) if len(counts) > 1 else None
 
 
@@ -77,13 +77,13 @@ def of_library(name: str, **settings: Any) -> Measure:
         answers, references = zip(*pairs, strict=True)
         return metric()._extract_corpus_statistics(answers, [references])
 
-    return Measure(count, lambda sums: metric()._compute_score_from_stats(sums).score)
+    return Measure(count, lambda counts: metric()._compute_score_from_stats(counts).score)
 
 
 def mean(of_one: Callable[[str, str], float], percent: bool = True) -> Measure:
     """The mean over answers of a number, which must be from 0 to 1 if given in percent."""
     factor = 100 if percent else 1
-    return Measure(lambda pairs: [(of_one(*pair), 1) for pair in pairs], lambda sums: factor * sums[0] / sums[1])
+    return Measure(lambda pairs: [(of_one(*pair), 1) for pair in pairs], lambda counts: factor * counts[0] / counts[1])
 
 
 def share(of_one: Callable[[str, str], bool]) -> Measure:
@@ -188,9 +188,7 @@ rouge_l = mean(common_share)
 exact = share(is_exact)
 length = mean(lambda answer, _: len(answer), percent=False)
 repetition = mean(repeated)
-chinese = Measure(
-    letters, lambda sums: 100 * sums[0] / sums[1] if sums[1] else 0.0
-)  # share of all letters, not the mean of shares
+chinese = Measure(letters, lambda counts: percent(counts) if counts[1] else 0.0)  # of all letters, not the mean of shares
 refusals = share(refuses)
 
 CLOSENESS = {"BLEU": bleu, "chrF": chrf, "ROUGE-L": rouge_l}
@@ -221,8 +219,7 @@ def measure(
         for category, positions in categories.items():
             if positions:
                 found = {system: one.with_interval(pairs_of(records, given, positions)) for system, given in answers.items()}
-                values: Values = {system: value for system, (value, _) in found.items()}
-                rows.append(Row(category, len(positions), values, {system: known for system, (_, known) in found.items()}))
+                rows.append(Row.of(category, len(positions), found))
         if rows:
             tables.append(Table(name, list(answers), rows, marked=name not in SHAPE))
             everywhere = [position for positions in categories.values() for position in positions]
@@ -246,7 +243,7 @@ def differences(one: Measure, counts: dict[str, list[Any]], neither_is_better: b
     if one.yes_or_no and all(len(systems) == 1 for systems in groups.values()):
         return compare_shares({system: [bool(yes) for yes, _ in found] for system, found in counts.items()}, word)
     pooled = {
-        name: [[sum(column) for column in zip(*of_one, strict=True)] for of_one in zip(*map(counts.get, systems), strict=True)]  # type: ignore[arg-type]
+        name: [sums(of_one) for of_one in zip(*map(counts.get, systems), strict=True)]  # type: ignore[arg-type]
         for name, systems in groups.items()
     }
     if any(len(found) < FEWEST for found in pooled.values()):

@@ -15,8 +15,8 @@ from utils.datasets.preferences import read_pairs
 from utils.datasets.prompts import Record
 from utils.datasets.templates import without_thoughts
 from utils.evaluation.answers import by_category, key_of
-from utils.evaluation.intervals import SURE, mcnemar, of_share, percent, wilson_percent
-from utils.evaluation.judging import ask_for_verdict, question
+from utils.evaluation.intervals import compare_counts, of_share, percent, share, sums
+from utils.evaluation.judging import Question, ask_for_verdict, question
 from utils.evaluation.ratings import Verdict, linked, ratings
 from utils.evaluation.tables import Row, Table
 from utils.inference.requests import Endpoint
@@ -63,41 +63,29 @@ def read_verdict(text: str) -> float | None:
     return values.pop() if len(values) == 1 else None
 
 
-class Question(NamedTuple):
-    """A request to the judge: which prompt, whose answer first and second, and the text."""
-
-    prompt: int
-    first: str
-    second: str
-    content: str
-
-    def key(self, attempt: int) -> str:
-        """Its key in the journal at attempt number `attempt`, counted from 0."""
-        return f"prompt {self.prompt + 1}, {self.first} before {self.second}, time {attempt + 1}"
-
-
 async def compare(endpoint: Endpoint, asked: Question) -> Comparison:
     """Have two answers compared in one order; if the verdict is unreadable, the judge is asked up to twice more."""
     outcome, texts, is_refused = await ask_for_verdict(endpoint, asked, read_verdict, REMINDER)
     problem = f"refused: {texts[-1]}" if is_refused else "no readable verdict" if outcome is None else ""
-    return Comparison(*asked[:3], outcome, texts, problem)
+    prompt, first, second = asked.about
+    return Comparison(prompt, first, second, outcome, texts, problem)
 
 
 def questions(records: list[Record], answers: dict[str, list[str]], with_references: bool) -> list[Question]:
     """The requests that compare each pair of systems on every prompt, in both orders, unless their answers are equal."""
-    return [
-        Question(
-            prompt, first, second, compare_prompt(record, answers[first][prompt], answers[second][prompt], with_references)
-        )
-        for prompt, record in enumerate(records)
-        for first, second in itertools.permutations(answers, 2)
-        if answers[first][prompt].strip() != answers[second][prompt].strip()
-    ]
+    found = []
+    for prompt, record in enumerate(records):
+        for first, second in itertools.permutations(answers, 2):
+            one, other = answers[first][prompt], answers[second][prompt]
+            if one.strip() != other.strip():
+                content = compare_prompt(record, one, other, with_references)
+                found.append(Question((prompt, first, second), f"{first} before {second}", content))
+    return found
 
 
 def compare_all(endpoint: Endpoint, asked: list[Question], answers: dict[str, list[str]]) -> list[Comparison]:
     """Ask the judge all questions; pairs that are not asked about have equal answers, and are ties."""
-    different = {one[:3] for one in asked}
+    different = {one.about for one in asked}
     ties = [
         Comparison(prompt, first, second, 0.5, [], "the answers are equal: a tie")
         for prompt in range(len(next(iter(answers.values()))))
@@ -177,18 +165,9 @@ def tabulate(judge: str, records: list[Record], systems: list[str], comparisons:
                 given[one].setdefault(prompt, []).append(outcome)
                 given[other].setdefault(prompt, []).append(1 - outcome)
         counts = {name: [(sum(one), len(one)) for one in by_prompt.values()] for name, by_prompt in given.items()}
-        values = {
-            name: percent([sum(column) for column in zip(*of, strict=True)]) if of else None for name, of in counts.items()
-        }
-        doubt = {name: of_share(of) if of else None for name, of in counts.items()}
-        rows.append(Row(category, len(members), values, doubt))
-    found = ratings(systems, verdicts(comparisons))
-    overall = Row(
-        "all",
-        len({one.prompt for one in comparisons}),
-        {name: rating for name, (rating, _) in found.items()},
-        {name: interval for name, (_, interval) in found.items()},
-    )
+        shares = {name: (percent(sums(of)), of_share(of)) if of else (None, None) for name, of in counts.items()}
+        rows.append(Row.of(category, len(members), shares))
+    overall = Row.of("all", len({one.prompt for one in comparisons}), ratings(systems, verdicts(comparisons)))
     titles = f"wins in %, a tie is half a win, by {judge}", f"Bradley–Terry rating by {judge}"
     return [Table(titles[0], systems, rows), Table(titles[1], systems, [overall], digits=0)]
 
@@ -205,11 +184,13 @@ def notes(judge: str, records: list[Record], answers: dict[str, list[str]], comp
     twice = [both for both in combined(asked).values() if len(both) == 2]
     if twice:
         agreed = sum(one == other for one, other in twice)
-        lines.append(f"{judge}: both orders agree in {share(agreed, len(twice))} of {len(twice)}")
+        lines.append(f"{judge}: both orders agree in {shown_share(agreed, len(twice))} of {len(twice)}")
     decided = [one for one in asked if one.outcome != 0.5]
     if decided:
         first = sum(one.outcome == 1.0 for one in decided)
-        lines.append(f"{judge}: position: the answer shown first wins {share(first, len(decided))} of {len(decided)} decided")
+        lines.append(
+            f"{judge}: position: the answer shown first wins {shown_share(first, len(decided))} of {len(decided)} decided"
+        )
     groups = [" and ".join(group) for group in linked(list(answers), verdicts(comparisons))]
     if len(groups) > 1:
         lines.append(f"{judge}: no comparison links {'; '.join(groups)}: ratings can be compared only within these")
@@ -226,7 +207,7 @@ def length_notes(judge: str, answers: dict[str, list[str]], decided: Sequence[Co
     ]
     if not unequal:
         return []
-    return [f"{judge}: length: the longer answer wins {share(sum(unequal), len(unequal))} of {len(unequal)} decided"]
+    return [f"{judge}: length: the longer answer wins {shown_share(sum(unequal), len(unequal))} of {len(unequal)} decided"]
 
 
 def differences(judge: str, systems: Sequence[str], comparisons: Sequence[Comparison]) -> list[str]:
@@ -238,15 +219,9 @@ def differences(judge: str, systems: Sequence[str], comparisons: Sequence[Compar
         means = [statistics.fmean(both) for (_, *pair), both in outcomes.items() if pair == names]
         means = [mean if names[0] == one else 1 - mean for mean in means]
         won, lost = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
-        if not means:
-            continue
-        chance = mcnemar(won, lost)
-        shown = f"{one}: {won} prompts won, {lost} lost, {len(means) - won - lost} tied, McNemar p = {chance:.3f}"
-        if chance >= 1 - SURE:
-            lines.append(f"{judge}: {one} and {other}: no difference can be told ({shown})")
-        else:
-            better, worse = (one, other) if won > lost else (other, one)
-            lines.append(f"{judge}: {better} is better than {worse} ({shown})")
+        if means:
+            basis = f"{one}: {won} prompts won, {lost} lost, {len(means) - won - lost} tied"
+            lines.append(f"{judge}: {compare_counts(one, other, won, lost, basis)}")
     return lines
 
 
@@ -263,7 +238,7 @@ def agreement(judges: Mapping[str, Sequence[Comparison]]) -> list[str]:
             continue
         pairs = [(first[key], second[key]) for key in common]
         agreed = sum(a == b for a, b in pairs)
-        line = f"{one} and {other} agree in {share(agreed, len(pairs))} of {len(pairs)} comparisons"
+        line = f"{one} and {other} agree in {shown_share(agreed, len(pairs))} of {len(pairs)} comparisons"
         kappa = cohen(pairs)
         lines.append(line + (f", Cohen's kappa {kappa:.2f}" if kappa is not None else ""))
     return lines
@@ -283,10 +258,10 @@ def cohen(pairs: Sequence[tuple[str, str]]) -> float | None:
     return None if chance == 1 else (observed - chance) / (1 - chance)
 
 
-def share(count: int, total: int) -> str:
+def shown_share(count: int, total: int) -> str:
     """A share in percent, with its interval."""
-    low, high = wilson_percent(count, total)
-    return f"{100 * count / total:.0f} % [{low:.0f}, {high:.0f}]"
+    value, (low, high) = share(count, total)
+    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
 
 
 def shown(one: Comparison, judge: str) -> str:

@@ -3,13 +3,12 @@
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from utils.datasets.prompts import Record
 from utils.datasets.templates import without_thoughts
 from utils.evaluation.answers import by_category
-from utils.evaluation.intervals import wilson_percent
-from utils.evaluation.judging import ask_for_verdict, question
+from utils.evaluation.intervals import share
+from utils.evaluation.judging import Question, ask_for_verdict, question
 from utils.evaluation.metrics import differences, refusals, refuses
 from utils.evaluation.tables import Row, Table
 from utils.inference.requests import Endpoint
@@ -27,45 +26,27 @@ VERDICT = re.compile(
 Verdicts = dict[str, list[bool | None]]  # for each system and prompt: whether it refused (None: unknown)
 
 
-class Asked(NamedTuple):
-    """A request to the judge: which prompt, whose answer, and the text."""
-
-    prompt: int
-    system: str
-    content: str
-
-    def key(self, attempt: int) -> str:
-        """Its key in the journal at attempt number `attempt`, counted from 0."""
-        return f"prompt {self.prompt + 1}, {self.system}, time {attempt + 1}"
-
-
 def by_wordings(answers: dict[str, list[str]]) -> Verdicts:
     """Verdicts by the usual Chinese and English wordings with which refusals begin."""
     return {system: [refuses(answer) for answer in given] for system, given in answers.items()}
 
 
-def questions(records: list[Record], answers: dict[str, list[str]]) -> list[Asked]:
+def questions(records: list[Record], answers: dict[str, list[str]]) -> list[Question]:
     """The requests that ask of each answer whether it refuses."""
     return [
-        Asked(prompt, system, f"{TASK}\n\n[问题]\n{question(record)}\n[问题完]\n\n[回答]\n{given[prompt]}\n[回答完]")
+        Question((prompt,), system, f"{TASK}\n\n[问题]\n{question(record)}\n[问题完]\n\n[回答]\n{given[prompt]}\n[回答完]")
         for system, given in answers.items()
         for prompt, record in enumerate(records)
     ]
 
 
-def by_judge(endpoint: Endpoint, asked: list[Asked], systems: Iterable[str]) -> Verdicts:
-    """A judge's verdicts on all questions."""
-    found = endpoint.gather([ask(endpoint, one) for one in asked], "judging refusals")
+def by_judge(endpoint: Endpoint, asked: list[Question], systems: Iterable[str]) -> Verdicts:
+    """A judge's verdicts on all questions; it is asked up to twice more if one is unreadable."""
+    jobs = [ask_for_verdict(endpoint, one, read_verdict, REMINDER) for one in asked]
     verdicts: Verdicts = {system: [] for system in systems}
-    for one, verdict in zip(asked, found, strict=True):
-        verdicts[one.system].append(verdict)
+    for one, (verdict, _, _) in zip(asked, endpoint.gather(jobs, "judging refusals"), strict=True):
+        verdicts[one.name].append(verdict)
     return verdicts
-
-
-async def ask(endpoint: Endpoint, asked: Asked) -> bool | None:
-    """Whether an answer refuses; if the verdict is unreadable, the judge is asked up to twice more."""
-    verdict, _, _ = await ask_for_verdict(endpoint, asked, read_verdict, REMINDER)
-    return verdict
 
 
 def read_verdict(text: str) -> bool | None:
@@ -86,10 +67,8 @@ def tabulate(records: list[Record], verdicts: Verdicts, judge: str) -> tuple[Tab
     for category, places in by_category(records).items():
         inside = [place for place in places if place in known]
         if inside:
-            counts = {system: sum(bool(verdicts[system][place]) for place in inside) for system in systems}
-            shares: dict[str, float | None] = {system: 100 * count / len(inside) for system, count in counts.items()}
-            doubt = {system: wilson_percent(count, len(inside)) for system, count in counts.items()}
-            rows.append(Row(category, len(inside), shares, doubt))
+            shares = {name: share(sum(bool(found[place]) for place in inside), len(inside)) for name, found in verdicts.items()}
+            rows.append(Row.of(category, len(inside), shares))
     pairs = {system: [(int(bool(verdicts[system][place])), 1) for place in sorted(known)] for system in systems}
     left_out = len(records) - len(known)
     notes = [f"{left_out} of {len(records)} prompts have an unreadable verdict, and are left out"] if left_out else []

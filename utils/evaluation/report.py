@@ -12,7 +12,7 @@ from typing import Any
 from utils import lineage
 from utils.console import say
 from utils.evaluation import tables as tabular
-from utils.evaluation.tables import LABELS, Row, Table, marks
+from utils.evaluation.tables import LABELS, Row, Table
 from utils.files import replacing
 
 ALL = "*"
@@ -143,13 +143,13 @@ def table(one: Table) -> str:
     """A table with the best values in bold, the second best starred, and small intervals beside them."""
     rows = [["类别 category", "样本数 n", *map(text, one.systems)]]
     for row in one.rows:
-        best, second = marks(row.values, one.digits) if one.marked else ([], [])
-        rows.append([text(row.label), str(row.samples), *(cell(one, row, name, best, second) for name in one.systems)])
+        rows.append([text(row.label), str(row.samples), *(cell(one, row, name) for name in one.systems)])
     return f"<h3>{text(one.title)}</h3>{grid(rows)}"
 
 
-def cell(one: Table, row: Row, system: str, best: list[str], second: list[str]) -> str:
+def cell(one: Table, row: Row, system: str) -> str:
     """One value of a table."""
+    best, second = one.marks(row)
     shown = text(one.shown(row.values.get(system))) + ("*" if system in second else "")
     return f"<td{' class=best' if system in best else ''}>{shown}<small>{text(one.doubt(row, system))}</small></td>"
 

@@ -35,6 +35,12 @@ class Row:
     values: Values
     intervals: Mapping[str, Interval | None] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(cls, category: str, samples: int, found: Mapping[str, tuple[float | None, Interval | None]]) -> "Row":
+        """A row from each system's value and interval."""
+        values, intervals = ({system: pair[part] for system, pair in found.items()} for part in (0, 1))
+        return cls(category, samples, values, intervals)  # type: ignore[arg-type]
+
     @property
     def label(self) -> str:
         """The category's Chinese name, for the ten that have one."""
@@ -53,6 +59,10 @@ class Table:
     rows: list[Row]
     digits: int = 1
     marked: bool = True
+
+    def marks(self, row: Row) -> tuple[list[str], list[str]]:
+        """The best and the second best systems of a row; nobody if more is not better."""
+        return marks(row.values, self.digits) if self.marked else ([], [])
 
     def telling(self, how: str) -> "Table":
         """The same table, with a title that tells how its numbers were made."""
@@ -88,7 +98,7 @@ def markdown(table: Table) -> str:
     """The table as Markdown, with bold and stars."""
 
     def cells(row: Row) -> list[str]:
-        best, second = marks(row.values, table.digits) if table.marked else ([], [])
+        best, second = table.marks(row)
         texts = []
         for system in table.systems:
             text = table.shown(row.values.get(system))
@@ -137,8 +147,7 @@ def comma_separated(tables: list[Table]) -> str:
     for table in tables:
         for row in table.rows:
             numbers = ["" if value is None else table.shown(value) for value in map(row.values.get, systems)]
-            best, second = marks(row.values, table.digits) if table.marked else ([], [])
-            names = ["; ".join(best), "; ".join(second)]
+            names = ["; ".join(systems) for systems in table.marks(row)]
             known = [row.intervals.get(system) for system in doubtful]
             limits = [table.shown(edge) if edge is not None else "" for pair in known for edge in (pair or (None, None))]
             writer.writerow([table.title, row.category, row.label, row.samples, *numbers, *names, *limits])
@@ -149,7 +158,7 @@ def as_json(table: Table) -> dict[str, Any]:
     """The table as JSON values, unrounded."""
     rows = []
     for row in table.rows:
-        best, second = marks(row.values, table.digits) if table.marked else ([], [])
+        best, second = table.marks(row)
         values = {system: row.values.get(system) for system in table.systems}
         found: dict[str, Any] = {"category": row.category, "label": row.label, "samples": row.samples, "values": values}
         found |= {"intervals": row.intervals} if row.intervals else {}

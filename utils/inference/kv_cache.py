@@ -240,6 +240,14 @@ def families(prompts: list[Ids]) -> list[list[int]]:
     return list(found.values())
 
 
+def common(one: Ids, other: Ids) -> int:
+    """The number of tokens that two texts begin with in common."""
+    size = min(len(one), len(other))
+    if one[:size] == other[:size]:
+        return size
+    return next(place for place in range(size) if one[place] != other[place])
+
+
 def common_opening(prompts: list[Ids]) -> Ids:
     """The common beginning of all prompts, such as a template's preamble, leaving at least one token of each.
 
@@ -247,8 +255,8 @@ def common_opening(prompts: list[Ids]) -> Ids:
     """
     if len(prompts) < 2:
         return []
-    low, high = min(prompts), max(prompts)
-    shared = next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+    low = min(prompts)
+    shared = common(low, max(prompts))
     return low[: min(shared, min(map(len, prompts)) - 1)] if shared >= WORTHWHILE else []
 
 

@@ -18,7 +18,7 @@ import torch
 from utils.console import UserError, reason
 from utils.inference.decoding import Step, choose, penalize, penalties
 from utils.inference.engine import Engine, seed
-from utils.inference.kv_cache import WORTHWHILE, Ids
+from utils.inference.kv_cache import WORTHWHILE, Ids, common
 from utils.inference.sampling_params import SamplingParams
 from utils.inference.shared_forward import Part, SharedForward, Text
 from utils.memory import is_out_of_memory
@@ -342,11 +342,3 @@ class Scheduler:
             text.cut(shared)
             return text
         return text.opening(shared)
-
-
-def common(one: Ids, other: Ids) -> int:
-    """The number of tokens that two texts begin with in common."""
-    size = min(len(one), len(other))
-    if one[:size] == other[:size]:
-        return size
-    return next(place for place in range(size) if one[place] != other[place])
