@@ -12,7 +12,7 @@ from utils.datasets.sources import is_hub_name
 from utils.datasets.templates import CHAT, PROMPTS, Prompter
 from utils.files import read_json
 from utils.models import quantized
-from utils.models.tokenizer_files import CONFIG, TEMPLATE
+from utils.models.tokenizer_files import CONFIG, TEMPLATE, has_tokenizer
 from utils.models.weights import base_folder, refuse_adapter, weight_files
 
 BASE = "base"  # the name of the model without an adapter
@@ -128,9 +128,7 @@ def choose_template(given: str, known: dict[str, Any] | None, folder: str) -> st
 
 def tokenizer_home(answerer: ChatModel, base_model: str) -> str | Path:
     """The folder of an answerer's tokenizer: the adapter's if it has one, else the base's."""
-    if answerer.folder and any((answerer.folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        return answerer.folder
-    return base_model
+    return answerer.folder if answerer.folder and has_tokenizer(answerer.folder) else base_model
 
 
 def labels(folders: Sequence[str]) -> list[str]:

@@ -46,12 +46,9 @@ def decode(
     `is_finished` tells from an answer's ids so far whether its last token ends it. Each prompt has its own seed, so
     what is sampled for it does not depend on the others. To end the computation, close the iterator.
     """
-    batch = start_decoding(model, prompts)
-    processors = penalties(settings)
-    if settings.num_beams > 1:
-        yield from search_beams(batch, prompts, limits, settings, processors, is_finished, seeds)
-    else:
-        yield from search_single(batch, prompts, limits, settings, processors, is_finished, seeds)
+    search, batch = search_beams if settings.num_beams > 1 else search_single, start_decoding(model, prompts)
+    generators = [torch.Generator(batch.logits.device).manual_seed(seed) for seed in seeds]
+    yield from search(batch, prompts, limits, settings, is_finished, generators)
 
 
 def penalties(settings: SamplingParams) -> LogitsProcessorList:
@@ -111,13 +108,11 @@ def search_single(
     prompts: list[Ids],
     limits: list[int],
     settings: SamplingParams,
-    processors: LogitsProcessorList,
     is_finished: Callable[[Ids], bool],
-    seeds: list[int],
+    generators: list[torch.Generator],
 ) -> Iterator[Step]:
     """The likeliest token, or a sampled one, at each step of each row."""
-    rows = list(range(len(prompts)))
-    generators = [torch.Generator(batch.logits.device).manual_seed(seed) for seed in seeds]
+    rows, processors = list(range(len(prompts))), penalties(settings)
     answers: list[Ids] = [[] for _ in prompts]
     while rows:
         scores = penalize(batch.logits, [prompts[row] + answers[row] for row in rows], processors)
@@ -174,13 +169,11 @@ def search_beams(
     prompts: list[Ids],
     limits: list[int],
     settings: SamplingParams,
-    processors: LogitsProcessorList,
     is_finished: Callable[[Ids], bool],
-    seeds: list[int],
+    generators: list[torch.Generator],
 ) -> Iterator[Step]:
     """Beam search, or beam sampling with `do_sample`: `num_beams` texts for each prompt, the best of which is its answer."""
-    rows = list(range(len(prompts)))
-    generators = [torch.Generator(batch.logits.device).manual_seed(seed) for seed in seeds]
+    rows, processors = list(range(len(prompts))), penalties(settings)
     beams = [Beams(settings.num_beams, limit) for limit in limits]
     while rows:
         width = len(beams[rows[0]].running)  # 1 at the first step, then `num_beams`
@@ -189,8 +182,7 @@ def search_beams(
         wanted = min(2 * settings.num_beams, scores.shape[1])  # enough to continue if every beam could end
         best, tokens = top_k_top_p(scores, settings, 2) if settings.samples else scores.topk(wanted, dim=1)
         sums = torch.tensor([[score for score, _ in beams[row].running] for row in rows], device=scores.device)
-        best = best + sums.view(-1, 1)
-        ranked = best
+        best = ranked = best + sums.view(-1, 1)
         if settings.samples:
             ranked = best + gumbel_noise(tokens, scores.shape[1], [generators[row] for row in rows])
         best, ranked = best.view(len(rows), -1), ranked.view(len(rows), -1)

@@ -111,8 +111,9 @@ def name_there(name: str, served: Mapping[str, str]) -> str:
 
     Ollama lists a model without a tag as NAME:latest. A server that lists no adapters may have one of its model, BASE:NAME.
     """
-    if name in served or f"{name}:latest" in served:
-        return served.get(name) or served[f"{name}:latest"]
+    for listed in (name, f"{name}:latest"):
+        if listed in served:
+            return served[listed]
     lists_adapters = any(one != there for one, there in served.items())
     of_base = not lists_adapters and any(name.startswith(f"{one}:") for one in served)
     return name if name in served.values() or of_base else ""
