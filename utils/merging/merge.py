@@ -109,9 +109,8 @@ def write_rest(plan: MergePlan, folder: Path) -> None:
         from utils.models.tokenizer import read_tokenizer, save_tokenizer
 
         tokenizer = read_tokenizer(plan.tokenizer)
-        save_tokenizer(
-            tokenizer, plan.tokenizer, folder
-        )  # before config.json exists, which makes transformers import much more
+        # before config.json exists, which makes transformers import much more
+        save_tokenizer(tokenizer, plan.tokenizer, folder)
         set_special_ids(config, tokenizer, "config.json")
     if any(file.endswith(".pth") for file in plan.files):
         write_json(folder / "params.json", meta_writer.params_of(config))
@@ -168,28 +167,19 @@ def set_special_ids(config: dict[str, Any], tokenizer: Any, name: str) -> None:
 
 def write_lineage(plan: MergePlan, folder: Path, options: Any, began: float, combined: dict[str, Any]) -> None:
     """Record in `lineage.json` what was merged, with hashes; `combined`: facts about adapters that were combined before."""
-    adapters = [
-        {
-            "name": str(adapter.folder),
-            "sha256": adapter.hashes,
-            "lineage": lineage.read(adapter.folder),
-        }
-        for adapter in plan.adapters
-    ]
+    adapters = [{"name": str(one.folder), "sha256": one.hashes, "lineage": lineage.read(one.folder)} for one in plan.adapters]
+    hashes = {name: sha256(folder / name) for name in FILES if (folder / name).is_file()}
+    changed = sum(recipe.changed for recipe in plan.recipes.values())
     facts = {
         "base": {"name": options.base_model, "fingerprint": plan.fingerprint},
         **(combined or {"adapters": adapters}),
-        "tokenizer": plan.tokenizer
-        and {
-            "name": str(plan.tokenizer),
-            "sha256": {name: sha256(folder / name) for name in FILES if (folder / name).is_file()},
-        },
-        "results": {"bytes": plan.size, "tensors": len(plan.recipes), "changed": sum(r.changed for r in plan.recipes.values())},
+        "tokenizer": {"name": str(plan.tokenizer), "sha256": hashes} if plan.tokenizer else None,
+        "results": {"bytes": plan.size, "tensors": len(plan.recipes), "changed": changed},
     }
     lineage.write(folder, lineage.describe("merge", options, began, **facts))
 
 
 def summary(plan: MergePlan, output_dir: str, seconds: float) -> str:
-    """Print the last line: how much was written, how fast, and with how much memory."""
+    """The last line to print: how much was written, how fast, and with how much memory."""
     speed = f"{plan.size / 1e9:.2f} GB in {seconds:.1f} s, {plan.size / 1e6 / seconds:.0f} MB/s"
     return f"done: {output_dir}, {speed}, peak memory {peak_memory() / 1e6:.0f} MB"

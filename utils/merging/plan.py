@@ -138,23 +138,14 @@ def plan_recipes(weights: Weights, find: Finder, adapters: list[Adapter]) -> tup
     An output layer that is tied to the embeddings starts as these. What an adapter changes in the embeddings also
     changes it where peft would do so: when the embeddings were resized and saved, or with `ensure_weight_tying`.
     """
-    recipes = {name: Recipe(weights, name, (weights.shape(name), weights.dtype(name))) for name in weights.names}
-    if find.tied_head and find.embedding:
-        recipes[find.tied_head] = Recipe(weights, find.embedding, recipes[find.embedding].kind)
+    sources = find.with_tied_head({name: name for name in weights.names})
+    recipes = {name: Recipe(weights, source, weights.kind(source)) for name, source in sources.items()}
     embeddings = [name for name in find.embeddings if name in recipes]
     rows = [max((recipes[name].kind[0][0] for name in embeddings), default=0)]
     for adapter in adapters:
         changes = adapter.changes({name: recipe.kind for name, recipe in recipes.items()}, find)
-        both = adapter.settings.get("ensure_weight_tying") or not adapter.is_trained_copy(find.embedding)
-        if find.tied_head in recipes and find.tied_head not in changes and both:
-            moved = changes.get(find.embedding, [])
-            shared: list[Change] = (
-                moved
-                if adapter.settings.get("ensure_weight_tying")
-                else [c for c in moved if isinstance(c, (Replace, ReplaceRows))]
-            )
-            if shared:
-                changes[find.tied_head] = shared
+        if find.tied_head in recipes and find.tied_head not in changes and (shared := shared_with_head(adapter, find, changes)):
+            changes[find.tied_head] = shared
         for name, found in changes.items():
             replacing = [change for change in found if isinstance(change, Replace)]
             if replacing and recipes[name].changes:
@@ -167,6 +158,16 @@ def plan_recipes(weights: Weights, find: Finder, adapters: list[Adapter]) -> tup
             recipes[name].changes += found
         rows.append(max((recipes[name].kind[0][0] for name in embeddings), default=0))
     return recipes, rows
+
+
+def shared_with_head(adapter: Adapter, find: Finder, changes: dict[str, list[Change]]) -> list[Change]:
+    """The adapter's changes in the embeddings that peft would also make in an output layer that is tied to them."""
+    moved = changes.get(find.embedding, [])
+    if adapter.settings.get("ensure_weight_tying"):
+        return moved
+    if adapter.is_trained_copy(find.embedding):
+        return []
+    return [change for change in moved if isinstance(change, (Replace, ReplaceRows))]
 
 
 def choose_tokenizer(base: Path, adapters: list[Adapter], rows: list[int]) -> Path | None:
@@ -242,19 +243,15 @@ def grow_missing_rows(recipes: dict[str, Recipe], find: Finder, base: Path, toke
 
 def untie(recipes: dict[str, Recipe], find: Finder, config: dict[str, Any], keep_head: bool) -> None:
     """Put the output layer into the merged model if necessary, and set `tie_word_embeddings` to whether it is tied."""
-    if find.tied_head in recipes:
-        if same_changes(recipes[find.embedding].changes, recipes[find.tied_head].changes):
-            if not keep_head:
-                del recipes[find.tied_head]
-        else:
-            say(f"{find.tied_head} now differs from {find.embedding}: tie_word_embeddings becomes false")
-            config["tie_word_embeddings"] = False
-    elif (
-        find.stored_head
-        and find.embedding
-        and not same_changes(recipes[find.stored_head].changes, recipes[find.embedding].changes)
-    ):
+    head = find.tied_head or find.stored_head
+    if head not in recipes or not find.embedding:
+        return
+    if not same_changes(recipes[find.embedding].changes, recipes[head].changes):
+        if find.tied_head:
+            say(f"{head} now differs from {find.embedding}: tie_word_embeddings becomes false")
         config["tie_word_embeddings"] = False
+    elif find.tied_head and not keep_head:
+        del recipes[head]
 
 
 def describe_dtype(config: dict[str, Any], recipes: dict[str, Recipe]) -> None:

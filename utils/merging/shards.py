@@ -126,5 +126,5 @@ def read_back(file: Path, kinds: dict[str, Kind], pieces: list[Piece]) -> None:
                     f"{file.name}: {piece.name} reads back differently from what was written; check the disk, and merge again"
                 )
     found = Weights(file.parent, [file])
-    if {name: (found.shape(name), found.dtype(name)) for name in found.names} != kinds:
+    if {name: found.kind(name) for name in found.names} != kinds:
         raise UserError(f"{file.name}: holds other tensors than those written; check the disk, and merge again")

@@ -22,11 +22,8 @@ PROMPTS = (
     "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。",
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))",
 )
-MOST = {
-    torch.float32: 0.001,
-    torch.float16: 0.02,
-    torch.bfloat16: 0.1,
-}  # the most that rounding each weight once may change the scores
+# the most that rounding each weight once may change the scores
+MOST = {torch.float32: 0.001, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @torch.no_grad()

@@ -15,7 +15,9 @@ from utils.models.architecture import meta_model, read_architecture
 from utils.models.layers import embedding_names
 from utils.models.placement import DeviceConfig
 from utils.models.sharding import wants_fsdp
+from utils.models.tokenizer import end_tokens, load_tokenizer
 from utils.models.tokenizer_files import too_many_tokens
+from utils.models.vocabulary import check_extends, grow_embeddings
 from utils.models.weights import base_folder, has_weights, tell_adapter, weight_files
 
 if TYPE_CHECKING:
@@ -59,18 +61,18 @@ def load_base(
         spread.tell(model, base_model)
     if getattr(model, "is_loaded_in_4bit", False):
         prepare_4bit(model, placement)
-    for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token = getattr(tokenizer, kind)
-        for config in (model.config, model.generation_config):
-            if config is not None:
-                setattr(config, kind, token)
-    from utils.models.tokenizer import end_tokens
-
-    ends = end_tokens(base_model, tokenizer)
-    if len(ends) > 1:
-        for config in filter(None, (model.config, model.generation_config)):
-            config.eos_token_id = ends
+    take_special_ids(model, tokenizer, base_model)
     return model
+
+
+def take_special_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", base_model: str) -> None:
+    """Put the tokenizer's special ids into a model's configuration; of tokens that end answers, all that there are."""
+    ids = {kind: getattr(tokenizer, kind) for kind in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = end_tokens(base_model, tokenizer)
+    ids |= {"eos_token_id": ends} if len(ends) > 1 else {}
+    for config in filter(None, (model.config, model.generation_config)):
+        for kind, token in ids.items():
+            setattr(config, kind, token)
 
 
 def load_checked(base_model: str, folder: Path, **options: Any) -> "PreTrainedModel":
@@ -186,9 +188,6 @@ def check_new_tokens(
     rows, layers = model.get_input_embeddings().weight.shape[0], embedding_names(model)
     if len(tokenizer) <= rows:
         return
-    from utils.models.tokenizer import load_tokenizer
-    from utils.models.vocabulary import check_extends
-
     if not {name.split(".")[-1] for name in trained_whole} & set(layers):
         raise UserError(
             f"{base_model}: has {rows} embedding rows for a tokenizer of {len(tokenizer)} tokens; to train the new ones "
@@ -201,9 +200,6 @@ def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
     """Give a model embedding rows for a tokenizer with more tokens than the base's, for which `check_new_tokens` holds."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        from utils.models.tokenizer import load_tokenizer
-        from utils.models.vocabulary import grow_embeddings
-
         grow_embeddings(model, load_tokenizer(base_model), tokenizer)
         say(f"{base_model}: {len(tokenizer) - rows} embedding rows added for new tokens, each the mean of the rows it replaces")
     check_vocabulary(model, tokenizer, base_model)

@@ -5,7 +5,7 @@ import functools
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.console import say
 from utils.files import write_json
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
 
+T = TypeVar("T")
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
 HEADS = ("lm_head", "embed_out")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -148,6 +149,10 @@ class Finder:
         if is_head and (self.stored_head or self.tied_head):
             return self.stored_head or self.tied_head
         return self._asked.stored.get(name, "")
+
+    def with_tied_head(self, known: dict[str, T]) -> dict[str, T]:
+        """What is `known` of the base's tensors, by name, completed with a tied output layer, which is as the embeddings."""
+        return known | {self.tied_head: known[self.embedding]} if self.tied_head and self.embedding else dict(known)
 
     def missing(self) -> list[str]:
         """The model's names of tensors that the files lack: those that other layers have, and those outside of layers; all, if

@@ -70,6 +70,29 @@ def place(
     float16; a CPU in float32. Raises UserError if 8 and 4 bit are both asked for, if a GPU is not there or cannot
     compute in `dtype` or with `kernel`, or if accelerate is configured for what this program does not do.
     """
+    check_asked(load_8bit, load_4bit, device_map)
+    device, fast = fastest_device(gpu_id)
+    if device.type == "cuda" and load_8bit is None:
+        load_8bit = not load_4bit and not wants_fsdp()
+    if device.type == "npu" and (load_8bit or load_4bit):
+        raise UserError(f"--load_{8 if load_8bit else 4}bit: has no kernels for an Ascend NPU; leave it out")
+    if device_map and device.type == "mps":
+        raise UserError("--device_map auto: Apple's GPU shares all of the machine's memory; leave it out")
+    if dtype == "bfloat16" and device.type == "cuda" and fast != torch.bfloat16:
+        raise UserError("--dtype bfloat16: this GPU has no instructions for it; give --dtype float16")
+    if dtype == "float16" and device.type == "cpu":
+        raise UserError("--dtype float16: not supported on a CPU; give --dtype bfloat16 or float32")
+    if kernel == FLASH and not has_flash_attention(device):
+        raise UserError(
+            f"--attn_implementation {FLASH}: needs the package flash-attn and a GPU of compute capability 8.0 (Ampere) or "
+            "later; leave it out, or give sdpa"
+        )
+    quantize = "8bit" if load_8bit else "4bit" if load_4bit else None
+    return DeviceConfig(device, getattr(torch, dtype) if dtype else fast, quantize, device_map == "auto", kernel)
+
+
+def check_asked(load_8bit: bool | None, load_4bit: bool, device_map: str) -> None:
+    """Raises UserError if what is asked for cannot be done on any device, or not as accelerate is configured."""
     if load_8bit and load_4bit:
         raise UserError("--load_8bit and --load_4bit: both given; choose one")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
@@ -86,35 +109,22 @@ def place(
             "--device_map auto: one process spreads the model over all GPUs; start without torchrun, or leave it out "
             "(docs/distributed.md: FSDP)"
         )
+
+
+def fastest_device(gpu_id: int | None) -> tuple[torch.device, torch.dtype]:
+    """The device to compute on, and the dtype that it is fast in."""
     if torch.cuda.is_available():
         device = torch.device("cuda", cuda_index(gpu_id))
         with torch.cuda.device(device):
             has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        fast = torch.bfloat16 if has_bfloat16 else torch.float16
-        load_8bit = load_8bit if load_8bit is not None else not load_4bit and not wants_fsdp()
-    elif has_npu():
+        return device, torch.bfloat16 if has_bfloat16 else torch.float16
+    if has_npu():
         device = torch.device("npu", cuda_index(gpu_id))
-        fast = torch.bfloat16 if torch.npu.is_bf16_supported() else torch.float16
         say(f"{device}: an Ascend NPU, found through torch_npu; not tested on this hardware")
-        if load_8bit or load_4bit:
-            raise UserError(f"--load_{8 if load_8bit else 4}bit: has no kernels for an Ascend NPU; leave it out")
-    elif torch.backends.mps.is_available():
-        device, fast = torch.device("mps"), torch.float16
-    else:
-        device, fast = torch.device("cpu"), torch.float32
-    if device_map and device.type == "mps":
-        raise UserError("--device_map auto: Apple's GPU shares all of the machine's memory; leave it out")
-    if dtype == "bfloat16" and device.type == "cuda" and fast != torch.bfloat16:
-        raise UserError("--dtype bfloat16: this GPU has no instructions for it; give --dtype float16")
-    if dtype == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16: not supported on a CPU; give --dtype bfloat16 or float32")
-    if kernel == FLASH and not has_flash_attention(device):
-        raise UserError(
-            f"--attn_implementation {FLASH}: needs the package flash-attn and a GPU of compute capability 8.0 (Ampere) or "
-            "later; leave it out, or give sdpa"
-        )
-    quantize = "8bit" if load_8bit else "4bit" if load_4bit else None
-    return DeviceConfig(device, getattr(torch, dtype) if dtype else fast, quantize, device_map == "auto", kernel)
+        return device, torch.bfloat16 if torch.npu.is_bf16_supported() else torch.float16
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), torch.float16
+    return torch.device("cpu"), torch.float32
 
 
 def has_flash_attention(device: torch.device) -> bool:

@@ -71,7 +71,7 @@ class Weights:
             check_filled(file, opened)
             for name in opened.keys():  # noqa: SIM118, a safetensors file is not a mapping
                 self._homes[name] = file
-                self._kinds[name] = kind(opened, name)
+                self._kinds[name] = kind_in(opened, name)
         self.names = sorted(self._homes)
         index = self.folder / f"{SAFETENSORS if self.files[0].suffix == '.safetensors' else PICKLED}.index.json"
         missing = sorted(homes_in(index).keys() - self._homes.keys()) if index.is_file() and not files else []
@@ -85,6 +85,10 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which one tensor is stored."""
         return self._kinds[name][1]
+
+    def kind(self, name: str) -> Kind:
+        """One tensor's shape and dtype."""
+        return self.shape(name), self.dtype(name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in its stored dtype."""
@@ -144,8 +148,8 @@ class Unmapped(dict):
     """Tensors of a file that cannot be mapped, so that all are in memory."""
 
 
-def kind(opened: Any, name: str) -> Kind:
-    """Shape and type of a tensor of an opened file, without reading it. Raises UserError for types unknown to torch."""
+def kind_in(opened: Any, name: str) -> Kind:
+    """Shape and dtype of a tensor of an opened file, without reading it. Raises UserError for types unknown to torch."""
     if isinstance(opened, dict):
         return tuple(opened[name].shape), opened[name].dtype
     part = opened.get_slice(name)
