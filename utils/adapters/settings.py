@@ -31,6 +31,7 @@ OTHER_SETTINGS = {  # known to peft, without effect on a saved adapter
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
 }
+SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -102,11 +103,6 @@ def is_amount(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def is_share(value: Any) -> bool:
-    """True for a number from 0 to 1."""
-    return value == 0 or (is_amount(value) and value <= 1)
-
-
 def is_pattern(text: Any) -> bool:
     """True for a regular expression."""
     try:
@@ -131,20 +127,16 @@ def patterns_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(is_pattern(key) and is_right(value[key]) for key in value)
 
 
-def is_start(value: Any) -> bool:
-    """True for the name of an initialization of adapters."""
-    return isinstance(value, str) and (value.lower() in KEEPS_BASE or value.lower().startswith(CHANGES_BASE))
-
-
-def is_flag(value: Any) -> bool:
-    """True for true and false."""
-    return isinstance(value, bool)
+def is_initialization(value: Any) -> bool:
+    """True for a way to initialize adapters: by name, or one of peft's two defaults."""
+    named = isinstance(value, str) and (value.lower() in KEEPS_BASE or value.lower().startswith(CHANGES_BASE))
+    return named or isinstance(value, bool)
 
 
 KINDS: dict[str, Callable[[Any], bool]] = {
     "r": is_rank,
     "lora_alpha": is_amount,
-    "lora_dropout": is_share,
+    "lora_dropout": lambda value: value == 0 or (is_amount(value) and value <= 1),
     "rank_pattern": patterns_of(is_rank),
     "alpha_pattern": patterns_of(is_amount),
     "target_modules": lambda value: is_names(value) or is_pattern(value),
@@ -155,9 +147,9 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "layers_pattern": lambda value: isinstance(value, str) or is_names(value),
     "trainable_token_indices": lambda value: all(map(is_numbers, value.values() if isinstance(value, dict) else [value])),
     "bias": lambda value: value in ("none", "all", "lora_only"),
-    "init_lora_weights": lambda value: isinstance(value, bool) or is_start(value),
+    "init_lora_weights": is_initialization,
     "task_type": lambda value: value in TASKS,
-    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"), is_flag),
+    **dict.fromkeys(SWITCHES, lambda value: isinstance(value, bool)),
 }  # fmt: skip
 
 
