@@ -15,7 +15,7 @@ from utils.datasets.templates import Prompter, split_thinking
 from utils.evaluation import choices
 from utils.evaluation.answers import grouped
 from utils.evaluation.intervals import share
-from utils.evaluation.metrics import CLOSENESS, final_number
+from utils.evaluation.metrics import CLOSENESS, is_exact
 from utils.evaluation.training_questions import TrainingQuestions, reference_of
 from utils.inference.answerers import BASE
 from utils.inference.engine import Engine
@@ -123,7 +123,7 @@ class Evaluator:
         edges = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "unknown for a single prompt"
         shown = f"chrF {value:.1f} ({basis} {edges})"
         if "eval_exact" in self.scores:
-            right = sum(final_number(text) == final_number(reference) for text, reference in pairs)
+            right = sum(is_exact(text, reference) for text, reference in pairs)
             scores["eval_exact"], (low, high) = share(right, len(pairs))
             shown += f", exact numbers {scores['eval_exact']:.1f} % ({low:.1f} to {high:.1f})"
         return scores, shown

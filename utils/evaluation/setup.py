@@ -64,8 +64,8 @@ def find_answers(options: Options) -> tuple[dict[str, Path], dict[str, Path]]:
         named_files(options.held_out, list(steps))  # so that a wrong one is refused before anything is computed
         missing = [str(folder) for folder in steps.values() if not result_files(folder)]
         command = f"python generate.py --is_ui False --test_input_path test_data --lora_weights {','.join(missing)}"
-        asked = options.judge_model or options.votes or options.metrics or options.run_code or options.answers
-        asked = asked or options.refusals
+        needing = ("judge_model", "votes", "metrics", "run_code", "answers", "refusals")
+        asked = any(getattr(options, name) for name in needing)
         if missing and (asked or (len(missing) < len(steps) and not options.held_out)):
             raise UserError(f"{','.join(missing)}: has no {RESULT}; make it with {command}")
         if missing:
@@ -198,11 +198,7 @@ def have_compared(
 
 
 def have_found_refusals(
-    options: Options,
-    findings: "Findings",
-    prompts: list["Record"],
-    answers: dict[str, list[str]],
-    asked: Judge | None,
+    options: Options, findings: "Findings", prompts: list["Record"], answers: dict[str, list[str]], asked: Judge | None
 ) -> None:
     """Count refused prompts, by the judge or by the answers' wording; write the shares by category."""
     from utils.evaluation import refusals
