@@ -39,7 +39,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     here = glob.escape(socket.gethostname())
     for left in path.parent.glob(f".{glob.escape(path.name)}.{here}.*.part"):
-        if not is_running(int(left.name.split(".")[-2])):
+        if not psutil.pid_exists(int(left.name.split(".")[-2])):
             left.unlink(missing_ok=True)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
@@ -91,11 +91,6 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         with undisturbed():
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-
-
-def is_running(process: int) -> bool:
-    """True if this machine has a process of that number."""
-    return psutil.pid_exists(process)
 
 
 def sync(path: Path) -> None:
@@ -255,7 +250,7 @@ def take(file: IO[str], folder: str | Path, name: Path) -> None:
     file.seek(0)
     before, here = file.read(), socket.gethostname()
     process = before.split()[1] if before.endswith(f" on {here}") else ""
-    if not has_locks and process.isdigit() and int(process) != os.getpid() and is_running(int(process)):
+    if not has_locks and process.isdigit() and int(process) != os.getpid() and psutil.pid_exists(int(process)):
         raise UserError(f"{folder}: in use by {before}; wait for it, or choose another folder")
     if before and not before.endswith(f" on {here}"):
         raise UserError(f"{folder}: in use by {before}; wait for it, or delete {name} if that run has ended")

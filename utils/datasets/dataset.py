@@ -25,6 +25,7 @@ from datasets.arrow_writer import ArrowWriter
 from utils.console import UserError, progress, say
 from utils.datasets.encoders import DocumentEncoder, Encoder
 from utils.datasets.encoding import IGNORED
+from utils.datasets.items import in_batches
 from utils.datasets.sources import sources, validation_size, weighted
 from utils.files import digest, replacing
 
@@ -127,7 +128,7 @@ def encode_file(encoder: Encoder | DocumentEncoder, file: Path, content: str, ke
     else:
         bar = progress(desc=f"encoding {file.name}", unit=" records")
         with replacing(path) as aside, ArrowWriter(path=str(aside), features=encoder.features) as writer, bar:
-            for rows in encode_chunks(encoder, chunks(encoder.read(file))):
+            for rows in encode_chunks(encoder, in_batches(encoder.read(file), CHUNK)):
                 writer.write_table(rows)
                 bar.update(len(rows))
             writer.finalize()
@@ -145,12 +146,6 @@ def can_keep(folder: Path) -> bool:
         say(f"{folder}: cannot be written to; encoded records are not kept for later runs")
         return False
     return True
-
-
-def chunks(records: Iterator[Any]) -> Iterator[list[Any]]:
-    """The records in lists of CHUNK."""
-    while chunk := list(itertools.islice(records, CHUNK)):
-        yield chunk
 
 
 def encode_chunks(encoder: Encoder | DocumentEncoder, chunks: Iterator[list[Any]]) -> Iterator[pa.Table]:

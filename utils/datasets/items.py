@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import orjson
 
@@ -15,6 +15,7 @@ from utils.console import UserError
 
 BOM = b"\xef\xbb\xbf"
 LONGEST = 1 << 24  # bytes of a line or an element, several times what a record may have; more is no data, or made to harm
+T = TypeVar("T")
 BATCH = 32  # items; each may be as long as a book
 Item = tuple[int | str, Any]  # its place (see `place_of`) and its value
 
@@ -30,10 +31,10 @@ class UnreadableItem:
 BLANK = UnreadableItem("blank", None)
 
 
-def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """The items, `BATCH` at a time."""
+def in_batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
+    """The items, `size` at a time."""
     rest = iter(items)
-    while batch := list(itertools.islice(rest, BATCH)):
+    while batch := list(itertools.islice(rest, size)):
         yield batch
 
 

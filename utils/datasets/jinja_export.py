@@ -14,6 +14,7 @@ from utils.datasets.encoding import encode_prompt, opening_ids
 from utils.datasets.records import Record
 from utils.datasets.templates import CHAT, Parts, Prompter
 from utils.files import read_json, replacing, write_json
+from utils.models.tokenizer_files import CONFIG, TEMPLATE
 
 Message = dict[str, Any]
 SAMPLES: list[Record] = [  # one turn and several, with input and system, odd whitespace, several scripts
@@ -26,7 +27,6 @@ SAMPLES: list[Record] = [  # one turn and several, with input and system, odd wh
     {"instruction": "继续👍", "input": "1\t2", "history": [["{{ x }}", "{% y %}"]], "system": "s"},
 ]
 GAPS = (("", ""), ("", " "), (" ", " "))  # before the first turn and later ones: some SentencePiece tokenizers need a space
-FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 FURTHER = "additional_chat_templates"  # where transformers looks for templates with other names
 
 
@@ -125,17 +125,17 @@ def write_chat_template(name: str, texts: dict[str, str], tokenizer: PreTrainedT
     `name` and `texts` are what a lineage records of it. If no Jinja text gives its ids, that is printed.
     """
     text = texts.get("chat_template") if name == CHAT else proven(Prompter(name, texts), tokenizer, folder)
-    (folder / FILE).unlink(missing_ok=True)
+    (folder / TEMPLATE).unlink(missing_ok=True)
     shutil.rmtree(folder / FURTHER, ignore_errors=True)
     if (folder / CONFIG).is_file() and "chat_template" in (config := read_json(folder / CONFIG)):
         write_json(folder / CONFIG, {key: value for key, value in config.items() if key != "chat_template"})
     if text is None:
         say(
-            f"{folder}: gets no {FILE}, since transformers' own tokenizer gives other ids than training "
+            f"{folder}: gets no {TEMPLATE}, since transformers' own tokenizer gives other ids than training "
             f"with the template {name}; use generate.py to ask the model"
         )
         return
-    written = {folder / FILE: text}
+    written = {folder / TEMPLATE: text}
     for key, other in texts.items():
         if key.startswith(OTHER):
             name = re.sub(r"[^-.\w]", "_", key.removeprefix(OTHER))  # it may come from somebody else's file

@@ -69,7 +69,7 @@ class Prompter:
         return turns
 
     def generate_prompt(self, instruction: str, input: str | None = None, label: str | None = None) -> str:
-        """The text of one single-turn record, with the answer `label` if given."""
+        """The text of one single-turn record, with the answer `label` if given; programs that used alpaca-lora call it."""
         turn = self.turns({"instruction": instruction, "input": input or "", "output": label or ""})[0]
         return turn.prompt + turn.answer
 

@@ -15,6 +15,7 @@ from utils import lineage
 from utils.adapters.settings import read_settings
 from utils.console import UserError, progress, say
 from utils.datasets.encoding import encode_prompt
+from utils.datasets.jinja_export import messages_of
 from utils.datasets.prompters import make_prompter
 from utils.datasets.prompts import Record, answered, check_output
 from utils.files import digest, locked
@@ -197,7 +198,4 @@ def last_turn(record: Record) -> str:
 
 def messages(record: Record) -> Messages:
     """A record as the messages that ask a model to answer it."""
-    found = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    for asked, reply in record.get("history") or []:
-        found += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
-    return [*found, {"role": "user", "content": last_turn(record)}]
+    return [*messages_of(record)[:-1], {"role": "user", "content": last_turn(record)}]
