@@ -163,7 +163,7 @@ def refusals(base, folder):
         ({"target_modules": ["q_proj"]}, "a LoRA on model.layers.0.self_attn.v_proj, its settings leave it out"),
         ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "on model.layers.1.self_attn.q_proj, its settings leave it out"),
         ({"layers_to_transform": [1]}, "on model.layers.0.self_attn.q_proj, its settings leave it out"),
-        ({"use_dora": True}, "have use_dora true, its weights have it otherwise"),
+        ({"use_dora": True}, "have use_dora true, its weights do not match"),
         ({"trainable_token_indices": [5]}, "differ in trainable_token_indices"),
     ],
 )
@@ -255,7 +255,7 @@ def test_training_goes_on_from_a_parent_whose_start_needs_the_base_s_values(base
         ({"bias": "lora_only", "target_modules": ["q_proj", "embed_tokens"]}, {}, "and has a LoRA on the embeddings"),
         ({"lora_bias": True, "target_modules": ["o_proj"]}, {}, "self_attn.o_proj has a bias, the base's has none"),
         ({"lora_bias": True}, {"lora_bias": False}, "have biases of their own, its settings leave them out (lora_bias)"),
-        ({"use_dora": True}, {"use_dora": False}, "have use_dora false, its weights have it otherwise"),
+        ({"use_dora": True}, {"use_dora": False}, "have use_dora false, its weights do not match"),
     ],
 )
 def test_what_cannot_be_switched_or_merged_all_refuse_with_one_line(bases, tmp_path, made, settings, words):

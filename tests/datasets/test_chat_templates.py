@@ -197,7 +197,7 @@ def test_without_a_chat_template_chat_is_refused(tmp_path):
     with pytest.raises(UserError, match="no chat template"):
         make_prompter("chat", words, [2])
     words.chat_template = "{% for message in messages %}{{ message.content "
-    with pytest.raises(UserError, match=r"its chat template fails .unexpected end of template.*; mend it, or name a template"):
+    with pytest.raises(UserError, match=r"its chat template fails .unexpected end of template.*; fix it, or name a template"):
         make_prompter("chat", words, [2])
 
 

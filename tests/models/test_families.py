@@ -17,7 +17,7 @@ def test_states_chunks_and_towers(name, tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (RwkvConfig(), "rwkv keeps a state in place of a cache, and cannot be asked here"),
+        (RwkvConfig(), "rwkv keeps a state in place of a cache, and cannot answer here"),
         (BertConfig(), "bert reads texts in both directions"),
     ],
 )

@@ -68,7 +68,8 @@ def as_its_own(model: "PeftModel", tensors: dict[str, torch.Tensor], adapter: st
         layer, tuned = modules[f"{PREFIX}{plain.removesuffix('.bias')}"], tensors.pop(name)
         bias = getattr(layer.get_base_layer(), "bias", None)
         if bias is None or bias.shape != tuned.shape:
-            raise UserError(f"{source}: changes {plain} of {tuple(tuned.shape)}, which the base has not; use the one it is for")
+            shape = tuple(tuned.shape)
+            raise UserError(f"{source}: changes {plain} of {shape}, which the base lacks; use the base it was trained on")
         before = torch.zeros_like(tuned) if bias.is_meta else bias.detach().cpu()
         change = (tuned.float() - before.float()) / layer.scaling[adapter]
         tensors[f"{PREFIX}{plain.removesuffix('bias')}lora_B.bias"] = change

@@ -14,7 +14,7 @@ LAYER = r".*?\.[^.]*\.(\d+)\."
 
 
 def check(folder: str | Path, settings: dict[str, Any], names: Iterable[str]) -> None:
-    """Raises UserError if the tensors `names` of an adapter are not what its settings tell, or biases that only peft has."""
+    """Raises UserError if the tensors `names` of an adapter do not match its settings, or are biases that only peft can use."""
     found = [name.removeprefix(PREFIX) for name in names]
     parts = [match for match in map(PART.match, found) if match]
     modules = sorted({match["module"] for match in parts})
@@ -26,7 +26,7 @@ def check(folder: str | Path, settings: dict[str, Any], names: Iterable[str]) ->
     if any(match["bias"] for match in parts) and not settings.get("lora_bias"):
         why = "its weights have biases of their own, its settings leave them out (lora_bias)"
     if len(with_magnitude) != (len(modules) if settings.get("use_dora") else 0):
-        why = f"its settings have use_dora {str(bool(settings.get('use_dora'))).lower()}, its weights have it otherwise"
+        why = f"its settings have use_dora {str(bool(settings.get('use_dora'))).lower()}, its weights do not match"
     if any(name.endswith(TOKENS) for name in found) != bool(settings.get("trainable_token_indices")):
         why = "its settings and its weights differ in trainable_token_indices"
     if why:
@@ -39,7 +39,7 @@ def check(folder: str | Path, settings: dict[str, Any], names: Iterable[str]) ->
     if biases and settings.get("use_dora"):
         why = "changes the base's biases beside DoRA"
     if why:
-        raise UserError(f"{folder}: {why}, which cannot be switched; merge it by peft's merge_and_unload")
+        raise UserError(f"{folder}: {why}, which cannot be switched; merge it with peft's merge_and_unload")
 
 
 def own_biases(saved: Collection[str] | None, names: Iterable[str]) -> dict[str, str]:

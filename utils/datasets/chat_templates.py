@@ -69,7 +69,7 @@ class ChatPrompter:
         if further := others(tokenizer):
             use = ", and tool_use for records with tools" * ("tool_use" in further)
             say(f"{tokenizer.name_or_path}: has several chat templates (default, {', '.join(further)}); default is used{use}")
-        with refused_as(f"{tokenizer.name_or_path}: its chat template fails", "mend it, or name a template in templates/"):
+        with refused_as(f"{tokenizer.name_or_path}: its chat template fails", "fix it, or name a template in templates/"):
             self._rendered([QUESTION], True)
         self.takes_system = self._takes_system()
         if not self.takes_system:

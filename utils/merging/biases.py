@@ -49,7 +49,7 @@ def add_missing(config: dict[str, Any], weights: Weights, adapters: list[Adapter
     before = built_by(config, {})
     built = {name: shape for name, shape in built_by(config, switches).items() if name not in before}
     if not all(name.removesuffix("bias") + "weight" in weights.names for name in built):
-        return config, weights  # named otherwise than in the model; refused where they are missed
+        return config, weights  # named differently in the model; refused where they are missed
     layers = ", ".join(sorted({name.split(".")[-2] for name in built}))
     say(f"the base has no biases on {layers}, but the adapter does; {', '.join(switches)} becomes true")
     return config | switches, WithBiases(weights, built)

@@ -25,13 +25,13 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # several times what the largest models have; many more would take forever to build
 MOST = {"num_hidden_layers": 1000, "hidden_size": 200_000, "num_attention_heads": 2000, "vocab_size": 10_000_000}
 CAUSAL_ANYWAY = ("gpt_neox", "gpt_neox_japanese")  # their is_decoder is false by default, and nothing reads it
-REFUSED = {  # families that could be trained, and not asked by what the library's own caches hold
+REFUSED = {  # families that can be trained, but cannot answer: the library's own caches do not hold what they need
     "minimax": "keeps its states in a cache of its own",
     "rwkv": "keeps a state in place of a cache",
     "xlstm": "keeps states in a cache of its own",
-    "cpmant": "reads its question in both directions and takes padding for a part of it",
-    "dory": "caches columns of unequal numbers",
-    "recurrent_gemma": "answers short prompts otherwise than transformers' own generate",
+    "cpmant": "reads its question in both directions and treats padding as part of it",
+    "dory": "caches different numbers of columns",
+    "recurrent_gemma": "answers short prompts differently from transformers' own generate",
     "reformer": "keeps hashes in a cache of its own",
     "xlnet": "predicts words in any order",
 }
@@ -61,7 +61,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
     if config.is_encoder_decoder or is_encoder:
         raise UserError(f"{path}: {kind} reads texts in both directions; choose a causal language model such as LLaMA")
     if kind in REFUSED:
-        raise UserError(f"{path}: {kind} {REFUSED[kind]}, and cannot be asked here; choose another base model")
+        raise UserError(f"{path}: {kind} {REFUSED[kind]}, and cannot answer here; choose another base model")
     return config
 
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
 HEADS = ("lm_head", "embed_out")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-WRAPPED = ("module.", "_orig_mod.", "base_model.")  # how names begin that DataParallel, torch.compile and peft leave
+WRAPPED = ("module.", "_orig_mod.", "base_model.")  # prefixes that DataParallel, torch.compile and peft leave in names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def meta_model_of(config: dict[str, Any]) -> "PreTrainedModel":
 def ask_library(config: dict[str, Any], names: list[str]) -> ModelNames:
     """The names that transformers gives to the tensors `names` of a model's files; none for an unknown family.
 
-    Tensors that it joins otherwise than experts, or divides, have no name of their own in the model, and are left out.
+    Tensors that it joins in other ways than experts, or divides, have no name of their own in the model, and are left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -102,7 +102,7 @@ def full(folder: Path, config: dict[str, Any], weights: Weights) -> Weights:
     found = (BlockFp8 if method == "fp8" else Bits4 if way_of(settings) == "4-bit" else Bits8)(weights, full_dtype(config))
     if method == "bitsandbytes" and not found.derived:
         raise UserError(
-            f"{folder}: its config.json says that its weights are quantized ({method}), and none is; copy both again"
+            f"{folder}: its config.json says that its weights are quantized ({method}), but none of them is; copy both again"
         )
     return found
 

@@ -167,7 +167,7 @@ def check_extends(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) ->
         if before != after:
             raise UserError(
                 f"{new.name_or_path}: token {index} is {after!r}, in {old.name_or_path} {before!r}; "
-                "not an extension, so give one made of that tokenizer"
+                "not an extension, so give one made from that tokenizer"
             )
 
 

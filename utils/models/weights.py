@@ -266,7 +266,7 @@ def homes_in(index: Path) -> dict[str, str]:
     found = read_json(index)
     homes = found.get("weight_map") if isinstance(found, dict) else None
     if not homes or not isinstance(homes, dict) or not all(isinstance(file, str) for file in homes.values()):
-        raise UserError(f"{index}: does not tell which file holds each tensor; download it again")
+        raise UserError(f"{index}: does not say which file holds each tensor; download it again")
     return homes
 
 
@@ -331,7 +331,7 @@ def refuse_adapter(folder: Path) -> None:
 def tell_adapter(folder: Path) -> None:
     """Print if a base model's folder also holds an adapter; only the model's own weights are used."""
     if (folder / "adapter_config.json").is_file():
-        say(f"{folder}: also holds an adapter (adapter_config.json), which is not used; give it as one, from its own folder")
+        say(f"{folder}: also holds an adapter (adapter_config.json), which is not used; give it as one, in a folder of its own")
 
 
 def base_folder(base_model: str) -> Path:
