@@ -34,7 +34,8 @@ FORMATS = {
     "table.parquet": lambda path: as_parquet(RECORDS, path),
 }
 ONE_LINE = [1, "line 1, item 2", "line 1, item 3"]
-PLACES = {".csv": [2, 4, 5], ".tsv": [2, 4, 5], ".jsonl": [1, 2, 3], ".parquet": [1, 2, 3]}  # as messages name the records
+# as messages name the records
+PLACES = {".csv": [2, 4, 5], ".tsv": [2, 4, 5], ".jsonl": [1, 2, 3], ".parquet": ["row 1", "row 2", "row 3"]}
 PLACES |= {"lines.json": [1, 2, 3], "one_line.json": ONE_LINE, "bom.json": ONE_LINE, ".json": [2, 7, 12]}
 
 

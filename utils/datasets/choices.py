@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from utils.console import UserError
 from utils.datasets.file_formats import read_as
 from utils.datasets.item_formats import InvalidRecord
-from utils.datasets.items import UnreadableItem
 from utils.datasets.prompts import prompt_files
 from utils.datasets.raw_sets import CHOICES
 
@@ -77,8 +76,6 @@ def as_choice(item: Any) -> Choice:
     Besides our own records it knows one column per choice (CMMLU, C-Eval), `options` with a `label` and a `passage`
     (AGIEval), and `choices` with the index of the right one as `answer` (MMLU).
     """
-    if isinstance(item, UnreadableItem):
-        raise InvalidRecord(item.cause)
     if not is_choice(item):
         raise InvalidRecord("it has no choices")
     question = next((item[name] for name in QUESTIONS if isinstance(item.get(name), str)), "")

@@ -15,7 +15,7 @@ import orjson
 from utils.console import UserError, say
 from utils.datasets.csv_items import csv_rows
 from utils.datasets.item_formats import InvalidRecord
-from utils.datasets.items import BOM, Item, batched, format_ending, place_of
+from utils.datasets.items import BOM, Item, UnreadableItem, batched, format_ending, place_of
 from utils.datasets.json_items import CHUNK, json_array, json_lines
 from utils.datasets.text_encoding import as_utf8
 from utils.files import check_plain
@@ -39,6 +39,7 @@ NAMED = {
     b"SQLite format 3": "is an SQLite database; write its table as CSV",
 }
 LARGEST = 2 * 10**10  # bytes of a Parquet file that was gzipped
+ROWS = 256  # of a table that become objects at once
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 
 
@@ -49,7 +50,7 @@ def read_items(path: str | Path) -> Iterator[Item]:
 
 
 def read_batches(path: str | Path) -> Iterator[list[Item]]:
-    """Yield the items of a file in batches, each item with its line, or its row in a Parquet file, counted from 1.
+    """Yield the items of a file in batches, each item with its line, or its row in a table, counted from 1.
 
     The format is recognized by the file's first bytes (even JSON Lines named .json, or a gzipped file not named .gz);
     only CSV and TSV are recognized by their names. A line that cannot be read is yielded as `UnreadableItem`.
@@ -75,6 +76,8 @@ def read_as(path: Path, convert: Callable[[Any], Iterable[T]], noun: str) -> Ite
     found = 0
     for number, item in read_items(path):
         try:
+            if isinstance(item, UnreadableItem):
+                raise InvalidRecord(item.cause)
             made = convert(item)
         except InvalidRecord as error:
             dropped[str(error)] += 1
@@ -153,6 +156,13 @@ def holds_lists(file: IO[bytes]) -> bool:
     return False
 
 
+def rows_in(batches: Iterable[Any]) -> Iterator[Item]:
+    """The rows of batches of a table, as objects, numbered from 1."""
+    rows = (item for batch in batches for item in batch.to_pylist())
+    for number, item in enumerate(rows, 1):
+        yield f"row {number}", item
+
+
 @batched
 def arrow_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
     """The rows of an Arrow file or stream (as written by `save_to_disk` of datasets) as objects."""
@@ -163,12 +173,7 @@ def arrow_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
         file.seek(0)
         table = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
         batches = map(table.get_batch, range(table.num_record_batches)) if hasattr(table, "get_batch") else table
-        number = 0
-        for batch in batches:
-            for start in range(0, len(batch), 256):
-                for item in batch.slice(start, 256).to_pylist():
-                    number += 1
-                    yield f"row {number}", item
+        yield from rows_in(batch.slice(start, ROWS) for batch in batches for start in range(0, len(batch), ROWS))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cut off or damaged (Arrow: {error}); fetch it again") from None
 
@@ -187,11 +192,6 @@ def parquet_rows(path: Path, file: IO[bytes]) -> Iterator[Item]:
                     raise UserError(f"{path}: unpacks to more than {LARGEST / 1e9:.0f} GB; unpack it yourself (gunzip)")
             file = unzipped
         try:
-            table = pyarrow.parquet.ParquetFile(file)
-            number = 0
-            for batch in table.iter_batches(batch_size=256):
-                for item in batch.to_pylist():
-                    number += 1
-                    yield number, item
+            yield from rows_in(pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=ROWS))
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cut off or damaged (Parquet: {error}); fetch it again") from None

@@ -44,10 +44,8 @@ def batched(read: Callable[..., Iterator[Item]]) -> Callable[..., Iterator[list[
 
 
 def place_of(path: str | Path, number: int | str) -> str:
-    """Where a user finds an item: file and line (Parquet: row), or file and a text that says where in it."""
-    if isinstance(number, str):
-        return f"{path}, {number}"
-    return f"{path}, {'row' if '.parquet' in Path(path).suffixes else 'line'} {number}"
+    """Where a user finds an item: file and line, or file and a text that says where in it."""
+    return f"{path}, {number if isinstance(number, str) else f'line {number}'}"
 
 
 def format_ending(path: Path) -> str:

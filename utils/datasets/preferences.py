@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from utils.datasets.file_formats import read_as
 from utils.datasets.item_formats import LABELS, InvalidRecord, as_record, dialogue, label_of, roles_and_texts
-from utils.datasets.items import UnreadableItem
 from utils.datasets.records import Record, validate
 
 ANSWERS = ("chosen", "rejected")
@@ -57,8 +56,6 @@ def as_judged(item: Any) -> list[Judged]:
     if is_pair(item):
         pair = as_pair(item)
         return [Judged(pair.chosen, True), Judged(pair.rejected, False)]
-    if isinstance(item, UnreadableItem):
-        raise InvalidRecord(item.cause)
     label = label_of(item) if isinstance(item, dict) else None
     if label is None:
         raise InvalidRecord("label is neither true nor false")
@@ -72,8 +69,6 @@ def as_pair(item: Any) -> Pair:
     `history`, `system`), LLaMA-Factory's (`conversations`), trl's (`prompt` as a text or messages, or no `prompt` if
     both lists begin with it) and UltraFeedback's (`prompt` beside lists that begin with it).
     """
-    if isinstance(item, UnreadableItem):
-        raise InvalidRecord(item.cause)
     if not is_pair(item):
         raise InvalidRecord("chosen or rejected is missing")
     known = {name: item[name] for name in item if name not in ("tools", "messages")}  # only for other kinds of records
