@@ -91,13 +91,8 @@ class Display:
 
     def giver(self, name: str, template: str, settings: SamplingParams, before: dict[str, Any]) -> dict[str, Any]:
         """Who gives an answer, with the settings that have an effect; `before`: who gave its beginning."""
-        values = {
-            key: getattr(settings, key)
-            for key in SHOWN
-            if getattr(settings, CONTROLS[key].only or key) or not CONTROLS[key].only
-        }
-        if not settings.do_sample:
-            values = {key: value for key, value in values.items() if not CONTROLS[key].only}
+        works = [key for key in SHOWN if not CONTROLS[key].only or getattr(settings, CONTROLS[key].only)]
+        values = {key: getattr(settings, key) for key in works}
         model = name if before.get("model") in (None, name) else f"{before['model']} + {name}"
         return {"model": model, "template": template or self.answerers[name].template, "settings": values}
 

@@ -125,9 +125,9 @@ def section(heading: str, parts: Sequence[str]) -> str:
     return f"<section><h2>{text(heading)}</h2>\n{''.join(parts)}</section>" if parts else ""
 
 
-def bullets(lines: Iterable[str]) -> str:
+def bullets(lines: Iterable[str], opening: str = "<ul>") -> str:
     """Lines as a list."""
-    return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>"
+    return opening + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>"
 
 
 def grid(rows: Sequence[Sequence[str]]) -> str:
@@ -221,9 +221,7 @@ def question(number: int, one: dict[str, Any]) -> str:
     category, first = one["category"], next(iter(one["texts"].values()))
     asked = "".join(f'<div class="asked"><h4>{text(name)}</h4>{text(value)}</div>' for name, value in one["texts"].items())
     answers = "".join(f"<div><h4>{text(name)}</h4>{text(value)}</div>" for name, value in one["answers"].items())
-    remarks = (
-        f'<ul class="remarks">{"".join(f"<li>{text(line)}</li>" for line in one["remarks"])}</ul>' if one["remarks"] else ""
-    )
+    remarks = bullets(one["remarks"], '<ul class="remarks">') if one["remarks"] else ""
     differ = int(len(set(one["answers"].values())) > 1)
     return (
         f'<details data-category="{text(category)}" data-differ="{differ}"><summary><b>{number} · '

@@ -134,7 +134,8 @@ def publish(
     from utils.evaluation import tables
 
     tables.write(Path(options.output_dir) / name, found, notes, facts)
-    say("\n".join(notes))
+    if notes:
+        say("\n".join(notes))
     findings.tables += found
     findings.notes += notes
 
@@ -264,14 +265,13 @@ def have_run(
 
 def have_remembered(options: Options, findings: "Findings", chain: "Chain") -> None:
     """Measure each step on the held-out records of every step; write and draw the matrix."""
-    from utils.evaluation import forgetting, tables
+    from utils.evaluation import forgetting
     from utils.evaluation.charts import draw_matrix
 
-    found, folder = forgetting.matrix(chain), Path(options.output_dir)
-    tables.write(folder / "forgetting", found)
-    draw_matrix(found, folder / "forgetting.png")
-    findings.tables += found
-    findings.pictures.append(("what each step knows of every step's records", folder / "forgetting.png"))
+    found, picture = forgetting.matrix(chain), Path(options.output_dir) / "forgetting.png"
+    publish(options, findings, "forgetting", found, [])
+    draw_matrix(found, picture)
+    findings.pictures.append(("what each step knows of every step's records", picture))
 
 
 def start_findings(
@@ -297,7 +297,7 @@ def start_findings(
 def have_chosen(options: Options) -> "Findings":
     """Score base model and adapters on choice records; write the tables, and every question with the choices made."""
     from utils.datasets.choices import read_choices
-    from utils.evaluation import choices, tables
+    from utils.evaluation import choices
     from utils.evaluation.chain import chain_folders
     from utils.evaluation.likelihood import load_engine
     from utils.evaluation.report import Findings
@@ -314,13 +314,12 @@ def have_chosen(options: Options) -> "Findings":
     engine = load_engine(options.base_model, adapters, options.load_8bit)
     with locked(folder):
         marks = choices.mark_all(engine, questions, examples, way, folder / "choices.jsonl")
-        found, notes = choices.tabulate(questions, marks, way, engine.placement.numbers)
-        tables.write(folder / "choices", found, notes)
+        folders = {one.name: one.folder for one in engine.answerers if one.folder}
+        steps = [BASE, *folders] if options.chain else []
+        findings = Findings(questions=choices.for_report(questions, marks), steps=steps, folders=folders)
+        publish(options, findings, "choices", *choices.tabulate(questions, marks, way, engine.placement.numbers))
         write_json(folder / "questions.json", choices.as_records(questions, marks))
-    say("\n".join(notes))
-    folders = {one.name: one.folder for one in engine.answerers if one.folder}
-    steps = [BASE, *folders] if options.chain else []
-    return Findings(found, notes, [], choices.for_report(questions, marks), steps, folders)
+    return findings
 
 
 def answer_prompts(options: Options) -> None:
