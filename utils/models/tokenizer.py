@@ -304,11 +304,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
             kept = slice(0, room) if self.truncation_side == "right" else slice(-room, None)
             batch = {key: [row[kept] for row in values] for key, values in batch.items()}
         if add_special_tokens:
-            nowhere = [(0, 0)]
-            batch["input_ids"] = [self.build_inputs_with_special_tokens(ids) for ids in batch["input_ids"]]
-            batch["offset_mapping"] = [
-                nowhere * self.add_bos_token + row + nowhere * self.add_eos_token for row in batch["offset_mapping"]
-            ]
+            batch = self._between_special_tokens(batch)
         offsets = batch.pop("offset_mapping")
         if options.get("return_attention_mask") is not False:
             batch["attention_mask"] = [[1] * len(ids) for ids in batch["input_ids"]]
@@ -320,6 +316,14 @@ class SentencePieceTokenizer(SentencePieceBackend):
         if isinstance(text, str) and options.get("return_tensors") is None:
             batch = {key: values[0] for key, values in batch.items()}
         return BatchEncoding(batch, tensor_type=options.get("return_tensors"))
+
+    def _between_special_tokens(self, batch: dict[str, list]) -> dict[str, list]:
+        """Ids and offsets with the tokens that begin and end each text, which stand for none of its characters."""
+        first, last = [(0, 0)] * self.add_bos_token, [(0, 0)] * self.add_eos_token
+        return {
+            "input_ids": [self.build_inputs_with_special_tokens(ids) for ids in batch["input_ids"]],
+            "offset_mapping": [first + row + last for row in batch["offset_mapping"]],
+        }
 
     def _decode(  # type: ignore[override]
         self,

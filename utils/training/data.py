@@ -38,22 +38,13 @@ def prepare_data(
     from utils.datasets.encoding import OVERLAP
     from utils.datasets.prompters import make_prompter
     from utils.files import sha256
-    from utils.models import quantized
-    from utils.models.architecture import read_architecture
-    from utils.models.tokenizer import PUT_IT, end_tokens, load_tokenizer
+    from utils.models.tokenizer import end_tokens
     from utils.models.tokenizer_files import tokenizer_mark
-    from utils.models.weights import base_folder
     from utils.training import replay
 
     earlier = replay.files_to_replay(parent, stage) if options.replay else {}
-    config = read_architecture(base_folder(options.base_model))  # before the tokenizer, whose library also reads this file
-    quantized.check(base_folder(options.base_model), config, training=True)
-    check_window(options, config)
     folder = tokenizer_folder(options, origin)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer names no eos_token to end answers with; {PUT_IT}")
-    check_tokens(options, origin, tokenizer)
+    tokenizer = checked_tokenizer(options, origin, folder)
     ends = end_tokens(options.base_model, tokenizer)
     prompter = make_prompter(options.prompt_template_name, tokenizer, ends, options.enable_thinking)
     hashes = {str(file): sha256(file) for file in data_files(options.data_path)}
@@ -66,16 +57,15 @@ def prepare_data(
         table, asked = dataset.encode_all(encoder, options.data_path, hashes, options.seed, keep=not options.dry_run)
     numbers = dataset.usable(table, asked, options.cutoff_len)
     train_numbers, val_numbers = dataset.split(numbers, options.val_set_size, options.seed)
-    replayed: dict[str, Any] = {}
+    facts: dict[str, Any] = {"path": options.data_path}
     if earlier:
-        table, train_numbers, found = replay.with_replay(table, train_numbers, options.replay, encoder, earlier, options.seed)
-        replayed = {"replay": found}
+        table, train_numbers, facts["replay"] = replay.with_replay(
+            table, train_numbers, options.replay, encoder, earlier, options.seed
+        )
     rows = dataset.JudgedDataset if stage == LABELLED else dataset.EncodedDataset
     train = rows(table, train_numbers, options.cutoff_len)
     validation = rows(table, val_numbers, options.cutoff_len) if len(val_numbers) else None
-    facts = {
-        "path": options.data_path,
-        **replayed,
+    facts |= {
         "stage": stage,
         "files": hashes,
         "template": {"name": prompter.name, "texts": prompter.texts},
@@ -93,6 +83,23 @@ def prepare_data(
         f"{facts['supervised']} of them supervised"
     )
     return tokenizer, train, validation, facts
+
+
+def checked_tokenizer(options: Options, origin: "RunStart", folder: str) -> Any:
+    """The tokenizer in `folder`. Raises UserError if base model and tokenizer cannot be trained with these options."""
+    from utils.models import quantized
+    from utils.models.architecture import read_architecture
+    from utils.models.tokenizer import PUT_IT, load_tokenizer
+    from utils.models.weights import base_folder
+
+    config = read_architecture(base_folder(options.base_model))  # before the tokenizer, whose library also reads this file
+    quantized.check(base_folder(options.base_model), config, training=True)
+    check_window(options, config)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer names no eos_token to end answers with; {PUT_IT}")
+    check_tokens(options, origin, tokenizer)
+    return tokenizer
 
 
 def tell_labels(train: "EncodedDataset", good_weight: float, bad_weight: float) -> int:

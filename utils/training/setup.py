@@ -190,20 +190,12 @@ def training_arguments(
     """The options as the Trainer's arguments; `best` is the metric that chooses the best adapter, "" for none."""
     from transformers import TrainingArguments
 
-    from utils.models import spread
     from utils.training import memory, trackers
     from utils.training.evaluations import LOSS
 
-    checkpointing = options.gradient_checkpointing
     if placement.quantize == "8bit" and options.load_8bit is None:
         memory.tell_faster(model, placement, options.micro_batch_size, options.cutoff_len)
-    if checkpointing is None and spread.offloaded(model):
-        checkpointing = True
-        say(
-            "layers are read for each pass: --gradient_checkpointing is on; otherwise all would be held until the backward pass"
-        )
-    if checkpointing is None:
-        checkpointing = memory.is_short(model, placement, options.micro_batch_size, options.cutoff_len)
+    checkpointing = wants_checkpointing(options, placement, model)
     steps = count_steps(options, records)
     warmup = options.warmup_steps if options.warmup_steps is not None else min(100, steps // 10)
     computing = f"computing in {placement.autocast_dtype or 'float32'}"
@@ -242,6 +234,21 @@ def training_arguments(
     )
     args._n_gpu = min(1, args.n_gpu)  # several GPUs need several processes; DataParallel would split micro-batches
     return args
+
+
+def wants_checkpointing(options: Options, placement: "DeviceConfig", model: "PeftModel") -> bool:
+    """Whether activations are computed again in the backward pass: as asked for, else if it is necessary, which is printed."""
+    from utils.models import spread
+    from utils.training import memory
+
+    if options.gradient_checkpointing is not None:
+        return options.gradient_checkpointing
+    if spread.offloaded(model):
+        say(
+            "layers are read for each pass: --gradient_checkpointing is on; otherwise all would be held until the backward pass"
+        )
+        return True
+    return memory.is_short(model, placement, options.micro_batch_size, options.cutoff_len)
 
 
 def tell_end(options: Options, results: dict[str, Any], began: float) -> None:
