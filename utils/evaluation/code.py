@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,11 +139,8 @@ def notes(groups: Mapping[str, list[str]], results: Mapping[str, list[Any]]) -> 
     lines = []
     for name, systems in groups.items():
         found = [result for system in systems for result in results[system] if result is not None]
-        kinds = [result.partition(":")[0] for result in found if result]
-        most = ", ".join(
-            f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind))[:5]
-        )
-        lines.append(
-            f"{name}: {len(found) - len(kinds)} of {len(found)} programs pass" + (f"; the others: {most}" if most else "")
-        )
+        kinds = Counter(result.partition(":")[0] for result in found if result)
+        ranked = sorted(kinds.items(), key=lambda one: (-one[1], one[0]))[:5]
+        others = f"; the others: {', '.join(f'{kind} {count}' for kind, count in ranked)}" if ranked else ""
+        lines.append(f"{name}: {found.count('')} of {len(found)} programs pass{others}")
     return lines

@@ -34,7 +34,9 @@ class AnswerFile:
         if not isinstance(made, dict) or made != made | self.header | {"sha256": sha256(self.path)}:
             return False
         say(f"{self.path}: holds the answers to these prompts with these settings; --overwrite answers them again")
-        self._drop_finished_journal()
+        if self.journal_path.exists():  # a kill left it behind; another run's stays
+            with contextlib.suppress(UserError):
+                Journal(self.journal_path, self.header).close(done=True)
         return True
 
     def open_journal(self, overwrite: bool) -> Journal:
@@ -52,9 +54,3 @@ class AnswerFile:
         """Write the result, and beside it the record of how it was made."""
         write_records(self.path, records)
         write_json(self.made, self.header | self.facts | {"sha256": sha256(self.path)})
-
-    def _drop_finished_journal(self) -> None:
-        """Remove this run's journal if a kill left it behind; another run's stays."""
-        if self.journal_path.exists():
-            with contextlib.suppress(UserError):
-                Journal(self.journal_path, self.header).close(done=True)

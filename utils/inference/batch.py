@@ -97,7 +97,10 @@ class Task:
             say(f"{journal.path}: {known} of {len(self.prompts)} answers are there already; continuing")
         began, tokens = time.monotonic(), 0
         try:
-            with self.engine.merged(self.name), self.bar(known) as bar:
+            with (
+                self.engine.merged(self.name),
+                progress(total=len(self.prompts), initial=known, desc=self.name, unit=" answers") as bar,
+            ):
                 for batch in pending(journal):
                     for grown, finished in self.answer_batch(batch, journal):
                         tokens += grown
@@ -112,10 +115,6 @@ class Task:
         file.finish(self.answered(journal.values))
         self.report(journal.values, tokens, time.monotonic() - began)
         journal.close(done=True)
-
-    def bar(self, known: int) -> Any:
-        """A progress bar that counts answers."""
-        return progress(total=len(self.prompts), initial=known, desc=self.name, unit=" answers")
 
     def header(self) -> dict[str, Any]:
         """Everything that determines an answer."""

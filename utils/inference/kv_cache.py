@@ -119,9 +119,14 @@ class Reader:
         seen = mask if padded else None
         output = self.model(input_ids=ids, attention_mask=seen, use_cache=True, **{self.cache_name: cache}, **options)
         logits = output.logits[:, -keep:].float()
-        if logits[:, -1, 0].isnan().any():
-            raise UserError("the model's scores are not numbers (broken weights, or float16 overflows); check the folder")
+        check_scores(logits[:, -1])
         return logits
+
+
+def check_scores(scores: torch.Tensor) -> None:
+    """Raises UserError if scores, (rows, vocabulary), are not numbers."""
+    if scores[:, 0].isnan().any():
+        raise UserError("the model's scores are not numbers (broken weights, or float16 overflows); check the folder")
 
 
 def keeps_states(model: PreTrainedModel) -> bool:

@@ -18,7 +18,7 @@ import torch
 from utils.console import UserError, reason
 from utils.inference.decoding import Step, choose, penalize, penalties
 from utils.inference.engine import Engine, seed
-from utils.inference.kv_cache import WORTHWHILE, Ids, common
+from utils.inference.kv_cache import WORTHWHILE, Ids, check_scores, common
 from utils.inference.sampling_params import SamplingParams
 from utils.inference.shared_forward import Part, SharedForward, Text
 from utils.memory import is_out_of_memory
@@ -293,8 +293,7 @@ class Scheduler:
     def _choose(self, scores: torch.Tensor, tickets: list[Ticket]) -> None:
         """Append to a request the token that its settings choose from `scores`, (1, vocabulary)."""
         (ticket,) = tickets
-        if scores[0, 0].isnan():
-            raise UserError("the model's scores are not numbers (broken weights, or float16 overflows); check the folder")
+        check_scores(scores)
         own = penalize(scores, [ticket.ids], ticket.processors)
         ticket.take(choose(own, ticket.request.settings, [ticket.generator])[0])
         ticket.changed()
