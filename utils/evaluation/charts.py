@@ -125,7 +125,8 @@ def font_for(tables: list[Table], systems: list[str], path: str | Path) -> Itera
     """Draw within this context with one of the system's fonts that has all characters of the tables' titles, their categories'
     labels and the names of `systems`; yields each category's label.
 
-    If no font has them, that is printed, and the categories' plain names are their labels.
+    If none has them all, one that has the labels is taken; if none has these, that is printed, and the categories' plain names
+    are their labels.
     """
     import matplotlib
 
