@@ -142,7 +142,8 @@ def talk(options: Options) -> None:
     from utils.chat.address import Address
 
     login_of = login(options.auth)
-    address = Address(options.server_name, options.server_port, login_of, options.share_gradio, options.api_key).taken()
+    address = Address(options.server_name, options.server_port, login_of, options.share_gradio, options.api_key)
+    address.taken()  # raises early; which port is free is found again once the weights are loaded
     if options.is_ui == "api" and address.is_open and not options.api_key:
         raise UserError(
             f"--server_name {options.server_name}: others can reach it; give --api_key KEY, which clients must then send"
