@@ -70,6 +70,12 @@ def curl(address, path, body=None, key="secret", *more):
     return int(status), content
 
 
+@pytest.mark.parametrize(("longest", "limit"), [(100, 100), (2000, 512)])
+def test_who_names_no_limit_gets_512_tokens_at_most(service, monkeypatch, longest, limit):
+    monkeypatch.setattr(service, "longest_answer", longest)
+    assert Endpoint(service, SamplingParams()).settings({}).max_new_tokens == limit
+
+
 def test_who_gives_a_temperature_samples_from_all_tokens(service):
     endpoint = Endpoint(service, SamplingParams(top_p=0.5, top_k=7))
     found = endpoint.settings({"temperature": 0.7, "max_tokens": 9})

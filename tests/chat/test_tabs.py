@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 from browsing import (
     answer_of,
@@ -62,8 +63,25 @@ def test_what_is_marked_in_long_texts_is_what_differs():
     assert marked("的" * 300, "<了>" + "的" * 300) == "<mark>&lt;了&gt;</mark>" + "的" * 300
 
 
+def test_the_training_tab_follows_a_run(visit, service, monkeypatch):
+    run = next(one.folder for one in service.engine.answerers if one.folder).parent / "run-1"
+    run.mkdir()
+    (run / "train_log.jsonl").write_text('{"step": 1, "loss": 2.25}\n')
+    monkeypatch.setattr("utils.chat.page.POLLED", 0.3)
+    try:
+        with served(service) as server:
+            page = visit(server.local_url)
+            page.get_by_role("tab", name="训练").click()
+            expect(page.locator("#progress")).to_contain_text("2.25")
+            (run / "train_log.jsonl").write_text('{"step": 1, "loss": 2.25}\n{"step": 2, "loss": 1.75}\n')
+            expect(page.locator("#progress")).to_contain_text("1.75")
+    finally:
+        shutil.rmtree(run)
+
+
 def test_a_single_task_has_an_input(visit, url, service):
     page = visit(url)
+    expect(page.get_by_role("tab", name="训练")).to_have_count(0)
     put(page, "max_new_tokens", 10)
     page.get_by_role("tab", name="单轮指令").click()
     page.locator("#instruction textarea").fill("翻译成英文")

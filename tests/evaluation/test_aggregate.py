@@ -14,7 +14,7 @@ def judged(prompt, repeat, order, *scores):
 
 
 def test_each_prompt_weighs_the_same_however_many_of_its_repeats_have_a_score():
-    judgements = [judged(0, repeat, "ab", 9, 4) for repeat in range(3)]
+    judgements = [judged(0, repeat, "ab", 8 + repeat, 4) for repeat in range(3)]
     judgements += [judged(1, 0, "ab", 3, 4), judged(1, 1, "ab", None, 4), judged(1, 2, "ab", None, None)]
     table = tabulate("t", RECORDS, ["a", "b"], judgements)
     assert table.rows[0].values == {"a": 60.0, "b": 40.0}  # a: (9 + 3) / 2, where all four scores give 7.5

@@ -9,6 +9,7 @@ from trainings import losses, options, same, tensors
 from transformers import LlamaModel
 
 from benchmarks import memory as cases
+from utils.training.budget import Budget
 
 SAMPLE = [  # each family, type and choice of what trains, once or twice
     ("llama", "8 bit", "q and v"),
@@ -32,6 +33,16 @@ def test_the_estimate_is_within_15_percent_of_what_autograd_keeps(tmp_path, fami
 
 
 # Where memory ends
+
+
+def test_half_of_what_did_not_fit_is_tried_next_and_kept_in_checkpoints(tmp_path):
+    budget, other = Budget(400), Budget(100)
+    budget.save(tmp_path, 0)
+    assert not list(tmp_path.iterdir()), "nothing was reduced"
+    budget.reduce(3, 100)
+    budget.save(tmp_path, 1)
+    other.load(tmp_path, 1)
+    assert budget.tokens == 150 and len(budget.pack(range(3), [70, 75, 80])) == 2 and other.tokens == 100
 
 
 @pytest.fixture

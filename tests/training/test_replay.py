@@ -2,9 +2,15 @@
 
 import json
 
+import numpy as np
 from trainings import options, same, tensors
 
 from utils import lineage
+from utils.datasets.dataset import encode_file
+from utils.datasets.encoders import Encoder
+from utils.datasets.templates import Prompter
+from utils.models.tokenizer import load_tokenizer
+from utils.training.replay import with_replay
 
 
 def write(folder, name, answer, count=12):
@@ -12,6 +18,19 @@ def write(folder, name, answer, count=12):
     records = [{"instruction": f"第{n}题", "input": "", "output": answer * (1 + n % 5)} for n in range(count)]
     path.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
     return path
+
+
+def test_what_is_drawn_are_records_of_the_earlier_files(tiny_llama, tmp_path):
+    encoder = Encoder(Prompter("alpaca_short"), load_tokenizer(tiny_llama), "", 100, True)
+    own, *earlier = (write(tmp_path, f"{answer}.json", answer) for answer in "丙甲乙")
+    table, files = encode_file(encoder, own, "own", keep=True), {str(file): file.stem for file in earlier}
+
+    def drawn(share, seed):
+        found, numbers, _ = with_replay(table, np.arange(12), share, encoder, files, seed)
+        assert len(found) == 36 and numbers[:12].tolist() == [*range(12)]
+        return numbers[12:].tolist()
+
+    assert drawn(9, 1) == [*range(12, 36)] and drawn(0.5, 1) == drawn(0.5, 1) != drawn(0.5, 2)
 
 
 def test_a_share_of_all_earlier_steps_is_learned_again(script, bases, tmp_path):

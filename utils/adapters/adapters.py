@@ -220,8 +220,7 @@ def state(model: "PeftModel", state_dict: dict[str, Any] | None = None, adapter:
     from peft import get_peft_model_state_dict
 
     others = rows_of_others(model, adapter)
-    if others:
-        state_dict = dict(state_dict or model.state_dict()) | {f"{name}.{adapter}": NONE for name in others}
+    state_dict = dict(state_dict or model.state_dict()) | {f"{name}.{adapter}": NONE for name in others}
     found = get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers=False)
     return {name: tensor for name, tensor in found.items() if name not in others}
 

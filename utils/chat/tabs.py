@@ -138,7 +138,7 @@ class Tabs:
         try:
             path = self.handlers.feedback.vote(question, answers, better, duel["settings"], vote)
         except UserError as error:
-            return put(self.labels.not_noted.format(reason=error)), *[gr.update(interactive=True)] * 4
+            return put(self.labels.not_noted.format(reason=error)), *[gr.skip()] * 4
         duel.clear()
         return put(f"{names_shown} · {self.labels.noted.format(path=path.name)}"), *off
 
