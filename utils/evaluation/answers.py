@@ -107,9 +107,8 @@ def key_of(record: Record) -> str:
 def check_same(one: dict, other: dict, first: Path, path: Path) -> None:
     """Raises UserError, naming prompts that only one of two files holds."""
     differences = []
-    for only, file in ((one.keys() - other.keys(), first), (other.keys() - one.keys(), path)):
-        if only:
-            records = one if file is first else other
+    for records, rest, file in ((one, other, first), (other, one, path)):
+        if only := records.keys() - rest.keys():
             shown = [records[key]["instruction"][:40] for key in records if key in only][:3]
             more = f" and {len(only) - 3} more" if len(only) > 3 else ""
             differences.append(f"only in {file}: {', '.join(repr(text) for text in shown)}{more}")

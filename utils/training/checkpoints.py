@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from utils.console import say
+from utils.console import UserError, say
 from utils.files import read_json, sha256, sync, write_json
 
 MANIFEST = "checkpoint.json"  # written last: a folder without it is incomplete
@@ -48,6 +48,18 @@ def newest_whole(output_dir: str | Path) -> Path | None:
             return folder
         say(f"{folder}: incomplete (interrupted while being written, or changed since); skipped")
     return None
+
+
+def is_resumed(kept: Path) -> bool:
+    """True if a run resumes, for which it needs the file `kept` that it wrote into its output folder at its start.
+
+    Raises UserError if that file is missing.
+    """
+    if newest_whole(kept.parent) is None:
+        return False
+    if not kept.is_file():
+        raise UserError(f"{kept}: is missing, and the run cannot be resumed; start over with --overwrite_output_dir")
+    return True
 
 
 def rotate(output_dir: str | Path, keep: int, best_step: int | None) -> None:

@@ -178,9 +178,7 @@ class GRPOTrainer(StepTrainer):
         """
         path = Path(self.args.output_dir) / REFERENCE
         mine = trained_weights(self.model)
-        if checkpoints.newest_whole(Path(self.args.output_dir)):
-            if not path.is_file():
-                raise UserError(f"{path}: is missing, and the run cannot be resumed; start over with --overwrite_output_dir")
+        if checkpoints.is_resumed(path):
             return {name: tensor.to(mine[name].device) for name, tensor in load_file(path).items()}
         kept = {name: parameter.detach().clone() for name, parameter in mine.items()}
         if self.args.should_save:

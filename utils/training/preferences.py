@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainingArguments
 
-from utils.console import UserError, progress, say
+from utils.console import progress, say
 from utils.datasets.dataset import EncodedDataset
 from utils.files import replacing
 from utils.training import checkpoints
@@ -277,9 +277,7 @@ class PreferenceTrainer(StepTrainer):
         path = Path(self.args.output_dir) / REFERENCE
         if self.settings.loss not in WITH_REFERENCE:
             kept: dict[str, np.ndarray] = {name: np.zeros((len(data), 2), np.float32) for name, data in parts.items()}
-        elif checkpoints.newest_whole(Path(self.args.output_dir)):
-            if not path.is_file():
-                raise UserError(f"{path}: is missing, and the run cannot be resumed; start over with --overwrite_output_dir")
+        elif checkpoints.is_resumed(path):
             with np.load(path, allow_pickle=False) as file:
                 kept = {name: file[name] for name in parts}
         else:
