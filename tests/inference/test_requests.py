@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import threading
 import time
 
@@ -39,6 +41,26 @@ def test_answers_come_in_order_and_are_journaled_with_their_requests(serve, tmp_
     assert entries["q3"]["messages"] == [{"role": "user", "content": "question 3"}]
     assert entries["q3"]["answer"] == "answer 3" and entries["q3"]["max_tokens"] == 1024
     assert "5 requests (0 failed), 500 tokens sent and 50 received" in capsys.readouterr().out
+
+
+def test_in_a_notebook_which_runs_a_loop_of_its_own(serve, tmp_path):
+    """Stopped there, what is under way is still waited for and kept."""
+
+    def interrupt(number, body):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"sleep": 0.2, "content": echo(number, body)}
+
+    async def cell(behave, count):
+        return [reply.text for reply in ask(serve(behave), tmp_path, count)]
+
+    notebook = asyncio.new_event_loop()
+    assert notebook.run_until_complete(cell(echo, 3)) == [f"answer {number}" for number in range(3)]
+    (tmp_path / "j.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        notebook.run_until_complete(cell(interrupt, 9))
+    notebook.close()
+    assert len(journal(tmp_path)) == QUICK.concurrency
 
 
 def test_what_is_journaled_is_not_asked_again(serve, tmp_path):

@@ -6,13 +6,16 @@ import email.utils
 import ipaddress
 import os
 import time
-from typing import Any
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import openai
 
 from utils.console import UserError
 
+T = TypeVar("T")
 OPENAI = "https://api.openai.com/v1"
 Messages = list[dict[str, str]]
 EXTENSIONS = ("top_k", "repetition_penalty")  # fields that OpenAI's own API does not have
@@ -116,9 +119,25 @@ def served_models(server: ModelServer) -> dict[str, str]:
         return {one.id: f"{bases[one.id]}:{one.id}" if bases.get(one.id) else one.id for one in found}
 
     try:
-        return asyncio.run(names())
+        return run_apart(names())
     except (openai.APIError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"--api_base {server.url}: does not list its models ({reason_of(error)}); check the address") from None
+
+
+def run_apart(job: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: None) -> T:
+    """Run `job` to its end: in a thread of its own if this one already runs a loop, as in a notebook, where Ctrl-C calls
+    `stop`."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(job)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(asyncio.run, job)
+        try:
+            return running.result()
+        except KeyboardInterrupt:
+            stop()
+            raise
 
 
 def reason_of(error: Exception) -> str:

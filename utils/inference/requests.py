@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import random
 import signal
+import threading
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from utils.inference.openai_client import (
     reason_of,
     request_completion,
     retry_after,
+    run_apart,
 )
 from utils.journal import Journal
 
@@ -117,15 +119,16 @@ class Endpoint:
         """
         self.spent.announced, self.announced = self.spent.announced - self.announced, 0.0
         try:
-            return asyncio.run(self._gather(list(jobs), name))
+            return run_apart(self._gather(list(jobs), name), self._interrupted)
         except (Stopped, asyncio.CancelledError):
             raise SystemExit(128 + signal.SIGINT) from None
 
     async def _gather(self, jobs: list[Coroutine], name: str) -> list[Any]:
         self.slots = asyncio.Semaphore(self.terms.concurrency)
         loop, this = asyncio.get_running_loop(), asyncio.current_task()
-        before = signal.getsignal(signal.SIGINT)
-        loop.add_signal_handler(signal.SIGINT, self._interrupted, this)  # type: ignore[arg-type]
+        before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+        if before is not None:
+            loop.add_signal_handler(signal.SIGINT, self._interrupted, this)
         bar = progress(total=len(jobs), desc=name)
 
         async def counted(job: Coroutine) -> Any:
@@ -142,18 +145,20 @@ class Endpoint:
                 results = await asyncio.gather(*map(counted, jobs), return_exceptions=True)
         finally:
             bar.close()
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, before)
+            if before is not None:
+                loop.remove_signal_handler(signal.SIGINT)
+                signal.signal(signal.SIGINT, before)
         if self.stop is None and self.refused and not self.answered:
             self.stop = UserError(f"{self.service.model}: refused every request; see {self.journal.path}")
         if self.stop is not None:
             raise self.stop
         return results
 
-    def _interrupted(self, task: asyncio.Task) -> None:
+    def _interrupted(self, task: asyncio.Task | None = None) -> None:
         """Ctrl-C: once lets the requests in flight finish, twice drops them."""
         if self.stop is not None:
-            task.cancel()
+            if task is not None:
+                task.cancel()
             return
         say("stopping: waiting for the requests in flight (Ctrl-C again drops them); the same command resumes from here")
         self.stop = Stopped()
