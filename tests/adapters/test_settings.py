@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import merge_weights
 from utils.adapters import adapters, fit, switching
-from utils.adapters.settings import read_config, read_settings
+from utils.adapters.settings import is_pattern, read_config, read_settings
 from utils.cli import parse
 from utils.console import UserError
 from utils.inference.answerers import resolve
@@ -147,6 +147,7 @@ def refusals(base, folder):
         ({"monteclora_config": {}}, "are sampled"),
         ({"arrow_config": {}}, "chooses among experts"),
         ({"use_bdlora": {}}, "block-diagonal"),
+        ({"target_modules": "((([a-z0-9_.])+)+)+!"}, "invalid value ((([a-z0-9_.])+)+)+! for target_modules"),
         ({"init_lora_weights": "hello"}, "invalid value hello for init_lora_weights"),
         ({"task_type": ["CAUSAL_LM"]}, " for task_type;"),
         ({"target_modules": []}, "invalid value [] for target_modules"),
@@ -216,6 +217,16 @@ def test_numbers_and_nulls_as_other_programs_write_them(bases, plain, tmp_path, 
     assert torch.equal(logits(attached), expected)
     assert Adapter(folder).scaling("model.layers.0.self_attn.q_proj", 4) == 2.0
     assert read_settings(folder)["r"] == 4 and isinstance(read_settings(folder)["r"], int)
+
+
+def test_a_pattern_must_not_be_matched_for_hours():
+    usual = [
+        r".*\.(q|k)_proj", r"^(?!.*visual).*(?:q_proj|v_proj)$", r"[)(*+]+\(a\*\)+", "(ab)+", "(a|b){2}",
+        "|".join(f".*{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        r"(?:.*?(?:language|text).*?(?:attn|mlp).*?(?:k_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:q_proj))",
+    ]  # fmt: skip
+    endless = ["(a|a)*b", "(.*)*x", "(a+b?)+$", "(?:a|aa)+$", ".*.*.*.*.*.*.*.*x", "(x+x+)+y", "([a-z]+){1,}!", "(((a+)b)c)*"]
+    assert all(map(is_pattern, usual)) and not any(map(is_pattern, endless))
 
 
 def test_every_setting_that_peft_knows_has_its_place_here():

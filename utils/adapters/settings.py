@@ -32,6 +32,7 @@ OTHER_SETTINGS = {  # known to peft, without effect on a saved adapter
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
 }
 SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
+UNBOUNDED, MOST_REPETITIONS = r"[*+]|\{\d*,", 6
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -104,12 +105,28 @@ def is_amount(value: Any) -> bool:
 
 
 def is_pattern(text: Any) -> bool:
-    """True for a regular expression."""
+    """True for a regular expression that is matched in a bounded time."""
     try:
         re.compile(text)
     except (re.error, TypeError, RecursionError, OverflowError):
         return False
-    return isinstance(text, str)
+    return isinstance(text, str) and not may_take_forever(text)
+
+
+def may_take_forever(pattern: str) -> bool:
+    """True if a group is repeated that holds a repetition or a choice, or many repetitions follow each other: to find that a
+    name does not match, Python would try all ways to divide it among these."""
+    pattern = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # each stands for one character
+
+    def repetitions(text: str) -> int:
+        return max(len(re.findall(UNBOUNDED, part)) for part in text.split("|"))
+
+    while group := re.search(rf"\(([^()]*)\)({UNBOUNDED})?", pattern):
+        inner, repeated = group[1], group[2] or ""
+        if repeated and (repetitions(inner) or "|" in inner):
+            return True
+        pattern = pattern[: group.start()] + "x" + "*" * repetitions(inner) + repeated + pattern[group.end() :]
+    return repetitions(pattern) > MOST_REPETITIONS
 
 
 def is_names(value: Any) -> bool:
@@ -144,7 +161,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "modules_to_save": is_names,
     "target_parameters": is_names,
     "layers_to_transform": lambda value: is_whole(value) or is_numbers(value),
-    "layers_pattern": lambda value: isinstance(value, str) or is_names(value),
+    "layers_pattern": lambda value: is_pattern(value) or (is_names(value) and all(map(is_pattern, value))),
     "trainable_token_indices": lambda value: all(map(is_numbers, value.values() if isinstance(value, dict) else [value])),
     "bias": lambda value: value in ("none", "all", "lora_only"),
     "init_lora_weights": is_initialization,
