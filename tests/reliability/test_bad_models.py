@@ -153,6 +153,7 @@ BASES: dict[str, tuple] = {  # what is broken -> how, and the words of the refus
     "config: none": (gone("config.json"), "config.json", "check the path"),
     **{f"config: {what}": (text("config.json", content), "config.json", ";") for what, content in NO_SETTINGS.items()},
     "config: UTF-16": (text("config.json", "{}", "utf-16"), "config.json", "convert the file to UTF-8"),
+    "config: labels without end": (settings("config.json", num_labels=10**9), "num_labels is 1e+09", AGAIN_FILE),
     "weights: none": (gone(WEIGHTS), "holds neither", "is it a model folder?"),
     "weights: empty": (data(WEIGHTS, lambda d: b""), WEIGHTS, AGAIN),
     "weights: cut off": (data(WEIGHTS, lambda d: d[:-1000]), WEIGHTS, AGAIN),
@@ -210,6 +211,9 @@ BASES: dict[str, tuple] = {  # what is broken -> how, and the words of the refus
     "tokenizer.json: nested too deeply": (text("tokenizer.json", "[" * 99999), "tokenizer", AGAIN),
     "tokenizer_config.json: broken": (text("tokenizer_config.json", '{"a'), "tokenizer", AGAIN),
     "tokenizer_config.json: a list": (text("tokenizer_config.json", "[1]"), "tokenizer", AGAIN),
+    "tokenizer_config.json: a length in words": (
+        settings("tokenizer_config.json", model_max_length="long"), "model_max_length is 'long', not a number", "fix",
+    ),
     "tokenizer.model: cut off": (text("tokenizer.model", "\x0a\x0e\x0a\x05<unk"), "tokenizer.model", AGAIN),
     "tokenizer.model: a page of HTML": (text("tokenizer.model", "\n<html>"), "tokenizer.model", AGAIN),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """What config.json says about a model before any weight is read: its layers without values, and its window."""
 
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -23,7 +24,11 @@ warnings.filterwarnings("ignore", module="bitsandbytes")  # on the CPU it warns 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 # several times what the largest models have; many more would take forever to build
-MOST = {"num_hidden_layers": 1000, "hidden_size": 200_000, "num_attention_heads": 2000, "vocab_size": 10_000_000}
+MOST = {
+    "num_hidden_layers": 1000, "hidden_size": 200_000, "num_attention_heads": 2000, "vocab_size": 10_000_000,
+    "max_position_embeddings": 2**31,
+}  # fmt: skip
+MOST_LABELS = 100_000  # the library writes out a name for each
 CAUSAL_ANYWAY = ("gpt_neox", "gpt_neox_japanese")  # their is_decoder is false by default, and nothing reads it
 REFUSED = {  # families that can be trained, but cannot answer: the library's own caches do not hold what they need
     "minimax": "keeps its states in a cache of its own",
@@ -45,14 +50,15 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
         raise UserError(f"{path}: names no model_type; is it the config of a language model?")
     if settings.get("auto_map") and settings["model_type"] not in transformers.CONFIG_MAPPING:
         raise UserError(f"{path}: requires its own code to be run, which is refused; use a family that transformers knows")
+    check_labels(path)
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:
         fix = "download the file again, or use a family that transformers knows"
         raise UserError(f"{path}: not understood ({reason(error)}); {fix}") from None
-    for name, most in MOST.items():
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not 1 <= value <= most:
+    for name, part in itertools.product(MOST, (config, config.get_text_config())):
+        value = getattr(part, name, None)
+        if isinstance(value, int) and not 1 <= value <= MOST[name]:
             raise UserError(f"{path}: {name} is {value}, which is not plausible; download the file again")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: {settings['model_type']} is not a causal language model; choose one such as LLaMA or BLOOM")
@@ -63,6 +69,15 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
     if kind in REFUSED:
         raise UserError(f"{path}: {kind} {REFUSED[kind]}, and cannot answer here; choose another base model")
     return config
+
+
+def check_labels(path: Path) -> None:
+    """Raises UserError if a `config.json`, which need not exist, has the library name so many labels that it hangs."""
+    settings = read_json(path) if path.is_file() else {}
+    for part in (settings, *settings.values()) if isinstance(settings, dict) else ():
+        labels = part.get("num_labels") if isinstance(part, dict) else None
+        if isinstance(labels, (int, float)) and labels > MOST_LABELS:
+            raise UserError(f"{path}: num_labels is {labels:g}, which is not plausible; download the file again")
 
 
 def window_of(config: PreTrainedConfig) -> int | None:

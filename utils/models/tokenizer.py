@@ -22,6 +22,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from utils.console import UserError, reason, say, say_once
 from utils.files import read_json, replacing_folder, write_json
+from utils.models.architecture import check_labels
 from utils.models.tokenizer_files import CONFIG, JSON, MODEL, check_numbers, copy_tokenizer, is_sentencepiece, read_settings
 from utils.models.weights import base_folder
 
@@ -67,6 +68,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder as its files describe it, with a padding token or without; raises as above."""
     settings = read_settings(folder) if is_sentencepiece(folder / MODEL) else None
+    check_labels(folder / "config.json")  # which the library reads, too
     if settings:
         check_numbers(folder, settings["added_tokens_decoder"])
     elif not any((folder / file).is_file() for file in (JSON, "vocab.json")):
@@ -78,6 +80,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the libraries check nothing, and may fail in any way on unexpected files
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason(error)}); download it again") from None
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        longest = f"model_max_length is {tokenizer.model_max_length!r:.80}, not a number"
+        raise UserError(f"{folder}: its tokenizer cannot be used ({longest}); fix tokenizer_config.json")
     if tokenizer.eos_token != tokenizer.unk_token and tokenizer.eos_token_id == tokenizer.unk_token_id:
         tokenizer.eos_token = None  # a name, or "", that is no token, and would mean the unknown one
     if isinstance(tokenizer.chat_template, str):
