@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.chat.feedback import FOLDER, usable
-from utils.cli import option, run, write_options
+from utils.cli import option, run
 from utils.console import UserError, say
 from utils.datasets.sources import check_base_model, is_hub_name
 from utils.datasets.templates import check_template
 from utils.inference.sampling_params import SamplingParams
 from utils.models.hubs import HUBS, named_on
+from utils.options_file import write_options
 
 if TYPE_CHECKING:
     from utils.datasets.prompts import Record

@@ -14,6 +14,7 @@ import finetune
 from utils import cli
 from utils.cli import option, parse
 from utils.console import UserError
+from utils.options_file import write_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,11 +258,17 @@ def test_options_from_a_file_are_typed_and_the_line_wins(tmp_path):
         assert parse(Options, argv) == dataclasses.replace(plain, count=7, answers=["c=3"])
 
 
+def test_texts_in_a_file_are_taken_as_they_are_written(tmp_path):
+    read = parse(Options, ["--config", config(tmp_path, "name: 010\ncount: 007\nflag: no\nparts: [no, 1_0, 2024-01-01, ~]\n")])
+    assert (read.name, read.count, read.flag, read.parts) == ("010", 7, False, ["no", "1_0", "2024-01-01", "~"])
+    assert parse(Options, ["--config", config(tmp_path, "name: 'null'\ncount: null\nauto: ~\nparts: []")]).name == "null"
+
+
 def test_what_a_run_writes_is_what_it_was_given(tmp_path):
     made = Options("a: b", 5, 1e-4, False, True, 0.25, [], ["x"])
-    cli.write_options(dataclasses.asdict(made), tmp_path / "run.yaml")
+    write_options(dataclasses.asdict(made), tmp_path / "run.yaml")
     assert parse(Options, ["--config", str(tmp_path / "run.yaml")]) == made
-    cli.write_options({"auth": "me:secret", "api_key": "k", "name": "a"}, tmp_path / "run.yaml")
+    write_options({"auth": "me:secret", "api_key": "k", "name": "a"}, tmp_path / "run.yaml")
     assert (tmp_path / "run.yaml").read_text() == "name: a\n"
 
 
@@ -276,10 +283,17 @@ def test_what_a_run_writes_is_what_it_was_given(tmp_path):
         ("a: b: c", "is not YAML"),
         ("- a", "holds no options"),
         ("", "holds no options"),
+        ("count: 5\ncount: 6", "count: is given twice"),
+        ("count: 1:30", "--count 1:30: not a whole number"),
+        ("count: 5\n---\ncount: 6", "run.yaml"),
+        ("parts: " + "[" * 500_000, "not a plain value"),
         ("count: !!python/object/apply:os.system [true]", "is not YAML"),
         ("a: &x [1]\nb: " + "*x, " * 400_000, "larger than a megabyte"),
         ("count: &x 5\nname: *x", "repeats values by *name"),
-        ("\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60))]), "millions"),
+        (
+            "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60))]),
+            "not a plain value",
+        ),
     ],
 )
 def test_a_file_of_options_that_is_wrong_is_named(tmp_path, text, words):

@@ -8,7 +8,6 @@ command line win.
 
 import atexit
 import dataclasses
-import difflib
 import errno
 import gc
 import io
@@ -28,8 +27,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.console import UserError, harmless, leave_terminal, reason
-from utils.files import check_names, replacing
+from utils.files import check_names
 from utils.memory import is_out_of_memory
+from utils.options_file import CONFIG, no_such_option, read_options
 
 T = TypeVar("T")
 FLAG = re.compile(r"--?[A-Za-z]")
@@ -37,9 +37,6 @@ NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, 
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust (tokenizers, safetensors) tell an OSError
 LESS_MEMORY = "give --load_8bit or --load_4bit, fewer tokens or records at once, or use a machine with more"
 OTHER_PLACE = "free disk space, fix the permissions, or choose another path, then rerun"
-CONFIG = "config"  # the one option that all scripts have
-LARGEST_CONFIG = 2**20
-SECRETS = ("auth", "api_key")  # never written to a file
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -181,7 +178,7 @@ def parse(options: type[T], argv: list[str]) -> T:
     given = list(_pairs(argv, fields, kinds))
     values: dict[str, Any] = {}
     for config in [raw for name, raw in given if name == CONFIG]:
-        for name, raw in _read_config(config, fields):
+        for name, raw in read_options(config, fields):
             try:
                 values[name] = _convert(name, raw, kinds[name], fields[name].metadata)
             except UserError as error:
@@ -219,7 +216,7 @@ def _pairs(argv: list[str], fields: dict, kinds: dict) -> typing.Iterator[tuple[
             yield name.removeprefix("no").lstrip("_"), "False"
             continue
         if name not in fields and name != CONFIG:
-            raise UserError(_no_such_option(f"--{name}", name, fields, "--"))
+            raise UserError(no_such_option(f"--{name}", name, fields, "--"))
         stands_alone = name != CONFIG and bool in (kinds[name], *typing.get_args(kinds[name]))
         if not equals:
             if index < len(argv) and not FLAG.match(argv[index]):
@@ -230,51 +227,6 @@ def _pairs(argv: list[str], fields: dict, kinds: dict) -> typing.Iterator[tuple[
             else:
                 raise UserError(f"--{name}: has no value; write --{name} VALUE")
         yield name, raw
-
-
-def _no_such_option(shown: str, name: str, fields: dict, dashes: str) -> str:
-    near = difflib.get_close_matches(name, fields, 1, 0.6)
-    return f"{shown}: no such option; " + (f"did you mean {dashes}{near[0]}?" if near else "see --help for all options")
-
-
-def _read_config(path: str, fields: dict) -> typing.Iterator[tuple[str, str]]:
-    """The options of a YAML file as pairs of name and raw value; one without a value counts as not given.
-
-    Raises UserError if the file cannot be read, is not a mapping of plain values and lists, or names an unknown option.
-    """
-    import yaml
-
-    try:
-        with open(path, "rb") as file:
-            text = file.read(LARGEST_CONFIG + 1)
-        if len(text) > LARGEST_CONFIG:
-            raise UserError(f"--{CONFIG} {path}: is larger than a megabyte; name a file of options")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"--{CONFIG} {path}: repeats values by *name, a few of which may mean millions; write them out")
-        options = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--{CONFIG} {path}: cannot be read ({error.strerror}); name a YAML file of options") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--{CONFIG} {path}: is not YAML ({reason(error)}); write one option per line, name: value") from None
-    if not isinstance(options, dict):
-        raise UserError(f"--{CONFIG} {path}: holds no options; write one per line, name: value")
-    for name, value in options.items():
-        if name not in fields:
-            raise UserError(_no_such_option(f"{path}: {name!s:.80}", str(name), fields, ""))
-        parts = value if isinstance(value, list) else [value]
-        if not all(part is None or isinstance(part, (str, int, float)) for part in parts):
-            raise UserError(f"{path}: {name}: not a plain value or a list of these; see --help")
-        if value is not None:
-            yield name, repr([str(part) for part in value]) if isinstance(value, list) else str(value)
-
-
-def write_options(options: dict[str, Any], path: str | Path) -> None:
-    """Write the options of a run, by name, as YAML that `--config` reads again; passwords and keys are left out."""
-    import yaml
-
-    options = {name: value for name, value in options.items() if name not in SECRETS}
-    with replacing(Path(path)) as aside:
-        aside.write_text(yaml.safe_dump(options, allow_unicode=True, sort_keys=False), "utf-8")
 
 
 def _convert(name: str, raw: str, kind: Any, bounds: typing.Mapping[str, Any]) -> Any:

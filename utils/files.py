@@ -152,6 +152,8 @@ def check_folder(folder: str | Path, option: str = "--output_dir") -> None:
     if its disk is full."""
     if not str(folder):
         raise UserError(f"{option}: is empty; name a folder")
+    if option == "--output_dir" and not Path(folder).absolute().name:
+        raise UserError(f"{option} {folder}: is the disk's top folder; name one in it")
     path = Path(folder).absolute()
     above = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not above.is_dir():

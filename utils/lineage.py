@@ -14,9 +14,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from utils.cli import option, run, write_options
+from utils.cli import option, run
 from utils.console import UserError
 from utils.files import digest, read_json, sha256, write_json
+from utils.options_file import write_options
 
 FILE = "lineage.json"
 FORMAT = 1  # of the file; older versions wrote no number, but the same form

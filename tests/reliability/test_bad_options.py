@@ -65,6 +65,7 @@ FINETUNE = cases(
     ("a weight of nothing", "--data_path {data}:0", "0 is not a weight", "above 0"),
     ("the output is a file", "--output_dir {data}", "data.json: is not a folder", "give another --output_dir"),
     ("the output is nowhere", "--output_dir ''", "--output_dir: is empty", "name a folder"),
+    ("the output is the disk", "--output_dir /", "--output_dir /: is the disk's top folder", "name one in it"),
     ("the output's name is too long", f"--output_dir {{tmp}}/{'长' * 200}", "长", "too long"),
     ("an output in /proc", "--output_dir /proc/none/out", "/proc/none: cannot be made", "choose another place"),
 )  # fmt: skip
