@@ -29,6 +29,13 @@ def test_a_step_names_the_toolkit_and_its_form(tmp_path):
     assert lineage.read(tmp_path) == step
 
 
+def test_the_module_prints_a_chain_by_its_folder(script, tmp_path):
+    lineage.write(tmp_path, {"kind": "train", "options": {"output_dir": "output/f1"}})
+    assert "| f1 " in script("utils/lineage.py", tmp_path).ok() == script("utils/lineage.py", f"--folder={tmp_path}").ok()
+    assert "the output folder whose chain to print" in script("utils/lineage.py", "--help").ok()
+    assert "--folder: missing" in script("utils/lineage.py").error
+
+
 def test_an_older_file_without_a_format_is_read_and_a_newer_one_refused(tmp_path):
     step = {"kind": "train", "options": {"output_dir": "f1"}}
     (tmp_path / lineage.FILE).write_text(json.dumps(step))
