@@ -172,12 +172,16 @@ def test_calls_and_answers_are_learned_as_the_template_writes_them_and_results_a
 
 def test_control_tokens_of_calls_stay_in_an_answers_text(tmp_path):
     from utils.inference.engine import Ending
+    from utils.inference.rollouts import Sampler
+    from utils.inference.sampling_params import SamplingParams
 
     words = chat_templates.tokenizer(tmp_path, "short ids")
     prompter = ChatPrompter(words, [words.eos_token_id])
     ids = words('[TOOL_CALLS]{"name": "f"}</s>', add_special_tokens=False)["input_ids"]
     assert Ending(words, [], prompter.ends, prompter.markers).text(ids) == '[TOOL_CALLS]{"name": "f"}'
     assert Ending(words, [], prompter.ends).text(ids) == '{"name": "f"}'
+    training = Sampler(words, prompter, [], SamplingParams(), 100)
+    assert training.text(ids) == '[TOOL_CALLS]{"name": "f"}', "in training, for rewards and at evaluations, too"
 
 
 def test_a_prompt_with_tools_is_asked_with_them_or_that_is_printed_or_refused(tmp_path, capsys):

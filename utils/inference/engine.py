@@ -57,6 +57,16 @@ class Ending:
         self.lasts = {stop[-1] for stop in stops} | {"\ufffd"}  # \ufffd: part of a character, which may be one of these
         self.known: dict[int, bool] = {}  # which tokens can be the last of a stop string
 
+    @classmethod
+    def after(
+        cls, prompter: Prompter | ChatPrompter | None, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], stops: list[str]
+    ) -> "Ending":
+        """How answers to the prompts of a template (None: to plain text) end; `ends` if it is not a chat template."""
+        texts = [*(prompter.stop_strings if prompter else []), *stops]
+        if isinstance(prompter, ChatPrompter):
+            return cls(tokenizer, texts, prompter.ends, prompter.markers, prompter.channels)
+        return cls(tokenizer, texts, ends)
+
     def __call__(self, ids: Ids) -> bool:
         if ids[-1] in self.ends:
             return True
@@ -264,10 +274,7 @@ class Engine:
     def ending(self, name: str, template: str | None = "", stops: Sequence[str] = ()) -> Ending:
         """How answers of `name` end: as the template says (None: there is none), or with one of `stops`."""
         prompter = None if template is None else self.prompter(name, template)
-        texts = [*(prompter.stop_strings if prompter else []), *self.stops, *stops]
-        if isinstance(prompter, ChatPrompter):
-            return Ending(self.tokenizers[name], texts, prompter.ends, prompter.markers, prompter.channels)
-        return Ending(self.tokenizers[name], texts, self.ends[name])
+        return Ending.after(prompter, self.tokenizers[name], self.ends[name], [*self.stops, *stops])
 
     def answer(
         self, name: str, prompts: list[Ids], settings: SamplingParams, template: str | None = "", stops: Sequence[str] = ()

@@ -34,11 +34,7 @@ class Sampler:
         room: int,
         window: int | None = None,
     ):
-        self.ending = (
-            Ending(tokenizer, list(prompter.stop_strings), prompter.ends, channels=prompter.channels)
-            if isinstance(prompter, ChatPrompter)
-            else Ending(tokenizer, list(prompter.stop_strings), ends)
-        )
+        self.ending = Ending.after(prompter, tokenizer, ends, [])
         self.settings, self.room, self.window = settings, room, window
 
     def __call__(self, model: PreTrainedModel, prompts: list[Ids], seeds: list[int]) -> list[Ids]:
