@@ -148,6 +148,16 @@ def test_a_set_as_it_is_downloaded_is_refused_by_name(tmp_path, capsys, name):
     assert f"1 dropped, 3 kept: an item of a raw downloaded set, for data/{name}/prepare.py" in capsys.readouterr().out
 
 
+def test_a_reference_or_category_may_be_a_number_and_is_counted_as_unused_if_it_is_neither_text_nor_number(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(
+        json.dumps([{"instruction": "1+4", "output": "5", "reference": value, "category": 3} for value in (5, ["a"])])
+    )
+    first, second = read_records(path)
+    assert (first["reference"], first["category"]) == ("5", "3") and "reference" not in second
+    assert "unused fields, with the number of records that have them: reference (1)\n" in capsys.readouterr().out
+
+
 def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, capsys):
     items = [
         two({"name": "x", "trainable": False}, question={"loss": True})

@@ -89,7 +89,7 @@ def renamed(item: dict) -> dict:
     raw |= {name: item[key] for key, name in KEPT_AS.items() if item.get(key)}
     raw |= {key: item[key] for key in ("history", *KEPT) if item.get(key) is not None}
     other = [f"{name} read as {field}" for field, name in chosen.items() if name != field and item.get(name) is not None]
-    unused = [name for name in item if name not in USED | {*chosen.values()} and is_set(item[name])]
+    unused = [name for name in item if name not in chosen.values() and is_unused(name, item[name])]
     return raw | ({"read_as": ", ".join(other)} if other else {}) | ({"unused": unused} if unused else {})
 
 
@@ -117,7 +117,7 @@ def dialogue_record(turns: Any, system: Any, rest: dict) -> dict:
     raw = dialogue(spoken, system)
     if len(flags) <= len(raw["history"]):
         flags.append(True)  # the answer that is still to come
-    unused = [name for name in rest if name not in USED and is_set(rest[name])]
+    unused = [name for name in rest if is_unused(name, rest[name])]
     in_turns = {f"{name} (in turns)" for turn in turns for name in turn if name not in USED_IN_TURNS and is_set(turn[name])}
     asked = {
         f"{name} (of a question)"
@@ -128,6 +128,16 @@ def dialogue_record(turns: Any, system: Any, rest: dict) -> dict:
     unused += sorted(in_turns | asked)
     kept = {key: rest[key] for key in KEPT if rest.get(key) is not None}
     return raw | kept | {"learn": flags} | ({"unused": unused} if unused else {})
+
+
+def is_label(value: Any) -> bool:
+    """True for what can be a category or a reference: a text, or a number, which stands for its digits."""
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
+def is_unused(name: str, value: Any) -> bool:
+    """True for a field whose value is not read."""
+    return is_set(value) and (name not in USED or (name in {*KEPT, *KEPT_AS} and not is_label(value)))
 
 
 def prompt_and_completion(raw: dict) -> list:

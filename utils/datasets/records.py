@@ -25,6 +25,7 @@ from utils.datasets.item_formats import (
     QUESTIONS,
     InvalidRecord,
     as_record,
+    is_label,
     is_set,
     parsed,
 )
@@ -322,9 +323,7 @@ def validate(raw: dict, need_output: bool = True) -> Record:
         if type(raw["system"]) is not str:
             raise InvalidRecord(no_text({"system": raw["system"]}))
         record["system"] = raw["system"]
-    for key in KEPT:
-        if type(raw.get(key)) is str:
-            record[key] = raw[key]
+    record |= {key: str(raw[key]) for key in KEPT if is_label(raw.get(key))}
     record |= {key: raw[key] for key in ("tools", "messages") if raw.get(key)}
     if sum(map(characters, record.values())) > LONGEST:
         raise InvalidRecord(f"more than {LONGEST:,} characters")
