@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
 from array import array
 from collections import Counter, deque
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import option, run
+from utils.cli import end_with_parent, option, run
 from utils.console import UserError, progress, say
 from utils.datasets.text_faults import FIXES
 from utils.files import check_folder, locked, write_json
@@ -203,8 +202,8 @@ worker: dict[str, Any] = {}  # passed to each process once
 
 
 def prepare(options: Options, index: Any) -> None:
-    """Keep what all chunks need in this process, which leaves Ctrl-C to its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Keep what all chunks need in this process."""
+    end_with_parent()
     worker.update(options=options, index=index)
 
 

@@ -7,6 +7,7 @@ command line win.
 """
 
 import atexit
+import ctypes
 import dataclasses
 import errno
 import gc
@@ -36,6 +37,7 @@ FLAG = re.compile(r"--?[A-Za-z]")
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust (tokenizers, safetensors) tell an OSError
 LESS_MEMORY = "give --load_8bit or --load_4bit, fewer tokens or records at once, or use a machine with more"
+PR_SET_PDEATHSIG = 1  # prctl(2)
 OTHER_PLACE = "free disk space, fix the permissions, or choose another path, then rerun"
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
@@ -326,3 +328,11 @@ def help_text(options: type, docstring: str) -> str:
             head = f"{head:<30}{lines_of_help.pop(0)}"
         lines += [*textwrap.wrap(head, width, subsequent_indent="      "), *(f"{'':30}{line}" for line in lines_of_help)]
     return "\n".join(lines)
+
+
+def end_with_parent() -> None:
+    """In a worker process: leave Ctrl-C to the parent, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -4,6 +4,7 @@ import json
 import random
 
 import numpy as np
+import psutil
 import pytest
 
 from utils.datasets.cleaning import (
@@ -122,3 +123,14 @@ def test_the_script_drops_masks_counts_and_can_be_repeated(script, tmp_path):
     assert "swap them" in script("data/clean.py", *argv, "--most_characters", 1, "--overwrite").error
     assert "is a folder; name a file" in script("data/clean.py", *argv, "--output_path", tmp_path, "--overwrite").error
     assert "is also an input" in script("data/clean.py", *argv[:2], "--output_path", data, "--overwrite").error
+
+
+def test_its_workers_end_with_it_even_if_it_is_killed(script, tmp_path):
+    lines = [json.dumps({"instruction": f"第{n}问", "output": f"{n}答" * 50}, ensure_ascii=False) for n in range(20_000)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines), "utf-8")
+    running = script.start("data/clean.py", "--data_path", tmp_path / "data.jsonl", "--output_path", tmp_path / "clean.json")
+    running.wait_until(psutil.Process(running.pid).children)
+    workers = psutil.Process(running.pid).children()
+    running.kill()
+    running.wait()
+    assert not psutil.wait_procs(workers, timeout=60)[1]

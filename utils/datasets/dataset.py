@@ -2,13 +2,10 @@
 
 import atexit
 import collections
-import ctypes
 import itertools
 import multiprocessing
 import os
 import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +19,7 @@ import pyarrow.compute as pc
 import torch
 from datasets.arrow_writer import ArrowWriter
 
+from utils.cli import end_with_parent
 from utils.console import UserError, progress, say
 from utils.datasets.encoders import DocumentEncoder, Encoder
 from utils.datasets.encoding import IGNORED
@@ -31,7 +29,6 @@ from utils.files import digest, replacing
 
 CHUNK = 1000  # records encoded in one call to the tokenizer
 FEW = 4  # fewer chunks are not worth starting processes for
-PR_SET_PDEATHSIG = 1  # prctl(2)
 FORMAT = 6  # of the cached files; a new number makes older files unused
 
 worker_encoder: "Encoder | DocumentEncoder"  # set by start_worker in each worker process
@@ -171,13 +168,10 @@ def encode_chunks(encoder: Encoder | DocumentEncoder, chunks: Iterator[list[Any]
 
 
 def start_worker(encoder: Encoder | DocumentEncoder) -> None:
-    """Make this process an encoder that ends with its parent, however that ends."""
+    """Make this process an encoder."""
     global worker_encoder
     worker_encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
 
 
 def encode_chunk(records: list[Any]) -> pa.Table:
