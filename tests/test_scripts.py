@@ -336,7 +336,10 @@ def check_chain(world: World, chain: str, ended: subprocess.CompletedProcess) ->
         assert step["options"]["learning_rate"] == (2e-3 if chain == "demo" else 1e-4) and step["data"]["train"] > 0
 
 
-@pytest.mark.parametrize("chain", [pytest.param("D13b-1-3-1", marks=pytest.mark.slow), "D7b-4-1", "B7b-5-1", "demo"])
+@pytest.mark.parametrize(
+    "chain",
+    [pytest.param("D13b-1-3-1", marks=pytest.mark.slow), "D7b-4-1", "B7b-5-1", pytest.param("demo", marks=pytest.mark.slow)],
+)
 def test_a_chain_runs_from_merge_to_answers(world, chain):
     check_chain(world, chain, world("chain.sh", chain))
     config = json.loads((world.output / CHAINS[chain] / "adapter_config.json").read_text())

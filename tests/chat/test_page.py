@@ -283,6 +283,7 @@ def test_an_over_long_conversation_loses_its_oldest_turns_and_says_so(folder, vi
             short.fit("base", {"instruction": "长" * 300}, SamplingParams())
 
 
+@pytest.mark.slow
 def test_sessions_at_once_keep_apart(browser, url, service):
     """One's conversation, settings and stop button never reach another's."""
     contexts = [browser.new_context() for _ in range(6)]
@@ -310,6 +311,7 @@ def test_sessions_at_once_keep_apart(browser, url, service):
         context.close()
 
 
+@pytest.mark.slow
 def test_a_turn_leaves_no_component_behind(visit, url):
     """Where a value follows a skipped one, gradio keeps one more component for as long as the session."""
     page = visit(url)

@@ -162,7 +162,7 @@ def test_scales_that_no_configuration_names(bases, tmp_path, script, way):
     [
         ("nf4", {"load_in_8bit": True}, "is quantized, and nothing says how it is scaled"),
         ("int8", {"load_in_4bit": True}, "is quantized, and nothing says how it is scaled"),
-        ("full", {"load_in_4bit": True}, "says that its weights are quantized (bitsandbytes), and none is"),
+        ("full", {"load_in_4bit": True}, "says that its weights are quantized (bitsandbytes), but none of them is"),
         ("full", {"quant_method": "fp8", "weight_block_size": [32, 32]}, "is quantized, and nothing says how it is scaled"),
     ],
 )

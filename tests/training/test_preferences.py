@@ -190,30 +190,43 @@ def test_the_reference_is_the_parent_also_after_a_stop(script, bases, pairs, dat
     assert same(tensors(tmp_path / "f2"), tensors(tmp_path / "again"))
 
 
-def test_labelled_answers_are_learned_by_kto(script, bases, pairs, tmp_path):
-    """Answers with a label, or both of each pair: at first half the weight is lost; stopped and resumed it ends the same."""
-    labelled = [
+@pytest.fixture(scope="module")
+def labelled(pairs, tmp_path_factory):
+    """Both answers of each pair as labelled answers, the last of them with a label that is none."""
+    records = [
         {"prompt": record["instruction"], "completion": record[name], "label": name == "chosen"}
         for record in json.loads(pairs.read_text("utf-8"))
         for name in ("chosen", "rejected")
     ][:-8]
-    labelled[-1]["label"] = None
-    path = tmp_path / "labelled.jsonl"
-    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in labelled), "utf-8")
-    changes = {"preference_beta": 0.5, "val_set_size": 4, "batch_size": 4, "lora_dropout": 0.1, "save_steps": 3}
-    out = script("finetune.py", *options(bases["llama"], path, tmp_path / "out", **changes)).ok()
+    records[-1]["label"] = None
+    path = tmp_path_factory.mktemp("labelled") / "labelled.jsonl"
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), "utf-8")
+    return path
+
+
+KTO = {"preference_beta": 0.5, "val_set_size": 4, "batch_size": 4, "lora_dropout": 0.1, "save_steps": 3}
+
+
+@pytest.mark.slow
+def test_kto_stopped_and_resumed_ends_the_same(script, bases, labelled, tmp_path):
+    script("finetune.py", *options(bases["llama"], labelled, tmp_path / "out", **KTO)).ok()
+    run = script.start("finetune.py", *options(bases["llama"], labelled, tmp_path / "again", **KTO))
+    run.wait_until(lambda: (tmp_path / "again" / "checkpoint-3" / "checkpoint.json").is_file())
+    run.kill()
+    run.wait()
+    assert "checkpoint-3" in script("finetune.py", *options(bases["llama"], labelled, tmp_path / "again", **KTO)).ok()
+    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
+
+
+def test_labelled_answers_are_learned_by_kto(script, bases, pairs, labelled, tmp_path):
+    """Answers with a label, or both of each pair: at first half the weight is lost."""
+    out = script("finetune.py", *options(bases["llama"], labelled, tmp_path / "out", **KTO)).ok()
     assert "1 of 32 labelled answers dropped: label is neither true nor false" in out and "answers labelled good" in out
     log = entries(tmp_path / "out")
     assert log[0]["kl"] < 1e-4 and log[-1]["loss"] < 0.3 < log[0]["loss"] and log[-1]["reward_margin"] > 1
     assert 0.5 < log[-1]["reward_accuracy"] <= 1
     assert lineage.read(tmp_path / "out")["data"]["stage"] == "labelled"
-    run = script.start("finetune.py", *options(bases["llama"], path, tmp_path / "again", **changes))
-    run.wait_until(lambda: (tmp_path / "again" / "checkpoint-3" / "checkpoint.json").is_file())
-    run.kill()
-    run.wait()
-    assert "checkpoint-3" in script("finetune.py", *options(bases["llama"], path, tmp_path / "again", **changes)).ok()
-    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
-    error = script("finetune.py", *options(bases["llama"], path, tmp_path / "no", preference_loss="dpo")).error
+    error = script("finetune.py", *options(bases["llama"], labelled, tmp_path / "no", preference_loss="dpo")).error
     assert "--preference_loss dpo: compares two answers" in error
     script("finetune.py", *options(bases["llama"], pairs, tmp_path / "pairs", preference_loss="kto", max_steps=2)).ok()
     assert lineage.read(tmp_path / "pairs")["data"]["records"] == 40

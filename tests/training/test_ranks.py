@@ -40,7 +40,7 @@ def check_ranks(script, base, data, folder, counts, *groups):
                 assert (many[count][1][name] - tensor).abs().max() < 1e-5, (ranks, count, name)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_what_one_process_gives(script, bases, data, tmp_path, ranks):
     """1: no record for a rank; 13: none in the second step; 29: a rank has an empty micro-batch."""
     check_ranks(script, bases["llama"], data, tmp_path, [1, 13, 29], ranks)
