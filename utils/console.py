@@ -1,10 +1,11 @@
 """What a user reads while a script runs: notices, progress bars, and the one-line error."""
 
+import contextlib
 import functools
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -48,8 +49,24 @@ def leave_terminal() -> None:
     os.close(nowhere)
 
 
+listeners: list[list[str]] = []  # those of `noting`
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[str]]:
+    """While the block runs, notices are also collected in the list."""
+    notes: list[str] = []
+    listeners.append(notes)
+    try:
+        yield notes
+    finally:
+        listeners.remove(notes)
+
+
 def say(text: str) -> None:
     """Print one notice, from the main process only."""
+    for notes in listeners:
+        notes.append(text)
     if is_main_process():
         tqdm.write(harmless(text))
 

@@ -1,6 +1,7 @@
 """Encoded data: cached by what it was made of, counted, split; and what --dry_run shows of it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -68,6 +69,18 @@ def test_encoded_records_are_found_again_but_a_stale_cache_is_never_used(tiny_ll
     file.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
     other, was_found = table()
     assert other != first and not was_found
+
+
+def test_what_was_dropped_is_said_again_though_the_file_is_not_read_again(tiny_llama, tmp_path, capsys):
+    records = write(tmp_path / "a.json", 3, name=str(time.time_ns()))
+    (tmp_path / "a.json").write_text(json.dumps([*records, {"instruction": "", "output": ""}]), "utf-8")
+    shutil.copy(tmp_path / "a.json", tmp_path / "其他.json")
+    printed = []
+    for name in ("a.json", "其他.json"):
+        encode_all(tiny_llama, tmp_path / name)
+        printed.append(capsys.readouterr().out.replace(name, "a.json").splitlines())
+    first, again = printed
+    assert any("dropped" in line for line in first) and "already in" in again[0] and again[1:] == first
 
 
 def test_several_files_with_weights(tiny_llama, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import atexit
 import collections
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -20,7 +21,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from utils.cli import end_with_parent
-from utils.console import UserError, progress, say
+from utils.console import UserError, noting, progress, say
 from utils.datasets.encoders import DocumentEncoder, Encoder
 from utils.datasets.encoding import IGNORED
 from utils.datasets.items import in_batches
@@ -29,7 +30,8 @@ from utils.files import digest, replacing
 
 CHUNK = 1000  # records encoded in one call to the tokenizer
 FEW = 4  # fewer chunks are not worth starting processes for
-FORMAT = 6  # of the cached files; a new number makes older files unused
+FORMAT = 7  # of the cached files; a new number makes older files unused
+THE_FILE = "{file}"  # in the cached notices: a copy of the file, elsewhere, has the same ones
 
 worker_encoder: "Encoder | DocumentEncoder"  # set by start_worker in each worker process
 
@@ -115,20 +117,26 @@ def encode_all(
 def encode_file(encoder: Encoder | DocumentEncoder, file: Path, content: str, keep: bool) -> datasets.Dataset:
     """The table of a file's records, from the cache if the same `content` (a hash) was encoded in the same way before.
 
-    Another template, tokenizer or cutoff makes another table. A new table is cached only if `keep`.
+    Another template, tokenizer or cutoff makes another table. A new table is cached only if `keep`, together with the
+    notices of what was dropped or repaired, which are then printed again.
     """
     made_of = [FORMAT, file.suffixes, content, *encoder.made_of]
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "dreamergpt" / f"{digest(made_of)}.arrow"
     path = cached if cached.is_file() or (keep and can_keep(cached.parent)) else temporary_folder() / cached.name
-    if path.is_file():
+    notices = path.with_suffix(".json")
+    if path.is_file() and notices.is_file():
         say(f"{file}: its encoded records are already in {path}")
+        for text in json.loads(notices.read_text("utf-8")):
+            say(text.replace(THE_FILE, str(file)))
     else:
         bar = progress(desc=f"encoding {file.name}", unit=" records")
-        with replacing(path) as aside, ArrowWriter(path=str(aside), features=encoder.features) as writer, bar:
+        with replacing(path) as aside, ArrowWriter(path=str(aside), features=encoder.features) as writer, bar, noting() as said:
             for rows in encode_chunks(encoder, in_batches(encoder.read(file), CHUNK)):
                 writer.write_table(rows)
                 bar.update(len(rows))
             writer.finalize()
+            with replacing(notices) as noted:  # escaped: names and data may hold what is no character
+                noted.write_text(json.dumps([text.replace(str(file), THE_FILE) for text in said]), "utf-8")
     return datasets.Dataset.from_file(str(path))
 
 
