@@ -59,7 +59,7 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
     """Logits where labelled, the reference kept, against all logits and the adapter switched off."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).double().eval()
     pairs = []
     for length in (9, 14):
         ids = torch.randint(5, 200, (2, length)).tolist()
@@ -83,7 +83,7 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(expected, weights)
     base, sums = model.get_base_model(), torch.zeros(4)
-    batch = pad([pair | {"reference": np.array(reference)} for pair, reference in zip(pairs, references, strict=True)], 1)
+    batch = pad([pair | {"reference": np.float32(reference)} for pair, reference in zip(pairs, references, strict=True)], 1)
     shared = share_prefixes(batch["input_ids"], batch["places"])
     assert shared["input_ids"].shape == (2, 14 - 1 + 12 - 1 - 5), "what both begin with once, no last tokens"
     with returning_loss(base):
@@ -93,17 +93,17 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
         for rows in ({}, {"shared": shared}):
             loss = model(**batch, **rows)
             found = torch.autograd.grad(loss, weights)
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
             for one, other in zip(found, gradients, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=3e-6)
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         with torch.no_grad():
             empty = model(**pad([], 1))
     assert empty.item() == 0 and sums[3] == 4
     ids, places, targets = batch["input_ids"], batch["places"], batch["labels"].flatten()[batch["places"] + 1]
     with torch.no_grad():  # and at a temperature, in both ways
         cool = (model(ids).logits.flatten(0, 1)[places] / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        torch.testing.assert_close(sparse_log_probs(base.base_model, base.lm_head, ids, targets, places, 0.5), cool)
-        torch.testing.assert_close(full_log_probs(base, ids, targets, places, 0.5), cool)
+        torch.testing.assert_close(sparse_log_probs(base.base_model, base.lm_head, ids, targets, places, 0.5), cool.float())
+        torch.testing.assert_close(full_log_probs(base, ids, targets, places, 0.5), cool.float())
 
 
 def test_the_kto_loss_is_that_of_its_paper():
