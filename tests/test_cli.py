@@ -287,6 +287,7 @@ def test_what_a_run_writes_is_what_it_was_given(tmp_path):
         ("count: 1:30", "--count 1:30: not a whole number"),
         ("count: 5\n---\ncount: 6", "run.yaml"),
         ("parts: " + "[" * 500_000, "not a plain value"),
+        ("count: 5\n? [name]\n: a\nflag: true", "names an option by a list"),
         ("count: !!python/object/apply:os.system [true]", "is not YAML"),
         ("a: &x [1]\nb: " + "*x, " * 400_000, "larger than a megabyte"),
         ("count: &x 5\nname: *x", "repeats values by *name"),

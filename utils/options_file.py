@@ -1,6 +1,7 @@
 """A file of options, `--config run.yaml`: what a run was given, and can be given again."""
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,34 +57,41 @@ def entries(path: str, events: Iterable[Any]) -> Iterator[tuple[str, str | list[
     1:30 for 90, and no for false."""
     import yaml
 
-    name: str | None = None
-    parts: list[str] | None = None
-    inside = False
+    events = plain_events(path, events)
+    opening = list(itertools.islice(events, 3))  # the stream, the document, and what this is
+    if not isinstance(opening[-1], yaml.MappingStartEvent):
+        return
+    for key in events:
+        if isinstance(key, yaml.MappingEndEvent):
+            break
+        if not isinstance(key, yaml.ScalarEvent):
+            raise UserError(f"{path}: names an option by a list or a mapping; write one per line, name: value")
+        value = next(events)
+        if isinstance(value, yaml.ScalarEvent):
+            yield key.value, None if value.style is None and value.value in NOT_GIVEN else value.value
+            continue
+        parts = []
+        for part in events if isinstance(value, yaml.SequenceStartEvent) else [value]:
+            if isinstance(part, yaml.SequenceEndEvent):
+                break
+            if not isinstance(part, yaml.ScalarEvent):
+                raise UserError(f"{path}: {key.value}: not a plain value or a list of these; see --help")
+            parts.append(part.value)
+        yield key.value, parts
+    if any(isinstance(event, yaml.DocumentStartEvent) for event in events):
+        raise ValueError("several documents")
+
+
+def plain_events(path: str, events: Iterable[Any]) -> Iterator[Any]:
+    """The events of a YAML text, as long as none repeats a value or has a tag."""
+    import yaml
+
     for event in events:
         if isinstance(event, yaml.AliasEvent):
             raise UserError(f"--{CONFIG} {path}: repeats values by *name, a few of which may mean millions; write them out")
         if getattr(event, "tag", None) not in (None, "!"):
             raise ValueError(f"the tag {event.tag}")
-        if isinstance(event, yaml.ScalarEvent) and parts is not None:
-            parts.append(event.value)
-        elif isinstance(event, yaml.ScalarEvent) and inside and name is None:
-            name = event.value
-        elif isinstance(event, yaml.ScalarEvent) and name is not None:
-            yield name, None if event.style is None and event.value in NOT_GIVEN else event.value
-            name = None
-        elif isinstance(event, yaml.SequenceStartEvent) and name is not None and parts is None:
-            parts = []
-        elif isinstance(event, yaml.SequenceEndEvent) and name is not None:
-            yield name, parts
-            name, parts = None, None
-        elif isinstance(event, yaml.MappingStartEvent) and not inside:
-            inside = True
-        elif isinstance(event, yaml.CollectionStartEvent) and name is not None:
-            raise UserError(f"{path}: {name}: not a plain value or a list of these; see --help")
-        elif isinstance(event, yaml.NodeEvent):
-            return  # not a mapping
-        elif isinstance(event, yaml.DocumentStartEvent) and inside:
-            raise ValueError("several documents")
+        yield event
 
 
 def write_options(options: dict[str, Any], path: str | Path) -> None:
