@@ -202,5 +202,8 @@ def asked_after(history: Any, question: str) -> Record:
 
 
 def first_value(text: str) -> Any:
-    """The value of a JSON file, or the first one of JSON Lines. Raises JSONDecodeError."""
-    return json.JSONDecoder().raw_decode(text.lstrip())[0]
+    """The value of a JSON file, or of the first line of JSON Lines. Raises JSONDecodeError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return json.loads(text.strip().partition("\n")[0])
