@@ -47,6 +47,17 @@ def fixture_scheduler(folder):
     scheduler.close()
 
 
+@pytest.fixture(name="read")
+def fixture_read(scheduler):
+    """How many tokens each pass of the model reads, from now on."""
+    found = []
+    hook = scheduler.engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    yield found
+    hook.remove()
+
+
 def prompt_of(engine, name, number):
     return engine.encode(name, {"instruction": "问题" * (1 + 3 * number % 11) + str(number)})
 
@@ -124,13 +135,9 @@ def test_an_exact_row_is_the_same_bits_in_any_company(folder):
         assert torch.equal(scores([row])[0], company[row])
 
 
-def test_a_next_turn_reads_only_what_is_new(scheduler):
+def test_a_next_turn_reads_only_what_is_new(scheduler, read):
     """Also that what ended requests keep is within its limit, and goes oldest first."""
     engine = scheduler.engine
-    read = []
-    hook = engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
     scheduler.call(lambda: scheduler.kept.clear())
     record = {"instruction": "讲一个很长很长的故事", "history": []}
     first = engine.encode("f1", record)
@@ -148,31 +155,20 @@ def test_a_next_turn_reads_only_what_is_new(scheduler):
         assert kept[-1].ids[0] == number + 5 and sum(text.columns for text in kept) <= 300
     assert len(kept) > 1
     scheduler.kept_columns = limit
-    hook.remove()
 
 
-def test_an_opening_that_several_share_is_read_once(scheduler):
-    read = []
-    hook = scheduler.engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
+def test_an_opening_that_several_share_is_read_once(scheduler, read):
     scheduler.call(lambda: scheduler.kept.clear())
     opening = list(range(50, 90))
     answers(
         scheduler, [Request("f1", opening + [tail] * 5, SamplingParams(num_beams=1, max_new_tokens=1)) for tail in range(4)]
     )
     assert sum(read) == 40 + 4 * 5
-    hook.remove()
 
 
-def test_the_fewer_answers_grow_the_more_is_read_at_once(scheduler):
-    read = []
-    hook = scheduler.engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
+def test_the_fewer_answers_grow_the_more_is_read_at_once(scheduler, read):
     prompts = [[number] * 5 for number in range(5, 8)] + [list(range(100, 400)) * 5]
     answers(scheduler, [Request("base", prompt, GREEDY) for prompt in prompts])
-    hook.remove()
     assert read[:3] == [1024, 3 + 256, 3 + (3 * 5 + 1500 - 1024 - 256)]
 
 
