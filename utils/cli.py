@@ -131,6 +131,14 @@ def end_when_told() -> None:
             signal.signal(number, end)
 
 
+def end_with_parent() -> None:
+    """In a worker process: leave Ctrl-C to the parent, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def open_missing_streams() -> None:
     """Give a script that was started with closed standard streams (`>&-`, some services) ones that lead nowhere.
 
@@ -328,11 +336,3 @@ def help_text(options: type, docstring: str) -> str:
             head = f"{head:<30}{lines_of_help.pop(0)}"
         lines += [*textwrap.wrap(head, width, subsequent_indent="      "), *(f"{'':30}{line}" for line in lines_of_help)]
     return "\n".join(lines)
-
-
-def end_with_parent() -> None:
-    """In a worker process: leave Ctrl-C to the parent, and end with it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

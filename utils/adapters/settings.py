@@ -54,14 +54,14 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     for setting, why in UNSUPPORTED.items():
         if settings.get(setting) not in (None, False, []):  # {} means on, with default settings
             raise UserError(f"{folder}: cannot be used here, since {why} ({setting}); use it through peft")
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str):
-        settings["init_lora_weights"] = start.lower()  # peft takes some of them in any case
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+    written = settings.get("init_lora_weights")
+    start = written.lower() if isinstance(written, str) else ""  # peft takes some of them in any case
+    if start.startswith(CHANGES_BASE):
         fix = "save it with peft's path_initial_model_for_weight_conversion, which converts it to one for the unchanged base"
-        if start.lower().startswith("loftq"):
+        if start.startswith("loftq"):
             fix = "save that base too, set init_lora_weights to true here, and use both together"
-        raise UserError(f"{folder}: belongs to a base changed by {start}; {fix}")
+        raise UserError(f"{folder}: belongs to a base changed by {written}; {fix}")
+    settings |= {"init_lora_weights": start} if start else {}
     if settings.get("loftq_config") and settings.get("base_model_name_or_path"):
         say_once(f"{folder}: was made by LoftQ, and fits only the base changed by it: {settings['base_model_name_or_path']}")
     unknown = sorted(name for name in settings.keys() - KINDS.keys() - UNSUPPORTED.keys() - OTHER_SETTINGS if settings[name])

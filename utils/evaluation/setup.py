@@ -230,16 +230,17 @@ def have_measured(
     found = completed(measured, findings)
     referenced = sum("reference" in prompt for prompt in prompts)
     notes = [f"{referenced} of {len(prompts)} prompts have a reference; intervals are 95 %", *differences]
+    adapters = adapters_of(files)
     engine, ready.likelihood = ready.likelihood, None  # its weights are freed before others are loaded
     if engine:
         from utils.evaluation.likelihood import table_of
 
-        likelihoods, lines = table_of(engine, list(adapters_of(files)), prompts, members)
+        likelihoods, lines = table_of(engine, list(adapters), prompts, members)
         found.append(likelihoods)
         notes += lines
-    elif options.likelihood and adapters_of(files) and not referenced:
+    elif options.likelihood and adapters and not referenced:
         notes.append("no log-likelihoods, BLEU, chrF or ROUGE-L; name the files with the references as --test_input_path")
-    elif options.likelihood and options.base_model and not adapters_of(files):
+    elif options.likelihood and options.base_model and not adapters:
         notes.append(f"no log-likelihoods under {options.base_model}: none of the answers stands beside an adapter")
     publish(options, findings, "metrics", found, notes)
 

@@ -4,7 +4,7 @@ import itertools
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -50,7 +50,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
         raise UserError(f"{path}: names no model_type; is it the config of a language model?")
     if settings.get("auto_map") and settings["model_type"] not in transformers.CONFIG_MAPPING:
         raise UserError(f"{path}: requires its own code to be run, which is refused; use a family that transformers knows")
-    check_labels(path)
+    check_labels(path, settings)
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:
@@ -71,9 +71,8 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def check_labels(path: Path) -> None:
-    """Raises UserError if a `config.json`, which need not exist, has the library name so many labels that it hangs."""
-    settings = read_json(path) if path.is_file() else {}
+def check_labels(path: Path, settings: Any) -> None:
+    """Raises UserError if the `settings` of a `config.json` have the library name so many labels that it hangs."""
     for part in (settings, *settings.values()) if isinstance(settings, dict) else ():
         labels = part.get("num_labels") if isinstance(part, dict) else None
         if isinstance(labels, (int, float)) and labels > MOST_LABELS:

@@ -68,7 +68,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder as its files describe it, with a padding token or without; raises as above."""
     settings = read_settings(folder) if is_sentencepiece(folder / MODEL) else None
-    check_labels(folder / "config.json")  # which the library reads, too
+    config = folder / "config.json"
+    if config.is_file():
+        check_labels(config, read_json(config))  # which the library reads, too
     if settings:
         check_numbers(folder, settings["added_tokens_decoder"])
     elif not any((folder / file).is_file() for file in (JSON, "vocab.json")):
