@@ -272,7 +272,7 @@ class Scheduler:
         parts: list[tuple[Ticket, Part]] = []
         begun: list[Ticket] = []
         reading = sum(not ticket.steps for ticket in tickets)
-        left = max(READ_BESIDE, READ_AT_ONCE * reading // len(tickets))
+        left = READ_AT_ONCE if 2 * reading >= len(tickets) else READ_BESIDE
         for ticket in tickets:
             if ticket.text is None:
                 if left <= 0 or self._is_being_read(ticket, begun):
