@@ -57,7 +57,14 @@ def prepare_data(
         table, asked = dataset.encode_all(encoder, options.data_path, hashes, options.seed, keep=not options.dry_run)
     numbers = dataset.usable(table, asked, options.cutoff_len)
     train_numbers, val_numbers = dataset.split(numbers, options.val_set_size, options.seed)
-    facts: dict[str, Any] = {"path": options.data_path}
+    facts: dict[str, Any] = {
+        "path": options.data_path,
+        "stage": stage,
+        "files": hashes,
+        "template": {"name": prompter.name, "texts": prompter.texts},
+        "records": len(asked),
+        "dropped": len(asked) - len(numbers),
+    }
     if earlier:
         table, train_numbers, facts["replay"] = replay.with_replay(
             table, train_numbers, options.replay, encoder, earlier, options.seed
@@ -65,24 +72,25 @@ def prepare_data(
     rows = dataset.JudgedDataset if stage == LABELLED else dataset.EncodedDataset
     train = rows(table, train_numbers, options.cutoff_len)
     validation = rows(table, val_numbers, options.cutoff_len) if len(val_numbers) else None
-    facts |= {
-        "stage": stage,
-        "files": hashes,
-        "template": {"name": prompter.name, "texts": prompter.texts},
-        "records": len(asked),
-        "dropped": len(asked) - len(numbers),
-        "train": len(train_numbers),
-        "validation": len(val_numbers),
+    facts |= sizes(train, validation)
+    if stage == LABELLED:
+        facts["good"] = tell_labels(train, options.desirable_weight, options.undesirable_weight)
+    return tokenizer, train, validation, facts
+
+
+def sizes(train: "EncodedDataset", validation: "EncodedDataset | None") -> dict[str, int]:
+    """How many records and tokens there are, which is printed, too."""
+    found = {
+        "train": len(train),
+        "validation": len(validation or ()),
         "tokens": sum(train.lengths),
         "supervised": sum(train.supervised),
     }
-    if stage == LABELLED:
-        facts["good"] = tell_labels(train, options.desirable_weight, options.undesirable_weight)
     say(
-        f"{facts['train']} records to train on, {facts['validation']} to validate with; an epoch has {facts['tokens']} tokens, "
-        f"{facts['supervised']} of them supervised"
+        f"{found['train']} records to train on, {found['validation']} to validate with; an epoch has {found['tokens']} tokens, "
+        f"{found['supervised']} of them supervised"
     )
-    return tokenizer, train, validation, facts
+    return found
 
 
 def checked_tokenizer(options: Options, origin: "RunStart", folder: str) -> Any:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from utils.datasets.dataset import EncodedDataset
     from utils.models.placement import DeviceConfig
     from utils.training.evaluations import Evaluator
-    from utils.training.grpo import Sampler
+    from utils.training.grpo import Policy, Sampler
+    from utils.training.preferences import Preference
     from utils.training.start import RunStart
     from utils.training.trainer import StepTrainer
 
@@ -153,22 +154,33 @@ def prepare_trainer(
     )
     job = RunConfig(plan, options.base_model, run_facts, options.eval_steps, options.save_total_limit, evaluator)
     if stage in (PREFERENCE, LABELLED):
-        from utils.training.preferences import KTOTrainer, Preference, PreferenceTrainer
+        from utils.training.preferences import KTOTrainer, PreferenceTrainer
 
-        weights = (options.desirable_weight, options.undesirable_weight)
-        loss = "kto" if stage == LABELLED else options.preference_loss or "dpo"
-        settings = Preference(loss, options.preference_beta, options.preference_sft, options.preference_margin, *weights)
         kind = KTOTrainer if stage == LABELLED else PreferenceTrainer
-        return kind(model, args, job, train, validation, settings)
+        return kind(model, args, job, train, validation, preference(options, stage))
     if sampler:
-        from utils.training.grpo import GRPOTrainer, Policy
-        from utils.training.rewards import load_rewards
+        from utils.training.grpo import GRPOTrainer
 
-        names = ("group_size", "temperature", "clip_epsilon", "kl_beta", "num_iterations")
-        rewards = load_rewards(options.rewards, options.reward_format)
-        policy = Policy(rewards, *(getattr(options, name) for name in names))
-        return GRPOTrainer(model, args, job, train, validation, policy, sampler)
+        return GRPOTrainer(model, args, job, train, validation, policy(options), sampler)
     return StepTrainer(model, args, job, train, validation)
+
+
+def preference(options: Options, stage: str) -> "Preference":
+    """The options of training on preferences, with KTO's loss for single answers with a label."""
+    from utils.training.preferences import Preference
+
+    loss = "kto" if stage == LABELLED else options.preference_loss or "dpo"
+    weights = (options.desirable_weight, options.undesirable_weight)
+    return Preference(loss, options.preference_beta, options.preference_sft, options.preference_margin, *weights)
+
+
+def policy(options: Options) -> "Policy":
+    """The options of training by rewards, and the functions that `--rewards` names."""
+    from utils.training.grpo import Policy
+    from utils.training.rewards import load_rewards
+
+    names = ("group_size", "temperature", "clip_epsilon", "kl_beta", "num_iterations")
+    return Policy(load_rewards(options.rewards, options.reward_format), *(getattr(options, name) for name in names))
 
 
 def compile_layers(model: "PeftModel") -> None:
@@ -196,10 +208,6 @@ def training_arguments(
     if placement.quantize == "8bit" and options.load_8bit is None:
         memory.tell_faster(model, placement, options.micro_batch_size, options.cutoff_len)
     checkpointing = wants_checkpointing(options, placement, model)
-    steps = count_steps(options, records)
-    warmup = options.warmup_steps if options.warmup_steps is not None else min(100, steps // 10)
-    computing = f"computing in {placement.autocast_dtype or 'float32'}"
-    say(f"{steps} optimizer steps of {options.batch_size} records, {warmup} of them warm-up; {computing}")
     args = TrainingArguments(
         output_dir=options.output_dir,
         per_device_train_batch_size=options.micro_batch_size,
@@ -207,7 +215,7 @@ def training_arguments(
         max_steps=options.max_steps if options.max_steps > 0 else -1,
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.lr_scheduler_type,
-        warmup_steps=warmup,
+        warmup_steps=warmup_steps(options, placement, records),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         neftune_noise_alpha=options.neftune_noise_alpha,
@@ -234,6 +242,15 @@ def training_arguments(
     )
     args._n_gpu = min(1, args.n_gpu)  # several GPUs need several processes; DataParallel would split micro-batches
     return args
+
+
+def warmup_steps(options: Options, placement: "DeviceConfig", records: int) -> int:
+    """Steps over which the learning rate grows: as asked for, else a tenth, at most 100; printed with all that are taken."""
+    steps = count_steps(options, records)
+    warmup = options.warmup_steps if options.warmup_steps is not None else min(100, steps // 10)
+    computing = f"computing in {placement.autocast_dtype or 'float32'}"
+    say(f"{steps} optimizer steps of {options.batch_size} records, {warmup} of them warm-up; {computing}")
+    return warmup
 
 
 def wants_checkpointing(options: Options, placement: "DeviceConfig", model: "PeftModel") -> bool:
