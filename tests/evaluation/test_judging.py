@@ -11,9 +11,9 @@ import pytest
 from api_server import asked, fair, shown
 from scripting import ROOT, warm
 
+from utils.datasets.final_numbers import final_number
 from utils.datasets.prompts import read_prompts
 from utils.evaluation.judging import judge_prompt, shown_order
-from utils.evaluation.metrics import final_number
 from utils.inference.remote import messages
 
 warm("matplotlib.pyplot", "openai")

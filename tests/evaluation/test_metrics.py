@@ -5,13 +5,13 @@ from fractions import Fraction
 
 import pytest
 
+from utils.datasets.final_numbers import final_number
 from utils.evaluation import metrics
 from utils.evaluation.answers import by_category
 from utils.evaluation.metrics import (
     chinese,
     common_subsequence,
     exact,
-    final_number,
     measure,
     refusals,
     repetition,

@@ -13,11 +13,11 @@ import numpy as np
 
 from utils.console import UserError, progress, say
 from utils.datasets import dataset, encoders, stages
+from utils.datasets.final_numbers import final_number
 from utils.datasets.records import Record
 from utils.datasets.sources import sources
 from utils.evaluation.chosen import plain
 from utils.evaluation.likelihood import load_engine, sum_of_losses
-from utils.evaluation.metrics import final_number
 from utils.evaluation.tables import Row, Table, Values
 from utils.files import sha256
 from utils.inference import batch

@@ -4,24 +4,16 @@ import dataclasses
 import functools
 import itertools
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any
 
+from utils.datasets.final_numbers import NUMBER, final_number
 from utils.datasets.prompts import Record
 from utils.evaluation.answers import samples
 from utils.evaluation.intervals import FEWEST, Interval, compare, compare_shares, middle, percent, resampled, sums, wilson
 from utils.evaluation.tables import Row, Table
 
 Pairs = list[tuple[str, str]]  # answers with their references
-DIGITS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
-UNITS = {"十": 10, "百": 100, "千": 1000}
-NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?")
-IN_CHINESE = re.compile(rf"[{''.join(DIGITS)}{''.join(UNITS)}万]+")
-MARKER = re.compile(r"答案\s*(?:应该|应)?(?:是|为|:|】)+|\\boxed|####|answer\s*(?:is|:)+", re.I)
-FRACTION = re.compile(r"\\[dt]?frac\{\s*(\d+)\s*\}\{\s*(\d+)\s*\}")
-PARTS = re.compile(r"([零〇一二两三四五六七八九十百千]+)分之([零〇一二两三四五六七八九十百千]+)|(\d+)分之(\d+)")
 CANNOT = "(?:不能|无法|不可以|没有办法|没办法|不会|拒绝|不便|不应该)"
 REFUSAL = re.compile(
     rf"(?:抱歉|对不起|不好意思|请原谅|遗憾)[^。！？\n]{{0,30}}{CANNOT}"
@@ -118,48 +110,6 @@ def common_subsequence(one: list[str], other: list[str]) -> int:
 def is_exact(answer: str, reference: str) -> bool:
     """True if an answer's final number is the reference's."""
     return final_number(answer) == final_number(reference)
-
-
-def final_number(text: str) -> Fraction | None:
-    """An answer's final number: the one after its last 答案 (or the like), else its last one; None if there is none.
-
-    It reads fractions, percentages (ignoring the sign), thousands separators and, after 答案, Chinese numerals; of an
-    equation, the right side counts.
-    """
-    text = unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("−", "-")
-    text = PARTS.sub(lambda m: f"{in_digits(m[2] or m[4])}/{in_digits(m[1] or m[3])}", FRACTION.sub(r"\1/\2", text))
-    for marker in reversed(list(MARKER.finditer(text))):
-        line = text[marker.end() :].strip().partition("\n")[0].rpartition("=")[2]
-        found = NUMBER.search(line) or IN_CHINESE.search(line)
-        if found:
-            return as_fraction(found[0])
-    numbers = NUMBER.findall(text)
-    return as_fraction(numbers[-1]) if numbers else None
-
-
-def as_fraction(number: str) -> Fraction | None:
-    """`1,234.5`, `2/15` or `四十二` as an exact number."""
-    over, _, under = re.sub(r"[\s,]", "", number).partition("/")
-    try:
-        return Fraction(in_digits(over)) / Fraction(under or 1)
-    except ZeroDivisionError:
-        return None
-
-
-def in_digits(number: str) -> str:
-    """A Chinese numeral below 100 million in digits; any other text unchanged."""
-    if not IN_CHINESE.fullmatch(number):
-        return number
-    total, section, digit = 0, 0, 0
-    for sign in number:
-        if sign in DIGITS:
-            digit = DIGITS[sign]
-        elif sign in UNITS:
-            section += (digit or 1) * UNITS[sign]
-            digit = 0
-        else:
-            total, section, digit = (section + digit or 1) * 10000, 0, 0
-    return str(total + section + digit)
 
 
 def repeated(answer: str, _: str) -> float:

@@ -6,8 +6,8 @@ from typing import Any
 
 from utils.console import UserError
 from utils.datasets.choices import Choice, read_choices
+from utils.datasets.final_numbers import NUMBER
 from utils.datasets.prompts import Record, prompt_files, read_prompts
-from utils.evaluation.metrics import NUMBER
 from utils.files import sha256
 
 

@@ -13,15 +13,14 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, reason
+from utils.datasets.final_numbers import final_number
 from utils.files import sha256
 
 Reward = Callable[[str, dict[str, Any]], Any]
-NUMBER = re.compile(r"[-−]?\d[\d,，]*(?:\.\d+)?(?:/\d+)?")
 THINKING = r"<think>.+?</think>\s*\S.*"  # the pattern of `format` if no other is given
 
 
@@ -40,9 +39,9 @@ def exact(answer: str, record: dict[str, Any]) -> float:
 
 
 def number(answer: str, record: dict[str, Any]) -> float:
-    """1 if the last number of the answer equals the last one of the reference."""
-    found = last_number(answer)
-    return float(found is not None and found == last_number(record["output"]))
+    """1 if the final number of the answer (as judge.py reads it) equals that of the reference."""
+    found = final_number(answer)
+    return float(found is not None and found == final_number(record["output"]))
 
 
 def length(answer: str, record: dict[str, Any]) -> float:
@@ -58,15 +57,6 @@ def of_format(pattern: str) -> Reward:
     except re.error as error:
         raise UserError(f"--reward_format {pattern}: is not a regular expression ({error}); correct it") from None
     return lambda answer, record: float(compiled.fullmatch(answer.strip()) is not None)
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number of a text, or None."""
-    found = NUMBER.findall(text)
-    if not found:
-        return None
-    over, _, under = re.sub("[,，]", "", found[-1]).replace("−", "-").partition("/")
-    return Fraction(over) / Fraction(under) if under and Fraction(under) else Fraction(over)
 
 
 BUILT_IN: dict[str, Reward] = {"exact": exact, "number": number, "length": length}
