@@ -27,9 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.console import UserError, harmless, leave_terminal, reason
+from utils.console import UserError, harmless, is_out_of_memory, leave_terminal, reason
 from utils.files import check_names
-from utils.memory import is_out_of_memory
 from utils.options_file import CONFIG, no_such_option, read_options
 
 T = TypeVar("T")

@@ -11,6 +11,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 TERMINALS = [number for number in (1, 2) if os.isatty(number)]  # checked early, since a closed terminal cannot tell
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
+)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and line breaks
 
 
@@ -24,6 +30,14 @@ class UserError(Exception):
 def reason(error: BaseException) -> str:
     """The first line of an error's message; if it has none, the error's type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the errors of Python, torch or CUDA libraries if a device, or the machine, is out of memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in OUT_OF_MEMORY))
+    )
 
 
 def is_main_process() -> bool:

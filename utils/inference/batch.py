@@ -11,7 +11,7 @@ import torch
 
 from utils import lineage
 from utils.adapters.adapters import find_weights
-from utils.console import UserError, progress, say
+from utils.console import UserError, is_out_of_memory, progress, say
 from utils.datasets.prompts import Record, answered, check_output
 from utils.files import locked, sha256
 from utils.inference.answer_file import AnswerFile
@@ -19,7 +19,6 @@ from utils.inference.engine import Engine
 from utils.inference.kv_cache import Ids
 from utils.inference.sampling_params import SamplingParams
 from utils.journal import Journal
-from utils.memory import is_out_of_memory
 
 BatchPlan = list[list[int]]  # batches of positions among the distinct prompts
 EXPECTED = 256  # tokens per answer that batches are planned for; longer answers are replanned during the run

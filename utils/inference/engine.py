@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.adapters import switching
-from utils.console import say
+from utils.console import is_out_of_memory, say
 from utils.datasets.chat_templates import Channels, ChatPrompter
 from utils.datasets.encoding import encode_prompt
 from utils.datasets.prompters import make_prompter
@@ -21,7 +21,6 @@ from utils.inference.answerers import BASE, ChatModel, tokenizer_home
 from utils.inference.decoding import Step, decode
 from utils.inference.kv_cache import Ids
 from utils.inference.sampling_params import SamplingParams
-from utils.memory import is_out_of_memory
 from utils.models.architecture import read_architecture, window_of
 from utils.models.loading import check_vocabulary, load_base, without_values
 from utils.models.placement import DeviceConfig

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.console import UserError
+from utils.console import UserError, is_out_of_memory
 from utils.datasets.chat_templates import ChatPrompter
 from utils.datasets.prompters import make_prompter
 from utils.datasets.templates import Prompter
@@ -16,7 +16,6 @@ from utils.inference.decoding import decode
 from utils.inference.engine import Ending
 from utils.inference.kv_cache import Ids
 from utils.inference.sampling_params import SamplingParams
-from utils.memory import is_out_of_memory
 from utils.models.tokenizer import end_tokens
 
 CACHE_ROOM = 16  # micro-batches: their keys and values take less memory than the activations of one

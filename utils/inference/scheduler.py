@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from utils.console import UserError, reason
+from utils.console import UserError, is_out_of_memory, reason
 from utils.inference.decoding import Step, choose, penalize, penalties
 from utils.inference.engine import Engine, seed
 from utils.inference.kv_cache import WORTHWHILE, Ids, check_scores, common
 from utils.inference.sampling_params import SamplingParams
 from utils.inference.shared_forward import Part, SharedForward, Text
-from utils.memory import is_out_of_memory
 
 WAITING = 64  # requests in the queue; more are refused
 AT_ONCE = 32  # answers that grow in parallel, if memory suffices

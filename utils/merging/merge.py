@@ -14,11 +14,11 @@ import torch
 from utils import lineage
 from utils.console import UserError, progress, say
 from utils.files import read_json, sha256, write_json
-from utils.memory import peak_memory
 from utils.merging import meta_writer, shards
 from utils.merging.plan import MergePlan
 from utils.merging.shards import Block, Part
 from utils.merging.tensor_recipes import Recipe
+from utils.models.memory import peak_memory
 from utils.models.tokenizer_files import FILES
 
 BLOCK = 2**19  # values computed at once: fits the CPU cache, yet amortizes Python overhead

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, modeling_utils
 
-from utils.console import UserError, reason, say, say_once
-from utils.memory import is_out_of_memory
+from utils.console import UserError, is_out_of_memory, reason, say, say_once
 from utils.models import quantized, sharding, spread
 from utils.models.architecture import meta_model, read_architecture
 from utils.models.layers import embedding_names

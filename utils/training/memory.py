@@ -6,8 +6,8 @@ from peft import PeftModel
 from torch import nn
 
 from utils.console import reason, say
-from utils.memory import free_memory
 from utils.models.layers import output_layer
+from utils.models.memory import free_memory
 from utils.models.placement import DeviceConfig
 from utils.training.activations import saved_in_training
 from utils.training.loss import CHUNK

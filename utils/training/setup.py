@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from utils.console import UserError, is_main_process, say
 from utils.datasets.stages import INSTRUCTION, LABELLED, NAMES, PREFERENCE, TEXT
 from utils.files import check_room
-from utils.memory import peak_memory
+from utils.models.memory import peak_memory
 from utils.training.checks import check_layers, lora_options, named_dtype
 
 if TYPE_CHECKING:

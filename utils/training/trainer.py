@@ -25,9 +25,8 @@ from transformers import (
 )
 
 from utils.adapters import adapters
-from utils.console import UserError, is_main_process, reason, say
+from utils.console import UserError, is_main_process, is_out_of_memory, reason, say
 from utils.datasets.dataset import EncodedDataset
-from utils.memory import is_out_of_memory
 from utils.models.sharding import wants_fsdp
 from utils.training import checkpoints, evaluations
 from utils.training.batching import BatchConfig, MicroBatch, StepBatchSampler, pack_micro_batches, pad

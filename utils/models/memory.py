@@ -1,25 +1,10 @@
-"""How much memory a device has left, and which errors mean that it ran out; torch is not imported for that."""
+"""How much memory a device has left, and how much this process has taken; torch is not imported for that."""
 
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUDA error: out of memory",
-    "STATUS_ALLOC_FAILED",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for the errors of Python, torch or CUDA libraries if a device, or the machine, is out of memory."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and (type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in OUT_OF_MEMORY))
-    )
 
 
 def peak_memory() -> int:
