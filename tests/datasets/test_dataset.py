@@ -195,6 +195,17 @@ def test_a_dry_run_shows_everything_and_writes_nothing(script, tiny_llama, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_report_shows_how_long_the_records_are_and_where_the_cutoff_falls(capsys):
+    dry_run.print_report([*range(1, 121), 5, 5, 5], 110, [], None)
+    rows = [(f"{low:>7} … {low + 10:<7}", 13 if low == 1 else 10, low) for low in range(1, 121, 10)]
+    bars = [
+        f"{edges}{'#' * (40 * count // 13 + (count < 13)):<40} {count}{' < --cutoff_len' * (low == 101)}"
+        for edges, count, low in rows
+    ]
+    told = ["records by length in tokens:", *bars, "--cutoff_len 114 would keep 95 % uncut, 119 would keep 99 %"]
+    assert capsys.readouterr().out.splitlines() == told
+
+
 def test_the_only_colors_of_an_example_are_ours(tiny_llama, monkeypatch):
     """A record cannot steer the terminal on which it is shown."""
     words = load_tokenizer(tiny_llama)
@@ -218,7 +229,11 @@ def test_the_estimate_counts_weights_by_their_bits(tiny_llama):
         bits: memory.estimate(model, DeviceConfig(torch.device("cpu"), torch.bfloat16, bits), 4, 256)
         for bits in (None, "8bit", "4bit")
     }
-    assert sizes["4bit"].base < sizes["8bit"].base < sizes[None].base == frozen
+    quantized = sum(m.weight.numel() for name, m in meta_model(str(tiny_llama)).named_modules() if name.endswith("_proj"))
+    assert [sizes[bits].base for bits in sizes] == pytest.approx([frozen, frozen - quantized, frozen - 1.47 * quantized])
+    trained = 2 * 8 * (64 + 64)
+    assert {(one.adapter, one.logits) for one in sizes.values()} == {(16 * trained, 3 * 512 * 4 * base.config.vocab_size)}
+    assert sizes[None].described(True).startswith(f"about {sizes[None].total(True) / 1e9:.1f} GB (base {frozen / 1e9:.2f}, ")
     assert sizes[None].checkpointed < sizes[None].activations < sizes["8bit"].activations
 
 

@@ -7,7 +7,8 @@ import peft
 import pytest
 import tiny
 import torch
-from merges import LINEAR, loaded, merge, same_logits, with_peft
+from merges import loaded, merge, same_logits, with_peft
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from utils import lineage
@@ -164,6 +165,7 @@ REFUSED = {
     "a rank above all": ("{a}*0.3,{b}", ["--combine", "svd", "--rank", "9"], "has rank [48] at most when combined"),
     "DoRA": ("{a}*0.3,{dora}", [], r"dora: cannot be combined with weights, since its magnitudes do not add up \(use_dora\)"),
     "whole layers": ("{a}*0.3,{whole}", [], r"it holds whole layers \(model.layers"),
+    "layers that the base lacks": ("{a}*0.3,{deep}", [], r"it holds whole layers \(model.layers.0.self_attn.q_proj, "),
     "tokens": ("{a}*0.3,{tokens}", [], "it replaces rows of the embeddings"),
     "PiSSA": ("{a}*0.3,{pissa}", [], "belongs to a base changed by pissa"),
     "another base": ("{a}*0.3,{wide}", [], "another size of model"),
@@ -187,6 +189,8 @@ def fixture_kinds(base, pair, tmp_path_factory):
     step = {"kind": "train", "options": {}, "base": {"name": "other", "fingerprint": lineage.fingerprint(str(other))}}
     (folder / "told" / lineage.FILE).write_text(json.dumps(step))
     wide = tiny.llama(folder / "wide-base", hidden_size=96, num_attention_heads=6)
+    deep = tiny.llama(folder / "deep-base", num_hidden_layers=3)
+    found["deep"] = tiny.adapter(deep, folder / "deep", target_modules=["k_proj"], modules_to_save=["q_proj"])
     return found | {"a": pair[0], "b": pair[1], "wide": tiny.adapter(wide, folder / "wide")}
 
 
@@ -200,7 +204,12 @@ def test_what_has_no_sum_is_refused_in_one_line(base, kinds, tmp_path, case):
 
 def test_embeddings_that_peft_saved_beside_their_lora_are_left_out_unless_trained(base, tmp_path):
     folders = [tiny.adapter(base, tmp_path / str(seed), seed=seed, target_modules=["embed_tokens"]) for seed in (0, 1)]
-    assert any("base_layer" in name for name in read_tensors(folders[0]))
+    held = read_tensors(folders[1])
+    [saved] = [name for name in held if "base_layer" in name]
     combine(base, folders, [0.5, 0.5], tmp_path / "out")
-    assert len(read_tensors(tmp_path / "out")) == 2
-    assert {"q_proj", "v_proj"} < set(LINEAR)
+    added = {f"base_model.model.model.embed_tokens.lora_embedding_{half}" for half in "AB"}
+    assert read_tensors(tmp_path / "out").keys() == added
+    for rows in (held[saved] + 1, held[saved][1:]):
+        save_file(held | {saved: rows}, folders[1] / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=r"holds whole layers \(model\.embed_tokens\)"):
+            combine(base, folders, [0.5, 0.5], tmp_path / "no")

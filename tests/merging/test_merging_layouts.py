@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from utils.adapters.settings import read_config
 from utils.console import UserError
 from utils.merging import meta_writer
-from utils.merging.plan import in_order, plan_merge
+from utils.merging.plan import choose_tokenizer, in_order, plan_merge
 from utils.merging.verify import compare_logits
 from utils.models import weights
 from utils.models.tokenizer import load_tokenizer
@@ -139,6 +139,27 @@ def test_an_adapter_of_a_later_stage_on_the_base(published, tmp_path):
     with pytest.raises(UserError, match=r"its tokenizer has .* 49954 to Chinese-Alpaca"):
         merge(published / "llama", adapter, tmp_path / "out")
     merge(merged, adapter, tmp_path / "out")
+
+
+def test_chinese_alpaca_plus_without_what_it_belongs_on_is_told(tmp_path, capsys):
+    """Its rank is 64, that of the plain Chinese-Alpaca 8."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto.FromString(sentencepieces.train(sentencepieces.ENGLISH, 420))
+    for number in range(len(model.pieces), 49954):
+        model.pieces.add(piece=f"{number}号", score=0)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    for rank, told in ((8, 0), (64, 1)):
+        adapter = SimpleNamespace(folder=tmp_path, settings={"r": rank})
+        assert choose_tokenizer(tmp_path / "base", [adapter], [32000, 49954]) == tmp_path
+        assert capsys.readouterr().out.splitlines() == [
+            "vocabulary: 32000 tokens in the base, 49954 in the merged model",
+            *[
+                f"{tmp_path}: looks like Chinese-Alpaca-Plus or -Pro, which belong on top of Chinese-LLaMA-Plus; if it is, "
+                "merge both: --lora_model chinese-llama-plus…,chinese-alpaca-plus…"
+            ]
+            * told,
+        ]
 
 
 # ---- Meta's layout

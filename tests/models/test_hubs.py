@@ -19,7 +19,7 @@ def modelscope(monkeypatch, tmp_path):
     fetched, base = [], tiny.llama(tmp_path / "cache")
 
     def snapshot_download(name, local_files_only, ignore_file_pattern):
-        fetched.append((name, local_files_only))
+        fetched.append((name, local_files_only, ignore_file_pattern))
         if name != "owner/model":
             raise ConnectionError("no such model")
         return str(base)
@@ -33,14 +33,27 @@ def modelscope(monkeypatch, tmp_path):
     return fetched
 
 
-def test_a_name_on_modelscope_is_looked_up_there_when_asked_for_and_recorded_so(modelscope, tmp_path):
+def test_a_name_on_modelscope_is_looked_up_there_when_asked_for_and_recorded_so(modelscope, tmp_path, monkeypatch, capsys):
     assert hubs.named_on("huggingface", "owner/model") == "owner/model" and not modelscope
     assert hubs.named_on("modelscope", str(tmp_path)) == str(tmp_path), "a folder is a folder"
     name = hubs.named_on("modelscope", "owner/model")
     assert name == "modelscope:owner/model" == hubs.named_on("modelscope", name) and not modelscope
-    assert (base_folder(name) / "config.json").is_file() and [fetched[0] for fetched in modelscope] == ["owner/model"]
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda offline=offline: offline)
+        assert (base_folder(name) / "config.json").is_file()
+    not_weights = ["*.msgpack", "*.h5", "*.onnx", "*.gguf", "original/*"]
+    assert modelscope == [("owner/model", True, not_weights), ("owner/model", False, not_weights)]
+    told = "owner/model: from ModelScope's cache"
+    assert capsys.readouterr().out.splitlines() == [told, f"{told}, or fetched from ModelScope"]
     with pytest.raises(UserError, match="modelscope:owner/other: not available from ModelScope now"):
         base_folder("modelscope:owner/other")
+
+
+def test_a_name_on_the_hugging_face_hub_is_fetched_without_weights_of_other_kinds(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *names, **more: asked.append((*names, more)) or tmp_path)
+    assert base_folder("owner/model") == tmp_path and base_folder("model") == tmp_path
+    assert asked == [(name, {"ignore_patterns": hubs.NOT_WEIGHTS}) for name in ("owner/model", "model")]
 
 
 def test_without_the_package_a_script_says_so_first(script, tmp_path):

@@ -5,12 +5,19 @@ import math
 
 import pytest
 import torch
+from peft import PeftModel
 from trainings import options, same, tensors
 from transformers import AutoModelForCausalLM
 
+import finetune
 from utils import lineage
+from utils.cli import parse
 from utils.console import UserError
-from utils.datasets.encoding import IGNORED
+from utils.datasets.encoding import IGNORED, encode_prompt
+from utils.datasets.templates import Prompter
+from utils.files import digest
+from utils.inference.rollouts import make_sampler
+from utils.models.tokenizer import load_tokenizer
 from utils.training.batching import pad
 from utils.training.grpo import Policy, advantages, policy_loss, policy_losses, sampling_seeds
 from utils.training.loss import returning_loss
@@ -143,6 +150,88 @@ def run_options(bases, questions, folder, **changes):
         "lora_dropout": 0,
     }  # fmt: skip
     return options(bases["llama"], questions / "questions.json", folder, **(settings | changes))
+
+
+NOTING = """
+import json
+def plain(answer, record):
+    value = sum(map(str.isascii, answer)) / 8
+    with open({file!r}, "a", encoding="utf-8") as file:
+        file.write(json.dumps([record["instruction"], answer, value]) + "\\n")
+    return value
+"""
+
+
+def test_what_is_sampled_learned_and_logged_is_what_the_adapter_of_each_step_answers(script, bases, questions, tmp_path):
+    """Two steps with a validation each, sampled again from the checkpoints; then the first with two updates on its answers."""
+    noted, tokenizer = tmp_path / "noted.jsonl", load_tokenizer(bases["llama"])
+    (tmp_path / "noting.py").write_text(NOTING.format(file=str(noted)), "utf-8")
+    changes = {
+        "rewards": f"[{tmp_path / 'noting.py'}:plain,length:0.1]", "kl_beta": 0.5, "group_size": 3, "max_new_tokens": 5,
+        "num_iterations": 1, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "max_grad_norm": 0, "temperature": 0.7,
+    }  # fmt: skip
+    script("finetune.py", *run_options(bases, questions, tmp_path / "out", **changes)).ok()
+    asked = [json.loads(line) for line in noted.read_text("utf-8").splitlines()][1:]  # behind the one that is tried out
+    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text("utf-8").splitlines()]
+    trained, validated = [line for line in log if "loss" in line], [line for line in log if "eval_loss" in line]
+    sampler = make_sampler(parse(finetune.Options, run_options(bases, questions, tmp_path / "out", **changes)), tokenizer)
+
+    def drawn(model, rows, group, seeds):
+        """Of the noted `rows`, `group` to a question: ids of question and answer, whether each is cut, and its reward."""
+        prompts = [
+            encode_prompt({"instruction": question, "input": ""}, Prompter("alpaca_short"), tokenizer)
+            for question, _, _ in rows
+        ]
+        ids = sampler(model, prompts, seeds)
+        assert [sampler.text(one) for one in ids] == [answer for _, answer, _ in rows]
+        rewards = [value + 0.1 * length(answer, {"output": "e" * 6}) for _, answer, value in rows]
+        return list(zip(prompts, ids, [sampler.is_cut(one) for one in ids], rewards, strict=True))
+
+    @torch.no_grad()
+    def log_probs(model, answers):
+        found = [
+            (model(torch.tensor([asked + ids])).logits[0, len(asked) - 1 : -1] / 0.7).log_softmax(-1)[range(len(ids)), ids]
+            for asked, ids, _, _ in answers
+        ]
+        return torch.cat(found)
+
+    def adapter_of(step):
+        base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+        return PeftModel.from_pretrained(base, tmp_path / "out" / f"checkpoint-{step}").eval() if step else base
+
+    base, at = adapter_of(0), 0
+    for step, (line, checked) in enumerate(zip(trained, validated, strict=True)):
+        rows, at = asked[at : at + 12], at + 12
+        numbers = [int(question[1:-1]) for question, _, _ in rows[::3]]
+        answers = drawn(adapter_of(step), rows, 3, sampling_seeds(42, step, numbers, 3))
+        lengths, rewards = [len(ids) for _, ids, _, _ in answers], [reward for *_, reward in answers]
+        groups = [rewards[start : start + 3] for start in range(0, 12, 3)]
+        assert line["reward"] == pytest.approx(sum(rewards) / 12)
+        assert line["reward_plain"] == pytest.approx(sum(value for _, _, value in rows) / 12)
+        assert line["answer_tokens"] == sum(lengths) / 12 and line["answers_cut"] == sum(cut for _, _, cut, _ in answers) / 12
+        assert line["groups_equal"] == sum(len(set(group)) == 1 for group in groups) / 4
+        gap = log_probs(base, answers) - (now := log_probs(adapter_of(step), answers))
+        kl = (gap.exp() - gap - 1).sum().item() / sum(lengths)
+        assert line["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-6) and (kl > 1e-3) == (step > 0)
+        weights = torch.tensor([one for group in groups for one in advantages(group)]).repeat_interleave(torch.tensor(lengths))
+        assert line["loss"] == pytest.approx(-weights.mean().item() + 0.5 * kl, abs=1e-4)
+        if not step:
+            first, weighed = answers, (now, weights)
+        rows, at = asked[at : at + 4], at + 4
+        seeds = [int(digest([42, int(question[1:-1])])[:12], 16) for question, _, _ in rows]
+        rewards = [reward for *_, reward in drawn(adapter_of(step + 1), rows, 1, seeds)]
+        assert checked["eval_reward"] == -checked["eval_loss"] == pytest.approx(sum(rewards) / 4)
+    assert at == len(asked)
+
+    more = changes | {"num_iterations": 2, "max_steps": 1}
+    script("finetune.py", *run_options(bases, questions, tmp_path / "twice", **more)).ok()
+    line = json.loads((tmp_path / "twice" / "train_log.jsonl").read_text("utf-8").splitlines()[0])
+    (old, weights), now = weighed, log_probs(adapter_of(1), first)
+    losses, _ = policy_losses(now, old, old, weights, 0.2, 0.5)
+    assert line["loss"] == pytest.approx(losses.mean().item(), abs=1e-4) and line["reward"] == trained[0]["reward"]
+    assert line["answers_clipped"] == pytest.approx(
+        (((now - old).exp() - 1) * weights.sign() > 0.2).sum().item() / len(now) / 2
+    )
 
 
 @pytest.mark.slow

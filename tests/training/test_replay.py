@@ -51,8 +51,12 @@ def test_a_share_of_all_earlier_steps_is_learned_again(script, bases, tmp_path):
     assert same(tensors(tmp_path / "f3"), tensors(tmp_path / "again"))
     write(tmp_path, "甲.json", "变")
     out = train(three, "part", **more).ok()
-    assert f"{one} has changed since it was learned" in out and "6 of 12 records" in out
+    assert f"--replay 0.5: 6 of 12 records of {two} are learned again" in out
     two.unlink()
-    error = train(three, "none", **more).error
+    ended = train(three, "none", **more)
+    said = [line for line in ended.out.splitlines() if line.startswith("--replay: ")]
+    reasons = [f"{two} no longer exists", f"{one} has changed since it was learned"]
+    assert said == [f"--replay: {reason}; its records are not replayed" for reason in reasons]
+    error = ended.error
     assert "no data file of an earlier step" in error and not (tmp_path / "none").exists()
     assert "give --resume_from_checkpoint" in train(three, "warm", replay=0.5).error

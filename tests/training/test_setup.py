@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -13,13 +14,18 @@ from transformers import AutoModelForCausalLM
 
 import finetune
 from utils import lineage
-from utils.datasets.encoding import encode
+from utils.console import UserError
+from utils.datasets.encoding import IGNORED, encode
+from utils.datasets.sources import sources, weighted
 from utils.datasets.templates import Prompter
+from utils.files import sha256
 from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
-from utils.training import checkpoints, loss, setup, trainer
+from utils.training import checkpoints, checks, loss, setup, trainer
 from utils.training.batching import pad, split_across_ranks
+from utils.training.data import prepare_data
 from utils.training.loss import returning_loss
+from utils.training.start import RunStart
 
 torch.set_num_threads(1)
 
@@ -76,6 +82,17 @@ def test_a_checkpoint_is_tied_to_every_option_that_rules_the_result():
     assert finetune.what_rules(PLAIN).keys() == {field.name for field in dataclasses.fields(finetune.Options)} - FREE
 
 
+@pytest.mark.parametrize(("size", "fits"), [(10, 6), (4, 6), (17, 12)])
+def test_a_step_is_divided_among_the_processes(monkeypatch, size, fits):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError) as error:
+        checks.check_together(dataclasses.replace(PLAIN, batch_size=size, micro_batch_size=2))
+    assert str(error.value) == (
+        f"--batch_size {size}: is not a multiple of --micro_batch_size 2 x 3 processes = 6; give {fits}, "
+        "or another micro-batch size"
+    )
+
+
 def test_micro_batches_are_sized_by_their_own_number_of_records(data, monkeypatch):
     seen = {}
     monkeypatch.setattr(trainer, "StepTrainer", lambda model, args, job, train, validation: seen.update(job=job))
@@ -86,6 +103,36 @@ def test_micro_batches_are_sized_by_their_own_number_of_records(data, monkeypatc
     plan = seen["job"].plan
     assert (plan.micro_batch_tokens, plan.batch_size, plan.group_by_length, plan.seed) == (200, 64, True, 3)
     assert (seen["job"].eval_steps, seen["job"].keep) == (200, 3)
+
+
+def test_what_a_run_learns_is_counted_for_its_lineage(bases, data, tmp_path, capsys):
+    """Half of forty-two records, two of them too long to keep anything of their answers, ten kept for validation."""
+    records = json.loads(data.read_text("utf-8"))
+    records[:0] = [{"instruction": "问" * 200, "input": "", "output": "答"}] * 2
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    given = dataclasses.replace(
+        PLAIN, base_model=str(bases["llama"]), data_path=f"{file}:1.5", cutoff_len=128, val_set_size=10,
+        prompt_template_name="alpaca_short", train_on_inputs=False,
+    )  # fmt: skip
+    _, train, validation, facts = prepare_data(given, RunStart(None, None), None, "instruction")
+    encoded = encode(records, Prompter("alpaca_short"), load_tokenizer(bases["llama"]), 128, train_on_inputs=False)
+    again = Counter(weighted(sources(f"{file}:1.5")[0], 42, "42 0"))
+    dropped, kept = again[0] + again[1], {*validation.numbers.tolist()}
+    learned = [encoded[number] for number in again.elements() if number > 1 and number not in kept]
+    assert sorted(train.numbers.tolist()) == sorted(n for n in again.elements() if n > 1 and n not in kept)
+    counts = {"records": 63, "dropped": dropped, "train": len(learned), "validation": 10}
+    counts["tokens"] = sum(len(one.input_ids) for one in learned)
+    counts["supervised"] = sum(label != IGNORED for one in learned for label in one.labels[1:])
+    assert facts == counts | {
+        "path": f"{file}:1.5", "stage": "instruction", "files": {str(file): sha256(file)},
+        "template": {"name": "alpaca_short", "texts": Prompter("alpaca_short").texts},
+    }  # fmt: skip
+    told = (
+        f"{len(learned)} records to train on, 10 to validate with; an epoch has {counts['tokens']} tokens, "
+        f"{counts['supervised']} of them supervised"
+    )
+    assert told in capsys.readouterr().out.splitlines()
 
 
 def test_records_are_dealt_to_and_fro():

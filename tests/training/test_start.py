@@ -17,7 +17,8 @@ from trainings import losses, options, same, tensors
 from transformers import AutoModelForCausalLM
 
 from utils import lineage
-from utils.training import checkpoints
+from utils.console import UserError
+from utils.training import checkpoints, start
 
 torch.set_num_threads(1)
 
@@ -123,6 +124,30 @@ def test_a_finished_run_is_not_overwritten_unasked(script, bases, data, first, t
     assert same(tensors(tmp_path / "out"), before)
     script("finetune.py", *again(bases, data, tmp_path / "out", overwrite_output_dir=True, seed=7)).ok()
     assert not same(tensors(tmp_path / "out"), before)
+
+
+def test_what_a_run_starts_from(first, tmp_path):
+    """By what the output folder holds, what is named and whether it may be overwritten."""
+    run = shutil.copytree(first, tmp_path / "run")
+    (run / lineage.FILE).unlink()
+    newest, older = run / "checkpoint-10", run / "checkpoint-8"
+    (run / "checkpoint-9").mkdir()
+    for named in (None, "", "None", "False", "auto"):
+        assert start.decide(str(run), named, False) == start.RunStart(None, newest)
+    assert start.decide(str(run), str(first), False) == start.RunStart(first, newest)
+    assert start.decide(str(run), str(older), False) == start.RunStart(None, older)
+    assert start.decide(str(run), str(first), True) == start.RunStart(first, None)
+    assert start.decide(str(run), None, True) == start.RunStart(None, None)
+    assert start.decide(str(tmp_path / "new"), str(older), False) == start.RunStart(older, None)
+    (tmp_path / "link").symlink_to(run)
+    for output, named, words in (
+        (run, run, "is the output folder itself"),
+        (run, tmp_path / "link", "is the output folder itself"),
+        (run, run / "checkpoint-9", "is not a complete checkpoint of this run; give --resume_from_checkpoint auto"),
+        (first, None, "holds a finished run"),
+    ):
+        with pytest.raises(UserError, match=words):
+            start.decide(str(output), named and str(named), False)
 
 
 @pytest.mark.parametrize("moment", [0, 1, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (2, 3))])
@@ -283,8 +308,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_records(script, bases, da
     model.save_pretrained(tmp_path / "base")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bases["llama"] / name, tmp_path / "base" / name)
-    error = script("finetune.py", *options(tmp_path / "base", data, tmp_path / "out")).error
-    assert "step 1: the loss is not finite" in error and "records" in error
+    left = sorted(torch.randperm(40, generator=torch.Generator().manual_seed(42)).tolist()[38:])  # by validation
+    run = options(tmp_path / "base", data, tmp_path / "out", val_set_size=38)
+    assert script("finetune.py", *run).error == (
+        f"finetune.py: error: step 1: the loss is not finite in the micro-batches of records {left[0]}, {left[1]} "
+        "(counted from 0 over --data_path); look at these, or check the model's weights, which have not been trained yet"
+    )
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(script, bases, data, first, tmp_path):

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scripting import ROOT, warm
 from trainings import options
 
+import finetune
 from utils.files import write_json
 from utils.training import trackers
 
@@ -104,6 +106,49 @@ def test_tensorboard_holds_the_losses_and_the_answers(script, bases, data, tmp_p
     assert trackers.markdown([["a|b", "c\nd"]]).splitlines()[-1] == "| a\\|b | c<br>d |"
     for text, given in zip(texts, answers, strict=True):
         assert all(answer.replace("|", "\\|").replace("\n", "<br>") in text for answer in given)
+
+
+def test_each_tracker_is_told_the_step_and_both_texts_of_each_answer(monkeypatch):
+    """With stand-ins for the packages, which are not installed here; the test below has the real ones where they are."""
+    told = []
+
+    def noting(name):
+        return lambda *args, **options: told.append((name, *args, options)) or len(told)
+
+    for name, functions in (("wandb", ("Table", "log")), ("swanlab", ("Text", "log")), ("mlflow", ("log_text",))):
+        module = SimpleNamespace(**{function: noting(f"{name}.{function}") for function in functions})
+        monkeypatch.setitem(sys.modules, name, module)
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=7), args=SimpleNamespace(report_to=["mlflow", "swanlab", "wandb"])
+    )
+    trackers.show_answers(trainer, [{"question": "问", "answer": "答"}])
+    assert told == [
+        ("wandb.Table", {"columns": ["question", "answer"], "data": [["问", "答"]]}),
+        ("wandb.log", {"eval/answers": 1, "train/global_step": 7}, {}),
+        ("swanlab.Text", "答", {"caption": "问"}),
+        ("swanlab.log", {"eval/answers": [3]}, {"step": 7}),
+        ("mlflow.log_text", trackers.markdown([["问", "答"]]), "answers/step-7.md", {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "project", "wanted"),
+    [
+        ({"report_to": ["none"]}, "", []),
+        ({"report_to": ["mlflow", "wandb"], "wandb_project": "mine"}, "", ["mlflow", "wandb"]),
+        ({"wandb_project": "mine"}, "", ["wandb"]),
+        ({}, "theirs", ["wandb"]),
+    ],
+)
+def test_the_trackers_asked_for_and_what_wandb_reads_of_its_options(monkeypatch, changes, project, wanted):
+    for name in ("WANDB_PROJECT", "WANDB_WATCH", "WANDB_LOG_MODEL"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("WANDB_PROJECT", project)
+    given = finetune.Options(base_model="", data_path="", wandb_watch="all", wandb_log_model="end", **changes)
+    assert trackers.wanted(given) == wanted
+    trackers.pass_on(given)
+    found = [os.environ[f"WANDB_{name}"] for name in ("PROJECT", "WATCH", "LOG_MODEL")]
+    assert found == [changes.get("wandb_project", project), "all", "end"]
 
 
 @pytest.mark.slow

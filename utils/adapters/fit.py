@@ -39,7 +39,7 @@ def check(adapter: "Adapter", base: Path, grows: bool = True) -> None:
     find = Finder(weights.names, quantized.without_method(config))
     before = find.with_tied_head({name: weights.shape(name) for name in weights.names})
     after = adapter.check_fit(before, find, loading=True)
-    grown = [name for name in find.embeddings & before.keys() if after[name] != before[name]]
+    grown = [name for name in before if after[name] != before[name]]
     if grown and not grows:
         raise UserError(
             f"{folder}: its vocabulary has {after[grown[0]][0]} tokens, that of {base} {before[grown[0]][0]}; merge it first: "

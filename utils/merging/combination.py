@@ -149,10 +149,10 @@ def plan_combination(base_model: str, weights: dict[str, float | None], rule: Ru
 
 
 def drop_copies(adapter: Adapter, find: Finder, stored: Weights) -> None:
-    """Leave out the base's own weights that peft saved beside an embedding's LoRA, if they are unchanged."""
+    """Leave out the base's own weights that peft saved, as it does beside an embedding's LoRA, if they are unchanged."""
     for name, in_file in list(adapter.replaced.items()):
         target = find(name)
-        if ".base_layer." in in_file and target in stored.names:
+        if target in stored.names:
             own, theirs = adapter.weights.tensor(in_file), stored.tensor(target)
             if own.shape == theirs.shape and torch.equal(own.to(theirs.dtype), theirs):
                 del adapter.replaced[name]
