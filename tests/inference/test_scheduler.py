@@ -166,10 +166,14 @@ def test_an_opening_that_several_share_is_read_once(scheduler, read):
     assert sum(read) == 40 + 4 * 5
 
 
-def test_the_fewer_answers_grow_the_more_is_read_at_once(scheduler, read):
-    prompts = [[number] * 5 for number in range(5, 8)] + [list(range(100, 400)) * 5]
+@pytest.mark.parametrize(
+    ("short", "long", "most"), [(3, 1, [1280, 3 + 256, 3 + 256]), (2, 2, [1280, 2 + 1280, 3 + 256])], ids=["few", "half"]
+)
+def test_much_is_read_at_once_until_most_answers_grow(scheduler, read, short, long, most):
+    scheduler.call(lambda: scheduler.kept.clear())
+    prompts = [[number] * 5 for number in range(5, 5 + short)] + [[number, *range(100, 400)] * 6 for number in range(long)]
     answers(scheduler, [Request("base", prompt, GREEDY) for prompt in prompts])
-    assert read[:3] == [1024, 3 + 256, 3 + (3 * 5 + 1500 - 1024 - 256)]
+    assert read[:3] == most
 
 
 def test_places_are_shared_fairly_and_the_queue_has_an_end(scheduler):

@@ -24,8 +24,8 @@ from utils.inference.shared_forward import Part, SharedForward, Text
 
 WAITING = 64  # requests in the queue; more are refused
 AT_ONCE = 32  # answers that grow in parallel, if memory suffices
-READ_AT_ONCE = 1024  # prompt tokens per pass while no answer grows; fewer passes over the weights are faster
-READ_BESIDE = 256  # and if nearly all do: few enough that they do not stall
+READ_AT_ONCE = 1280  # prompt tokens per pass while few answers grow; fewer passes over the weights are faster
+READ_BESIDE = 256  # and if more grow than wait: few enough that they do not stall
 KEPT = 0.5  # most memory for the caches of ended requests, as a share of the weights' size
 
 
