@@ -11,11 +11,12 @@ import tiny
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import initialize_lora_eva_weights
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import merge_weights
-from utils.adapters import adapters, fit, switching
+from utils.adapters import adapters, consistency, fit, switching
 from utils.adapters.settings import is_pattern, read_config, read_settings
 from utils.cli import parse
 from utils.console import UserError
@@ -229,6 +230,32 @@ def test_a_pattern_must_not_be_matched_for_hours():
     assert all(map(is_pattern, usual)) and not any(map(is_pattern, endless))
 
 
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [
+        ({"target_modules": None}, "0q 1q 0k 1k"),
+        ({"target_modules": ["q"]}, "0q 1q"),
+        ({"target_modules": ["layers.1.q", "h.0.k"]}, "1q"),
+        ({"target_modules": "all-linear"}, "0q 1q 0k 1k"),
+        ({"target_modules": "all-linear", "exclude_modules": ["k"]}, "0q 1q"),
+        ({"target_modules": r".*\.0\.[qk]"}, "0q 0k"),
+        ({"target_modules": r".*\.[qk]", "exclude_modules": r".*\.0\..*"}, "1q 1k"),
+        ({"target_modules": ["q", "k"], "layers_to_transform": 1}, "1q 1k"),
+        ({"target_modules": ["q"], "layers_to_transform": [0, 3]}, "0q"),
+        ({"target_modules": ["q"], "layers_to_transform": []}, "0q 1q"),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layers"}, "1q"),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]}, "1q"),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "h"}, ""),
+    ],
+)
+def test_the_layers_that_settings_put_a_lora_on_are_those_of_peft(settings, layers):
+    names = {f"{number}{kind}": f"model.layers.{number}.{kind}" for kind in "qk" for number in (0, 1)}
+    assert [short for short, name in names.items() if consistency.is_target(settings, name)] == layers.split()
+    if settings["target_modules"] not in (None, "all-linear"):
+        config = LoraConfig(**settings)
+        assert [short for short, name in names.items() if check_target_module_exists(config, name)] == layers.split()
+
+
 def test_every_setting_that_peft_knows_has_its_place_here():
     """And those that it does not know are left out by all scripts, which is printed."""
     from peft import LoraConfig
@@ -346,7 +373,10 @@ def test_a_saved_adapter_is_read_back(bases, tmp_path, monkeypatch):
     tensors, config = adapters.read_tensors(folder), read_config(folder)
     adapters.save(tensors, config, tmp_path / "b", "base")
     found = adapters.read_tensors(tmp_path / "b")
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    told = {"inference_mode": True, "base_model_name_or_path": "base"}
+    sets = {name: sorted(value) for name, value in config.to_dict().items() if isinstance(value, set)}
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()) == config.to_dict() | sets | told
 
     def damaged(tensors, path, metadata):
         save_file({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata=metadata)

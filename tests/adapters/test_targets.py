@@ -43,7 +43,7 @@ def llama():
         (["q_proj", "v_proj"], ["v_proj"], "v_proj is in both"),
         (["q_proj"], ["self_attn"], "q_proj is in both"),
         (["q_proj"], ["rotary_emb"], "--modules_to_save rotary_emb: has no weights to train"),
-        (["q_proj", ".*_proj"], [], "is a pattern; give it alone"),
+        (["q_proj", ".*_proj"], [], "--lora_target_modules q_proj,.*_proj: .*_proj is a pattern; give it alone"),
         (["q_proj", "all-linear"], [], "is a pattern; give it alone"),
         (["(q_proj"], [], "not a regular expression"),
     ],

@@ -66,8 +66,10 @@ def fixture_pair(base, tmp_path_factory):
     """Two adapters of one rank and other scales, on layers of which they share some."""
     folder = tmp_path_factory.mktemp("pair")
     return [
-        tiny.adapter(base, folder / "a", target_modules=["q_proj", "v_proj", "embed_tokens"]),
-        tiny.adapter(base, folder / "b", seed=1, lora_alpha=2, target_modules=["v_proj", "up_proj", "embed_tokens"]),
+        tiny.adapter(base, folder / "a", target_modules=["q_proj", "v_proj", "embed_tokens"], lora_dropout=0.2),
+        tiny.adapter(
+            base, folder / "b", seed=1, lora_alpha=2, target_modules=["v_proj", "up_proj", "embed_tokens"], lora_dropout=0.1
+        ),
     ]
 
 
@@ -107,6 +109,9 @@ def test_a_full_model_is_the_base_with_the_combined_adapter(base, pair, tmp_path
     out = merge(base, [named], tmp_path / "full", "--combine", "ties", "--density", 0.4)
     combine(base, pair, [0.7, 0.3], tmp_path / "adapter", "--combine", "ties", "--density", 0.4)
     assert same_logits(loaded(out), with_peft(base, tmp_path / "adapter"))
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["lora_dropout"] == 0.2 and settings["base_model_name_or_path"] == str(base)
+    assert settings["target_modules"] == ["embed_tokens", "q_proj", "up_proj", "v_proj"]
     for folder in (out, tmp_path / "adapter"):
         step = lineage.read(folder)
         assert [(parent["name"], parent["weight"]) for parent in step["parents"]] == [(str(pair[0]), 0.7), (str(pair[1]), 0.3)]

@@ -4,14 +4,19 @@ import importlib.util
 import json
 import os
 import re
+import runpy
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from scripting import ROOT
+from transformers import AutoTokenizer
 
 from utils.console import UserError
 from utils.datasets.templates import Prompter
 from utils.files import write_json
+from utils.merging import gguf_export
 from utils.merging.gguf_export import CONVERTER, check_packages, go_template, write_modelfile
 
 OUTPUT = Path(os.environ.get("OUTPUT_DIR", ROOT / "output"))
@@ -59,9 +64,62 @@ def test_the_modelfile_has_the_template_of_the_last_adapter(tiny_llama, tmp_path
         {"kind": "train", "options": {}, "template": {"name": prompter.name, "texts": prompter.texts}},
     )
     write_modelfile(tiny_llama, tmp_path / "model-f16.gguf", tmp_path)
-    text = (tiny_llama / "Modelfile").read_text("utf-8")
-    assert text.startswith("FROM ./model-f16.gguf\n") and f'TEMPLATE """{go_template(prompter, "</s>")}"""' in text
-    assert all(f"PARAMETER stop {json.dumps(stop)}" in text for stop in prompter.stop_strings)
+    stops = "".join(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n" for stop in prompter.stop_strings)
+    assert stops and (tiny_llama / "Modelfile").read_text("utf-8") == (
+        f'FROM ./model-f16.gguf\nTEMPLATE """{go_template(prompter, "</s>")}"""\n{stops}PARAMETER temperature 0\n'
+    )
+
+
+def test_an_extended_tokenizer_is_recognized_by_the_base_s(tiny_llama, monkeypatch, capsys):
+    """With a stand-in for the converter, which knows the base's tokenizer only."""
+    words = AutoTokenizer.from_pretrained(tiny_llama)
+    known = words("我是梦想家</s>")["input_ids"]
+
+    class TextModel:
+        def get_vocab_base_pre(self, tokenizer):
+            ids = tokenizer.encode("我是梦想家</s>")
+            if ids != known:
+                raise NotImplementedError
+            return "its kind"
+
+    for name, parts in {"convert_hf_to_gguf": {}, "conversion": {}, "conversion.base": {"TextModel": TextModel}}.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
+    recognized = runpy.run_path(str(ROOT / "utils/merging/gguf_convert.py"))["recognized"]
+    assert recognized(TextModel(), words) == "its kind" and capsys.readouterr().out == ""
+    words.add_tokens(["梦想家"])
+    assert words("我是梦想家</s>")["input_ids"] != known and recognized(TextModel(), words) == "its kind"
+    assert capsys.readouterr().out == "extended vocabulary: using the base's pre-tokenizer, its kind\n"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "runs"),
+    [
+        ("", [("f16", "model-f16.gguf")]),
+        ("q8_0", [("q8_0", "model-q8_0.gguf")]),
+        ("q4_k_m", [("f16", "model-f16.gguf"), ("model-f16.gguf", "model-q4_k_m.gguf", "15")]),
+    ],
+)
+def test_what_the_converter_cannot_write_is_quantized_after_it(tmp_path, monkeypatch, quantize, runs):
+    ran = []
+
+    def run_tool(arguments, what):
+        ran.append(tuple(Path(one).name for one in arguments[2:] if one != str(tmp_path)))
+        Path(arguments[-1] if what == "the converter" else arguments[-2]).touch()
+
+    monkeypatch.setattr(gguf_export, "run_tool", run_tool)
+    file = gguf_export.convert(tmp_path, quantize)
+    assert ran == runs and [path.name for path in tmp_path.iterdir()] == [file.name] == [runs[-1][1]]
+
+
+def test_a_tool_that_fails_is_told_by_its_last_line(capsys):
+    gguf_export.run_tool(["-c", "print('extended vocabulary: a\\nother')"], "the converter")
+    assert capsys.readouterr().out == "extended vocabulary: a\n"
+    for program, told in (("raise OSError('no')", "OSError: no"), ("raise SystemExit(3)", "no message")):
+        with pytest.raises(UserError) as error:
+            gguf_export.run_tool(["-c", program], "the quantizer")
+        assert str(error.value) == f"--export gguf: the quantizer of llama.cpp failed ({told}); nothing was kept"
 
 
 @pytest.mark.parametrize(

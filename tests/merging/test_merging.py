@@ -124,6 +124,11 @@ def test_biases_for_layers_without_one(base, tmp_path, targets, capsys):
     assert f"{', '.join(on)} becomes true" in capsys.readouterr().out
     with pytest.raises(UserError, match="has a bias, the base's has none"):
         merge(base, adapter, tmp_path / "pth", "--output_type", "pth")
+    if targets == ["down_proj"]:
+        other = tiny.adapter(base, tmp_path / "other", seed=1, target_modules=["q_proj"], lora_bias=True)
+        for order in ([adapter, other], [other, adapter]):
+            out = merge(base, order, tmp_path / "both", "--overwrite")
+            assert all(json.loads((out / "config.json").read_text())[name] for name in switches)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -213,6 +218,14 @@ def test_a_name_that_several_tensors_could_be_meant_by(tmp_path):
 
     find = Finder(["a.layers.0.q.weight", "b.layers.0.q.weight", "a.layers.1.q.weight"], {"model_type": "of no library"})
     assert find("layers.0.q.weight") == "" and find("layers.1.q.weight") == "a.layers.1.q.weight"
+
+
+def test_experts_of_which_one_is_missing_are_no_joined_tensor():
+    from utils.models.names import in_rows
+
+    parts = {(expert, number): f"{expert} {number}" for expert in range(3) for number in range(2)}
+    assert in_rows(parts) == [["0 0", "0 1"], ["1 0", "1 1"], ["2 0", "2 1"]]
+    assert all(in_rows({place: name for place, name in parts.items() if place != lost}) == [] for lost in [(0, 1), (2, 0)])
 
 
 def test_several_adapters_in_their_order(base, tmp_path, capsys):

@@ -12,11 +12,12 @@ import tiny
 import torch
 from merges import LINEAR, loaded, merge, rewrite, same_logits, tensors
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from utils.adapters.settings import read_config
 from utils.console import UserError
-from utils.merging import meta_writer
+from utils.merging import meta_writer, shards
 from utils.merging.plan import choose_tokenizer, in_order, plan_merge
 from utils.merging.verify import compare_logits
 from utils.models import weights
@@ -236,6 +237,8 @@ def test_metas_files_as_downloaded(published, tmp_path):
 
 
 def test_metas_layout_is_for_llama(tmp_path):
+    """Whose models of 7, 13, 33 and 65 or 70 billion parameters are in as many files as Meta published."""
+    assert meta_writer.FILES_BY_HIDDEN_SIZE == {4096: 1, 5120: 2, 6656: 4, 8192: 8}
     with pytest.raises(UserError, match="this model is of the family bloom"):
         merge(tiny.bloom(tmp_path / "bloom"), [], tmp_path / "out", "--output_type", "pth")
 
@@ -276,10 +279,31 @@ def test_the_last_line_and_old_options(base, adapter, tmp_path, script):
         "merge_weights.py", "--base_model", base, "--lora_model", adapter, "--output_dir", tmp_path / "out",
         "--offload_dir", tmp_path / "offload", "--output_type", "huggingface",
     )  # fmt: skip
-    assert "--offload_dir: no longer needed" in ended.ok() and not (tmp_path / "offload").exists()
-    last = ended.out.strip().splitlines()[-1]
-    found = re.fullmatch(r"done: .+, \d+\.\d\d GB in [\d.]+ s, \d+ MB/s, peak memory (\d+) MB", last)
-    assert found and int(found[1]) > 50
+    told = "--offload_dir: no longer needed, since tensors are merged one by one; nothing is written there"
+    first, last = ended.ok().splitlines()
+    assert first == told and not (tmp_path / "offload").exists()
+    found = re.fullmatch(rf"done: {tmp_path / 'out'}, 0\.00 GB in ([\d.]+) s, (\d+) MB/s, peak memory (\d+) MB", last)
+    size = sum(tensor.nbytes for tensor in tensors(tmp_path / "out").values()) / 1e6
+    assert 50 < int(found[3]) < 5000 and int(found[2]) == pytest.approx(size / float(found[1]), abs=2)
+
+
+def test_sizes_as_they_are_written():
+    sizes = {
+        "500MB": 5 * 10**8,
+        "5GB": 5 * 10**9,
+        "2GiB": 2**31,
+        "1.5KiB": 1536,
+        "3mib": 3 * 2**20,
+        "10 kb": 10_000,
+        "123": 123,
+    }
+    assert {text: shards.read_size(text) for text in sizes} == sizes
+    kinds = {name: ((count,), torch.float32) for name, count in (("a", 50), ("b", 25), ("c", 25), ("d", 101), ("e", 1))}
+    wanted = [["a", "b", "c"], ["d"], ["e"]]
+    planned = shards.plan_shards(kinds, 400)
+    assert list(planned) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert [list(parts) for parts in planned.values()] == wanted
+    assert list(shards.plan_shards(kinds, 10**9)) == ["model.safetensors"]
 
 
 def test_layer_2_comes_before_layer_10_and_what_is_new_last():
@@ -308,8 +332,12 @@ def test_verify_compares_logits(base, adapter, tmp_path, capsys):
     assert "verified on 4 prompts: scores differ by 0.00%" in capsys.readouterr().out
     plan = plan_merge(str(base), [str(adapter)], None, "huggingface", "5GB")
     compare_logits(plan, out)
-    with pytest.raises(UserError, match="does not match base and adapters"):
-        compare_logits(plan, base)
+    broken = tensors(out)
+    broken["model.norm.weight"][0] = torch.nan
+    save_file(broken, out / "model.safetensors", metadata={"format": "pt"})
+    for folder in (base, out):
+        with pytest.raises(UserError, match="does not match base and adapters, nothing was kept"):
+            compare_logits(plan, folder)
 
 
 def test_verify_of_stages_and_layouts(published, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -109,6 +110,14 @@ def test_what_cannot_be_spread_is_refused(script, deep, data, tmp_path, short, m
     with pytest.raises(UserError, match="no device has room for its embeddings"):
         load(deep)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_may_take_four_fifths_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (1000 * (card + 1), 10_000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=500))
+    assert spread.room() == {0: 800, 1: 1600, "cpu": 400}
 
 
 def test_where_the_weights_lie_is_said_of_each_card():

@@ -139,6 +139,16 @@ def test_added_tokens_wherever_they_are_written(folders, tmp_path, source):
     assert size + 1 not in tokenizer("hi<|im_end|>", split_special_tokens=True)["input_ids"]
 
 
+def test_every_file_of_a_tokenizer_is_copied_and_no_other(tmp_path):
+    (tmp_path / "copy").mkdir()
+    names = ["added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "tokenizer.json",
+             "tokenizer.model", "tokenizer_config.json", "vocab.json"]  # fmt: skip
+    for name in (*names, "config.json"):
+        (tmp_path / name).write_text(name)
+    assert sorted(copy_tokenizer(tmp_path, tmp_path / "copy")) == names
+    assert {path.name: path.read_text() for path in (tmp_path / "copy").iterdir()} == {name: name for name in names}
+
+
 def test_counting_tokens_needs_no_tokenizer(folders, tmp_path):
     for number, config in enumerate(({}, {"pad_token": "[PAD]"}, {"additional_special_tokens": ["<x>", "<s>"]})):
         folder = llama(tmp_path / str(number), **config)
@@ -199,7 +209,7 @@ def test_rows_beyond_the_vocabulary_decode_to_nothing(alpaca):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_truncation(alpaca, side):
+def test_padding_and_truncation(alpaca, side, monkeypatch):
     batch = alpaca(["中国的首都是北京", "a"], padding=True, padding_side=side, return_tensors="pt")
     short = batch["input_ids"][1][batch["attention_mask"][1].bool()].tolist()
     assert short == alpaca("a")["input_ids"] and batch["input_ids"].shape == batch["attention_mask"].shape
@@ -207,7 +217,12 @@ def test_padding_and_truncation(alpaca, side):
     padded = alpaca.pad([{"input_ids": [1, 5]}, {"input_ids": [1]}], padding_side=side, return_tensors="pt")
     assert padded["input_ids"].tolist()[1] == ([alpaca.pad_token_id, 1] if side == "left" else [1, alpaca.pad_token_id])
     whole = alpaca("中国的首都是北京")["input_ids"]
-    assert alpaca("中国的首都是北京", truncation=True, max_length=4)["input_ids"] == whole[:4]
+    monkeypatch.setattr(alpaca, "truncation_side", side)
+    for special in (True, False):
+        cut = alpaca("中国的首都是北京", truncation=True, max_length=4, add_special_tokens=special, return_offsets_mapping=True)
+        kept = whole[1:][-(4 - special) :] if side == "left" else whole[1:][: 4 - special]
+        assert cut["input_ids"] == [alpaca.bos_token_id] * special + kept
+        assert cut["offset_mapping"][-1][1] == (8 if side == "left" else cut["offset_mapping"][-1][1])
 
 
 def test_pairs_go_the_librarys_way(alpaca):

@@ -14,7 +14,7 @@ import extend_vocab
 from utils.cli import parse
 from utils.console import UserError
 from utils.models.tokenizer import load_tokenizer
-from utils.models.vocabulary import grow_embeddings, pieces_of_new_tokens
+from utils.models.vocabulary import grow_embeddings, pieces_of_new_tokens, train_pieces
 
 
 def extend(*arguments: str) -> None:
@@ -61,6 +61,16 @@ def test_the_same_text_gives_the_same_tokenizer(tmp_path):
     assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
     new = load_tokenizer(tmp_path / "a").get_vocab()
     assert not any("instruction" in token for token in new), "the keys of JSON records are no text"
+
+
+def test_so_many_pieces_are_learned_as_are_asked_for_of_those_used_more_than_once(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\ufeff" + "\n".join(CHINESE), "utf-8")
+    few, all_of_them = (train_pieces(tmp_path / "text.txt", most) for most in (5, 2000))
+    assert len(few) == 5 and len(all_of_them) > 5 and not any("\ufeff" in piece for piece in all_of_them)
+    (tmp_path / "once.txt").write_text("甲乙丙丁甲乙", "utf-8")
+    assert set(train_pieces(tmp_path / "once.txt", 100)) == {"甲乙"}
+    told = f"{tmp_path}/text.txt: 5 pieces learned from {sum(map(len, CHINESE))} characters"
+    assert told in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -255,7 +255,8 @@ class Gpu:
 @pytest.mark.parametrize(("major", "name"), [(7, "float16"), (8, "bfloat16")])
 def test_gpus_that_emulate_bfloat16_get_float16(monkeypatch, major, name):
     Gpu(monkeypatch, major)
-    assert place(None, False).dtype_name == name and place(None, False).quantize == "8bit"
+    ways = [place(*asked).quantize for asked in ((None, False), (None, True), (False, True), (False, False))]
+    assert place(None, False).dtype_name == name and ways == ["8bit", "4bit", "4bit", None]
     if major == 7:
         with pytest.raises(UserError, match="no instructions for it"):
             place(None, False, dtype="bfloat16")

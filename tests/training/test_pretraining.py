@@ -23,7 +23,10 @@ def test_raw_text_trains_all_linear_layers_with_the_loss_of_each_document_alone(
     data.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS), "utf-8")
     settings = {"cutoff_len": 48, "learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 2}
     out = script("finetune.py", *options(bases["llama"], data, tmp_path / "f1", **settings)).ok()
-    assert "on all linear layers, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in out
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert f"the adapter goes on all linear layers, {', '.join(linear)} (--lora_target_modules" in out
+    assert sorted(json.loads((tmp_path / "f1" / "adapter_config.json").read_text())["target_modules"]) == sorted(linear)
+    assert "raw text: each token is learned once; pieces of one document overlap by 6 tokens" in out
     found = lineage.read(tmp_path / "f1")
     assert found["data"]["stage"] == "text" and found["data"]["records"] == 4
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])

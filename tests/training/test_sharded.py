@@ -15,6 +15,7 @@ from trainings import losses, options, same, tensors
 
 from utils.console import UserError
 from utils.models.placement import place
+from utils.models.sharding import loads
 
 torch.set_num_threads(1)
 
@@ -86,6 +87,10 @@ def test_a_configuration_that_would_train_wrongly_is_refused(monkeypatch):
         for key, value in configured(name).items():
             monkeypatch.setenv(key, value)
         place(False, False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for rank in ("0", "2"):  # the latter is the first of a second machine
+        monkeypatch.setenv("RANK", rank)
+        assert loads() is (rank == "0")
     for key, value in (("VERSION", "1"), ("STATE_DICT_TYPE", "SHARDED_STATE_DICT"), ("CPU_RAM_EFFICIENT_LOADING", "false")):
         with monkeypatch.context() as changed:
             changed.setenv(f"FSDP_{key}", value)

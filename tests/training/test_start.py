@@ -40,11 +40,13 @@ def again(bases, data, output, **changes):
 
 def test_an_adapter_from_elsewhere_is_trained_on_with_its_own_settings(script, bases, data, first, tmp_path):
     """Rows 2 and 3: rank, alpha and targets are the adapter's; optimizer and steps start over; the weights do not."""
-    argv = options(bases["llama"], data, tmp_path / "out", resume_from_checkpoint=first, num_epochs=1)
+    argv = options(bases["llama"], data, tmp_path / "out", resume_from_checkpoint=first, num_epochs=1, lora_dropout=0.25)
     out = script("finetune.py", *argv).ok()
-    assert "incremental training" in out and "--lora_r 4" in out and "--lora_alpha 8" in out
+    assert f"incremental training: weights from {first}; optimizer and schedule start fresh" in out
+    assert f"taken from {first}: --lora_r 4, --lora_alpha 8, --lora_target_modules [q_proj,v_proj]\n" in out
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 8, ["q_proj", "v_proj"])
+    assert config["lora_dropout"] == 0.25, "each run chooses it"
     assert losses(tmp_path / "out")[0] < losses(first)[0] * 0.9
     steps = lineage.chain(tmp_path / "out")
     assert [step["options"]["output_dir"] for step in steps] == [str(first), str(tmp_path / "out")]
