@@ -162,6 +162,53 @@ def test_the_plan_of_a_chain(chain):
             assert maker in steps[:place], (step, maker)
 
 
+EXPERT = """
+clean.py --data_path F/dialogues.json --output_path O/expert-tutor-clean/dialogues.json --against F/heldout.json
+finetune.py --base_model M/{base} --data_path F/texts.txt --output_dir O/expert-tutor-1 {settings} --num_epochs 3
+generate.py --base_model M/{base} --lora_weights O/expert-tutor-1 {asked}
+finetune.py --base_model M/{base} --data_path O/expert-tutor-clean/dialogues.json --output_dir O/expert-tutor-2
+ --resume_from_checkpoint O/expert-tutor-1 {settings} --num_epochs 10 --train_on_inputs False
+generate.py --base_model M/{base} --lora_weights O/expert-tutor-2 {asked}
+{third}
+generate.py --base_model M/{base} --lora_weights O/expert-tutor-3 {asked}
+judge.py --chain O/expert-tutor-3 --test_input_path F/heldout.json --output_dir O/expert-tutor-measured
+"""
+PREFERRED = """\
+finetune.py --base_model M/{base} --data_path F/preferences.json --output_dir O/expert-tutor-3
+ --resume_from_checkpoint O/expert-tutor-2 {settings} --num_epochs 4 --learning_rate 5e-4 --preference_sft 0.5"""
+REPLAYED = """\
+clean.py --data_path F/more.json --output_path O/expert-tutor-clean/more.json --against F/heldout.json
+finetune.py --base_model M/{base} --data_path O/expert-tutor-clean/more.json --output_dir O/expert-tutor-3
+ --resume_from_checkpoint O/expert-tutor-2 {settings} --num_epochs 10 --train_on_inputs False --replay 0.5"""
+OF_THE_DEMO = (
+    "--prompt_template_name alpaca_short --batch_size 10 --micro_batch_size 10 --val_set_size 0 --lora_r 8 --lora_alpha 16 "
+    "--lora_dropout 0.05 --learning_rate 2e-3 --cutoff_len 128"
+)
+OF_ANOTHER_BASE = (
+    "--batch_size 32 --micro_batch_size 8 --val_set_size 0 --learning_rate 1e-4 --cutoff_len 512 --group_by_length"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "settings", "third"),
+    [
+        ([], "chinese-smollm2-135m", OF_THE_DEMO, PREFERRED),
+        (["--base", "seven", "--replay", "0.5"], "seven", OF_ANOTHER_BASE, REPLAYED),
+    ],
+)
+def test_the_steps_of_an_expert(tmp_path, words, base, settings, third):
+    for name in ("dialogues.json", "heldout.json", "preferences.json", "more.json", "texts.txt"):
+        (tmp_path / name).touch()
+    asked = "--is_ui False --test_input_path F/heldout.json --num_beams 1 --max_new_tokens 96"
+    text = EXPERT.format(base=base, settings=settings, asked=asked, third=third.format(base=base, settings=settings))
+    page = f"generate.py --base_model M/{base} --lora_weights O/expert-tutor-3"
+    for more, wanted in ((["--no-page"], text), ([], f"{text}{page}\n")):
+        lines = bash("expert-tutor.sh", str(tmp_path), *words, *more, PLAN="1").stdout.splitlines()
+        ran = [line.replace(f"{tmp_path}", "F").strip() for line in lines if not line.startswith("missing: ")]
+        found = [re.sub(r"^python \S+/(\w+\.py)", r"\1", line) for line in ran]
+        assert found == wanted.strip().replace("\n ", " ").splitlines()
+
+
 @pytest.mark.parametrize(
     ("step", "missing", "fix"),
     [
@@ -194,6 +241,8 @@ def test_an_unknown_chain_and_missing_raw_material(tmp_path):
     for thing in ("M/llama-13b", "M/chinese-alpaca-lora-13b", FIREFLY, PART1, TRANSLATED, PSYQA):
         assert thing in ended.stderr
     assert "makes it" in ended.stderr and "bash scripts/" not in ended.stderr
+    lines = ended.stderr.splitlines()
+    assert lines == sorted(set(lines)) and all(line.startswith("chain: error: missing: ") for line in lines)
 
 
 @pytest.mark.parametrize("file", (SCRIPTS / "accelerate").glob("*.yaml"), ids=lambda file: file.stem)
