@@ -46,6 +46,30 @@ def test_an_older_file_without_a_format_is_read_and_a_newer_one_refused(tmp_path
         lineage.read(tmp_path)
 
 
+def test_a_step_of_which_any_part_has_another_form_is_none():
+    """Whoever reads one later need not look again."""
+    mark = {"architecture": {}, "tokenizer": None, "shapes": "", "samples": {"w": [0.0] * 4}}
+    parent = {"name": "f1", "sha256": "0", "weight": 0.5}
+    good = {"kind": "train", "options": {"output_dir": "f2"}, "base": {"name": "b", "fingerprint": mark}, "parents": [parent]}
+    good |= {"results": {"train_loss": 1}, "time": {"seconds": 1.5}, "data": {"files": {}, "template": None}}
+    assert lineage.is_step(good) and lineage.is_step(good | {"base": None, "parents": None, "results": None, "time": None})
+    wrong = [[], {"kind": "train"}, {"options": {}}, good | {"template": {"name": "a"}}]
+    for part, values in {
+        "options": (None, {"output_dir": 1}, {"prompt_template_name": 1}),
+        "base": ([1], {"name": 1, "fingerprint": mark}, {"name": "b"}, *({"name": "b", "fingerprint": one} for one in (
+            [], {**mark, "architecture": []}, {**mark, "samples": []}, {**mark, "samples": {"w": [0.0] * 3}},
+            {**mark, "samples": {"w": ["0"] * 4}}, {key: mark[key] for key in mark if key != "shapes"}))),
+        "parents": ({"f1": parent}, ["f1"], *([parent | one] for one in ({"name": 1}, {"sha256": None}, {"weight": "much"}))),
+        "parent": ("f1", {"name": "f1"}),
+        "results": ([0.1], {"train_loss": "low"}, {"eval_loss": "low"}),
+        "time": ("1.5", {"seconds": "1.5"}),
+        "data": ([1], {"files": []}, {"template": ["a"]}, {"template": {"name": 1, "texts": {}}},
+                 {"template": {"name": "a", "texts": {"prompt_input": 1}}}),
+    }.items():  # fmt: skip
+        wrong += [good | {part: value} | ({"parents": None} if part == "parent" else {}) for value in values]
+    assert [step for step in wrong if lineage.is_step(step)] == []
+
+
 def test_outside_a_clone_the_commit_is_not_known(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "9.0.0"\n')
     monkeypatch.setattr(lineage, "ROOT", tmp_path)

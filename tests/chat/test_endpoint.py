@@ -87,7 +87,10 @@ def test_who_gives_a_temperature_samples_from_all_tokens(service):
 
 def test_half_the_window_is_the_questions_where_the_answer_might_fill_it(service):
     asked = {"instruction": "你是谁？", "input": "", "history": [["一", "二"]]}
-    assert service.fit("base", asked, SamplingParams(max_new_tokens=service.engine.window))[1] == 0
+    most, long = SamplingParams(max_new_tokens=service.engine.window), ["长" * 800] * 2
+    for history, dropped in (([["一", "二"]], 0), ([long] * 4 + [["一", "二"]], 4), ([long] * 2, 2)):
+        left = service.engine.encode("base", asked | {"history": history[dropped:]})
+        assert service.fit("base", asked | {"history": history}, most) == (left, dropped)
 
 
 def test_models_are_the_base_and_every_adapter(client):
@@ -148,7 +151,9 @@ def test_a_file_is_answered_through_the_endpoint_as_on_this_machine(address, fol
     assert [(folder / name / "test.json").read_text("utf-8") for name in ("f1", "f2")] == local != local[::-1]
 
 
-def test_a_seed_repeats_and_a_stop_ends(client):
+def test_a_seed_repeats_and_a_stop_ends(client, service, monkeypatch):
+    asked, submit = [], service.scheduler.submit
+    monkeypatch.setattr(service.scheduler, "submit", lambda request, *more: (asked.append(request), submit(request, *more))[1])
     drawn = {"model": "f1", "messages": QUESTION, "temperature": 1.5, "max_tokens": 20}
     one, two, other = (client.chat.completions.create(**drawn, seed=seed).choices[0] for seed in (1, 1, 2))
     assert one.message.content == two.message.content != other.message.content
@@ -156,6 +161,11 @@ def test_a_seed_repeats_and_a_stop_ends(client):
     middle = text[len(text) // 2 : len(text) // 2 + 2]
     cut = client.chat.completions.create(model="f1", messages=QUESTION, max_tokens=30, stop=[middle]).choices[0]
     assert cut.finish_reason == "stop" and cut.message.content == text[: text.index(middle)].strip()
+    client.completions.create(model="base", prompt=[5, 6], max_tokens=1, seed=0, user="me", stop=["x" * 100] * 16)
+    known = [(one.name, one.template, one.exact, one.asker, one.stops) for one in asked]
+    plainly = ("f1", "", False, "127.0.0.1", ())
+    assert known[:3] == [("f1", "", True, "127.0.0.1", ())] * 3 and known[3:5] == [plainly, (*plainly[:4], (middle,))]
+    assert known[5:] == [("base", None, True, "me", ("x" * 100,) * 16)]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +179,7 @@ def test_a_seed_repeats_and_a_stop_ends(client):
         ({"messages": [*QUESTION, {"role": "assistant", "content": "x"}]}, 400, "user's"),
         ({"messages": [{"role": "user", "content": "长" * 9000}]}, 400, "too long"),
         ({"stop": ["x"] * 17}, 400, "more than 16"),
+        ({"stop": "x" * 101}, 400, "up to 100 characters"),
         ({"n": 2}, 400, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "does not support tools"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias"),

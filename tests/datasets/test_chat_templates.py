@@ -130,6 +130,10 @@ def test_an_empty_thought_is_read_only_where_it_is_asked_with_and_never_learned(
         assert alone["input_ids"] == asked
         other = saved.apply_chat_template([{"role": "user", "content": "Q"}], add_generation_prompt=True, enable_thinking=True)
         assert not saved.decode(other["input_ids"]).endswith(block)
+    for kept in ("\n\n\n", ""):  # an answer's line breaks are its own, unless the template removes them
+        encoded = encode([RECORDS[0] | {"output": "\n\n\n好"}], ChatPrompter(words, [words.eos_token_id]), words, 1000, False)
+        assert learned(words, encoded[0]) == [f"{kept}好<|im_end|>"]
+        words.chat_template = words.chat_template.replace("content + '<|im_end|>", "content.lstrip() + '<|im_end|>")
 
 
 def test_answers_that_a_template_drops_are_counted(kind, capsys):

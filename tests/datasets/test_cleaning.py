@@ -94,6 +94,8 @@ def test_contamination_is_a_shared_run_or_a_whole_short_question():
     assert index.hit(record | {"output": "欲穷千里目，更上一层楼"}) is None  # five in a row, not eight
     assert index.hit({"instruction": "你是谁", "output": "我是梦想家"}) == "你是谁？"
     assert index.hit({"instruction": "你是谁的助手", "output": "你是谁"}) is None
+    assert index.hit({"instruction": "你是谁", "output": "我", "history": [["你好", "好"]]}) == "你是谁？"
+    assert index.hit({"instruction": "你好", "output": "好", "history": [["你是谁", "我"]]}) is None
 
 
 def test_the_script_drops_masks_counts_and_can_be_repeated(script, tmp_path):
@@ -103,24 +105,41 @@ def test_the_script_drops_masks_counts_and_can_be_repeated(script, tmp_path):
         {"instruction": "Say hello", "input": "", "output": "hello, my friend"},
         {"instruction": "考题：一加一等于几，请写出计算的过程", "input": "", "output": "一加一等于二"},
         {"instruction": "空", "input": "", "output": "好"},
+        *({"instruction": f"考题：一加一等于几，请写出计算的过程{end}", "input": "", "output": "二二"} for end in "甲乙丙"),
+        {"instruction": "太长", "input": "长" * 300, "output": "长短"},
     ]
     (tmp_path / "data.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
     (tmp_path / "test.json").write_text('["一加一等于几？请写出计算的过程"]', "utf-8")
     data, clean = tmp_path / "data.json", tmp_path / "clean.json"
     argv = ["--data_path", data, "--output_path", clean, "--against", tmp_path / "test.json",
-            "--languages", "zh", "--least_characters", 2]  # fmt: skip
+            "--languages", "zh", "--least_characters", 2, "--most_characters", 200]  # fmt: skip
     out = script("data/clean.py", *argv).ok()
     kept = json.loads((tmp_path / "clean.json").read_text("utf-8"))
     assert [record["output"][:14] for record in kept] == ["北京是首都，电话[电话]。白"]
-    for words in ("shares text with a test question: 1", "near-duplicate of an earlier record: 1", "another language (en): 1",
-                  "shorter than --least_characters: 1", "masked: [电话]: 2", "1 of 5 records"):  # fmt: skip
-        assert words in out, words
     report = json.loads((tmp_path / "clean.report.json").read_text("utf-8"))
-    assert report["read"] == 5 and report["kept"] == 1 and sum(report["dropped"].values()) == 4
+    asked = [
+        {"record": records[place]["instruction"], "test question": "一加一等于几？请写出计算的过程"} for place in (3, 5, 6, 7)
+    ]
+    causes = {
+        "shares text with a test question": asked,
+        "answer in another language (en)": ["hello, my friend"],
+        "answer shorter than --least_characters": ["空"],
+        "longer than --most_characters": ["太长"],
+        "near-duplicate of an earlier record": [["介绍北京", "介绍北京"]],
+    }
+    assert report["options"]["most_characters"] == 200 and report | {"options": 0} == {
+        "options": 0, "read": 9, "kept": 1, "dropped": {cause: len(examples) for cause, examples in causes.items()},
+        "masked": {"[电话]": 2}, "examples": causes,
+    }  # fmt: skip
+    said = [f"dropped: {cause}: {len(examples)}" for cause, examples in causes.items()]
+    assert [line for line in out.splitlines() if line.startswith("dropped")] == said
+    shown = [f"  {json.dumps(example, ensure_ascii=False)}" for examples in causes.values() for example in examples[:3]]
+    assert [line for line in out.splitlines() if line.startswith("  ")] == shown
+    assert out.splitlines()[-2:] == ["masked: [电话]: 2", f"{clean}: 1 of 9 records"] and "1 test questions to compare" in out
     left = {file.name for file in tmp_path.iterdir() if not file.name.startswith(".run")}
     assert left == {"data.json", "test.json", "clean.json", "clean.report.json"}
     assert "already exists; give --overwrite" in script("data/clean.py", *argv).error
-    assert "swap them" in script("data/clean.py", *argv, "--most_characters", 1, "--overwrite").error
+    assert "swap them" in script("data/clean.py", *argv[:-1], 1, "--overwrite").error
     assert "is a folder; name a file" in script("data/clean.py", *argv, "--output_path", tmp_path, "--overwrite").error
     assert "is also an input" in script("data/clean.py", *argv[:2], "--output_path", data, "--overwrite").error
 

@@ -21,9 +21,12 @@ def write(path, content):
 
 
 def test_documents_of_every_kind_of_file(tmp_path, capsys):
-    lines = "\n".join(json.dumps(item, ensure_ascii=False) for item in ({"text": "甲"}, {"text": " "}, {"text": "乙", "id": 3}))
-    assert list(read_documents(write(tmp_path / "a.jsonl", lines))) == ["甲", "乙"]
-    assert "1 of 3 documents dropped" in capsys.readouterr().out
+    items = ({"text": "甲"}, {"text": " "}, {"text": "乙", "id": 3}, {"other": 1})
+    lines = "\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+    path = write(tmp_path / "a.jsonl", lines)
+    assert list(read_documents(path)) == ["甲", "乙"]
+    said = f"{path}: 2 of 4 documents dropped, which have no text (the first: {path}, line 2)\n"
+    assert capsys.readouterr().out == said
     assert list(read_documents(write(tmp_path / "a.txt", b"\xef\xbb\xbf" + LINE.encode()))) == [LINE]
     assert list(read_documents(write(tmp_path / "gbk.txt", (LINE * 3).encode("gb18030")))) == [LINE * 3]
     assert "gbk.txt: is not UTF-8; read as GB18030 (GBK)" in capsys.readouterr().out
@@ -51,8 +54,8 @@ def test_what_holds_no_text_is_one_line(tmp_path, name, content, words):
 def test_a_large_text_is_read_in_parts_that_end_with_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("utils.datasets.documents.LONGEST", 100)
     parts = list(read_documents(write(tmp_path / "a.txt", LINE * 10)))
-    assert "".join(parts) == LINE * 10 and len(parts) > 2 and all(part.endswith("\n") for part in parts)
-    assert f"read as {len(parts)} documents" in capsys.readouterr().out
+    assert parts == [LINE * 2, LINE * 3, LINE * 3, LINE * 2]  # of 37 bytes each, read 100 at a time
+    assert capsys.readouterr().out == f"{tmp_path}/a.txt: read as 4 documents, since it is longer than 0 MB\n"
 
 
 @pytest.mark.parametrize("cutoff_len", [16, 17, 64])

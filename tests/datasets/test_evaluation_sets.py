@@ -36,14 +36,15 @@ def test_cmmlu(prepare, tmp_path):
     assert [one.category for one in read_choices([str(tmp_path / "out/test.json")])] == ["alchemy", "anatomy"]
 
 
-def test_ceval(prepare, tmp_path):
+def test_ceval(script, prepare, tmp_path):
     header = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
     for split in ("dev", "val"):
         write_csv(tmp_path / f"raw/{split}/law_{split}.csv", [[0, "谁立法？", "甲", "乙", "丙", "丁", "A", "因为"]], header)
     write_csv(tmp_path / "raw/test/law_test.csv", [[0, "谁？", "甲", "乙", "丙", "丁"]], header[:-2])
-    said = prepare("ceval").ok()
-    (record,) = records_in(tmp_path / "out/test.json")
-    assert record["category"] == "law" and record["topic"] == "法学" and record["groups"] == ["Humanities"] and said
+    for environment, folder in (({}, "datasets"), ({"DATA_DIR": str(tmp_path / "data")}, "data")):
+        script("data/ceval/prepare.py", "--raw", "raw", cwd=tmp_path, **environment).ok()
+        (record,) = records_in(tmp_path / folder / "ceval/test.json")
+        assert record["category"] == "law" and record["topic"] == "法学" and record["groups"] == ["Humanities"]
     assert "the right choice is missing" in prepare("ceval", "--split", "test").out
 
 

@@ -31,10 +31,8 @@ def write(path, items):
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(tmp_path, form):
     (pair,) = read_pairs(write(tmp_path / "pairs.json", [FORMS[form]]))
-    assert [record["output"] for record in pair] == ["好", "坏"] and pair.chosen["instruction"] == pair.rejected[
-        "instruction"
-    ] == "问"
-    assert pair.chosen.get("history", []) == ([["前", "答"]] if form == "LLaMA-Factory" else [])
+    earlier = {"history": [["前", "答"]]} if form == "LLaMA-Factory" else {}
+    assert list(pair) == [{"instruction": "问", "input": "", "output": output} | earlier for output in "好坏"]
 
 
 def test_what_is_no_pair_is_dropped_by_cause(tmp_path, capsys):
@@ -42,18 +40,22 @@ def test_what_is_no_pair_is_dropped_by_cause(tmp_path, capsys):
     same = good | {"rejected": "好 "}
     items = [good, same, good | {"rejected": ""}, {"instruction": "问", "chosen": "好"}, good | {"chosen": 3},
              {"chosen": [USER, CHOSEN], "rejected": [USER | {"content": "别的"}, REJECTED]}, "text",
-             {"chosen": "好", "rejected": "坏"}]  # fmt: skip
-    assert len(list(read_pairs(write(tmp_path / "pairs.json", items)))) == 1
-    out = capsys.readouterr().out
-    for cause in (
-        "both answers are the same",
-        "output is empty",
-        "missing",
-        "chosen is not a text",
-        "different questions",
-        "the question is missing",
-    ):
-        assert cause in out, cause
+             {"chosen": "好", "rejected": "坏"}, FORMS["trl, conversational"] | {"prompt": [USER, CHOSEN]}]  # fmt: skip
+    path = write(tmp_path / "pairs.json", items)
+    assert len(list(read_pairs(path))) == 1
+    causes = {
+        "chosen or rejected is missing": (2, 4),
+        "both answers are the same": (1, 2),
+        "output is empty": (1, 3),
+        "chosen is not a text": (1, 5),
+        "the answers are to different questions": (1, 6),
+        "the question is missing": (1, 8),
+        "a dialogue whose turns are out of order": (1, 9),
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: {count} of 9 pairs dropped: {cause} (the first: {path}, line 1, item {place})"
+        for cause, (count, place) in causes.items()
+    ]
     with pytest.raises(UserError, match="no pair in it can be used"):
         list(read_pairs(write(tmp_path / "pairs.json", items[1:])))
 

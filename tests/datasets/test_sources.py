@@ -103,6 +103,11 @@ def test_folder_of_the_hub_reads_each_split_once(tmp_path, capsys):
         said = capsys.readouterr().out
         assert "left out as copies in another format: data/train-00000-of-00002.jsonl.gz, data/train.csv" in said
         assert "reading 2 of its 5 files" in said
+    for name in ("news.jsonl", "2/news.jsonl"):  # no split is in their names: those beside a test set
+        (tmp_path / "plain" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "plain" / name, 1)
+    write(tmp_path / "plain" / "test.jsonl", 1)
+    assert data_files(str(tmp_path / "plain")) == [tmp_path / "plain" / name for name in ("2/news.jsonl", "news.jsonl")]
     (folder / "other").mkdir()
     write(folder / "other" / "train.json", 1)
     with pytest.raises(UserError, match=r"holds several training sets \(data, other\); name the folder"):

@@ -192,7 +192,8 @@ def test_no_judge_is_asked_for_a_run_that_cannot_end(script, chain, tmp_path, se
     assert "scores.csv: is a folder" in script("judge.py", *options, OPENAI_API_KEY="k").error
     (out / "scores.csv").rmdir()
     (moved / "f1/adapter_model.safetensors").write_bytes(weights)
-    assert script("judge.py", *options, OPENAI_API_KEY="k").ok() and server.bodies and (out / "report.html").is_file()
+    assert script("judge.py", *options, "--title", "链条", OPENAI_API_KEY="k").ok() and server.bodies
+    assert "<title>链条</title>" in (out / "report.html").read_text("utf-8")
 
 
 def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):

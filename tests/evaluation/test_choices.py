@@ -97,6 +97,10 @@ def test_likelihoods_are_those_of_each_text_alone(tmp_path, kind):
                 scores = model(torch.tensor([one.prompt + rest])).logits[0].log_softmax(-1)
             places = range(len(one.prompt) - 1, len(one.prompt) + len(rest) - 1)
             assert number == pytest.approx(sum(scores[p, t].item() for p, t in zip(places, rest, strict=True)), abs=1e-4)
+    rows = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    with_little_room = log_likelihoods(model, asked, 60)  # half of it are fewer tokens than two prompts have
+    assert set(rows) == {1} and with_little_room == [pytest.approx(numbers, abs=1e-4) for numbers in found]
 
 
 @pytest.mark.parametrize(

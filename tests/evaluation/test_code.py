@@ -219,11 +219,12 @@ def test_the_script_runs_samples_and_counts(script, tmp_path):
     (problem,) = json.loads((tmp_path / "humaneval.json").read_text("utf-8"))
     options = ["--test_input_path", tmp_path / "humaneval.json", "--output_dir", tmp_path / "out"]
     for number, answer in enumerate(["    return a + b", "    return a - b"]):
-        write_json(tmp_path / f"{number}.json", [{"instruction": problem["instruction"], "output": answer}])
+        other = {"instruction": "not one of the problems", "output": "x"}
+        write_json(tmp_path / f"{number}.json", [other, {"instruction": problem["instruction"], "output": answer}])
         options += ["--answers", f"f1={tmp_path / str(number)}.json"]
     assert "missing; say how to compare" in script("judge.py", *options).error
     out = script("judge.py", *options, "--run_code").ok()
     assert "f1: 1 of 2 programs pass; the others: AssertionError 1" in out
     (table,) = json.loads((tmp_path / "out/code.json").read_text("utf-8"))["tables"]
     assert table["title"].startswith("pass@1 in % (2 samples per problem") and table["title"].endswith("not recorded")
-    assert table["rows"][0]["values"] == {"f1": 50.0}
+    assert [(row["samples"], row["values"]) for row in table["rows"]] == [(1, {"f1": 50.0})]

@@ -13,6 +13,7 @@ from scripting import ROOT, warm
 
 from utils.datasets.final_numbers import final_number
 from utils.datasets.prompts import read_prompts
+from utils.evaluation.answers import add_references
 from utils.evaluation.judging import judge_prompt, shown_order
 from utils.inference.remote import messages
 
@@ -270,8 +271,12 @@ def test_a_model_answers_the_prompts(script, serve, tmp_path):
     assert "答：我国面积最大" in (tmp_path / "m/test.json").read_text("utf-8")
     records = json.loads((tmp_path / "m/test.json").read_text("utf-8"))
     prompts = read_prompts([str(ROOT / "test_data")])
-    assert [r["instruction"] for r in records] == [r["instruction"] for r in prompts]
+    kept = ("instruction", "input", "history", "system", "category")
+    plain = [{key: record[key] for key in record if key != "output"} for record in records]
+    assert plain == [{key: prompt[key] for key in kept if prompt.get(key)} for prompt in prompts]
     assert {r["category"] for r in records} == set(CATEGORIES)
+    other = script("judge.py", *options, "--test_input_path", ROOT / "test_data/09math.json").error
+    assert "answers.jsonl: belongs to an unfinished run with other settings (prompts)" in other
     assert records[10]["output"] == f"答：{records[10]['instruction']}\n{records[10]['input']}"
     turns = next(body["messages"] for body in server.bodies if asked(body) == records[-1]["instruction"])
     assert [m["content"] for m in turns[:-1]] == [text for pair in records[-1]["history"] for text in pair]
@@ -307,6 +312,13 @@ def test_prompts_in_another_order_are_put_side_by_side(script, serve, systems, t
     (tmp_path / "two.json").write_text(json.dumps(records[::-1]), "utf-8")
     assert judged(script, serve(fair), tmp_path / "out", *systems).ok()
     assert scores(tmp_path / "out")["tables"][0]["rows"][0]["values"]["two"] == 61.25
+
+
+def test_what_a_prompt_lacks_is_that_of_the_first_record_that_asks_the_same():
+    known = [{"instruction": "问", "category": "x", "reference": "一"}, {"instruction": "问", "reference": "二"}]
+    prompts = [{"instruction": "问"}, {"instruction": "问", "category": "own"}, {"instruction": "问", "input": "题"}]
+    found = [{"category": "x", "reference": "一"}, {"category": "own", "reference": "一"}, {"category": "all"}]
+    assert add_references(prompts, known) == [one | more for one, more in zip(prompts, found, strict=True)]
 
 
 @pytest.mark.parametrize(

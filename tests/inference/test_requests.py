@@ -1,6 +1,8 @@
 """Requests to a real server that is slow, wrong, rate-limited and cut off; budgets, journals, refusals."""
 
 import asyncio
+import datetime
+import email.utils
 import json
 import os
 import signal
@@ -13,8 +15,8 @@ import pytest
 from api_server import Server, asked, completion
 
 from utils.console import UserError
-from utils.inference.openai_client import ModelServer
-from utils.inference.requests import RequestLimits, asking, tokens_in
+from utils.inference.openai_client import ModelServer, retry_after
+from utils.inference.requests import RequestLimits, Spent, asking, tokens_in
 
 QUICK = RequestLimits(concurrency=2, backoff=0.01)
 
@@ -112,9 +114,18 @@ def test_who_asks_to_wait_for_hours_ends_the_run(serve, tmp_path):
     server = serve(lambda *_: {"status": 429, "body": b"{}", "headers": {"Retry-After": "36000"}})
     with pytest.raises(UserError, match=r"asks to wait 10\.0 hours"):
         ask(server, tmp_path)
-    less = httpx.Response(429, headers={"Retry-After": "3000"}, request=httpx.Request("POST", server.url))
+    soon = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=90), usegmt=True)
+
+    def limited(**headers):
+        response = httpx.Response(429, headers=headers, request=httpx.Request("POST", server.url))
+        return openai.RateLimitError("", response=response, body=None)
+
+    waits = [limited(**{"retry-after-ms": "1500", "Retry-After": "2"}), limited(**{"Retry-After": "7"})]
+    waits += [limited(**{"Retry-After": "-1"}), limited(**{"Retry-After": "later"}), limited(), ValueError()]
+    assert [retry_after(one) for one in waits] == [1.5, 7, 0, None, None, None]
+    assert retry_after(limited(**{"Retry-After": soon})) == pytest.approx(89, abs=2)
     with asking(ModelServer("m", server.url), QUICK, tmp_path / "less.jsonl", {}) as endpoint:
-        asyncio.run(endpoint._wait(openai.RateLimitError("", response=less, body=None), 1))
+        asyncio.run(endpoint._wait(limited(**{"Retry-After": "3000"}), 1))
         assert endpoint.resume_at > time.monotonic() + 2000
 
 
@@ -212,6 +223,10 @@ def test_half_a_character_in_an_answer_does_not_end_the_run(serve, tmp_path):
 
 def test_what_was_spent_counts_before_prompts_are_sent(tmp_path):
     assert [tokens_in(text) for text in ("你好吗", "four", "fives", "")] == [3, 1, 2, 0]
+    spent = Spent(cost=1)
+    for cost in (3, 2):
+        spent.pay(cost)
+    assert (spent.cost, spent.dearest) == (6, 3)
     limits = RequestLimits(price_in=1e6, max_cost=10)  # a token costs 1
     with asking(ModelServer("m", "http://localhost:9/v1"), limits, tmp_path / "j.jsonl", {}) as endpoint:
         endpoint.spent.cost = 9
@@ -225,8 +240,8 @@ def test_what_was_spent_counts_before_prompts_are_sent(tmp_path):
 def test_tokens_and_cost_are_totalled(serve, tmp_path, capsys):
     server = serve(lambda number, body: {"content": "x", "usage": None} if number == 0 else echo(number, body))
     ask(server, tmp_path, 3, RequestLimits(price_in=2.5, price_out=10))
-    out = capsys.readouterr().out
-    assert "200 tokens sent and 20 received (not counted by the server: those of 1 answers), cost 0.0007" in out
+    counted = "3 requests (0 failed), 200 tokens sent and 20 received (not counted by the server: those of 1 answers)"
+    assert f"{counted}, cost 0.0007" in capsys.readouterr().out
 
 
 def test_a_journal_of_another_run_is_not_gone_on_with(serve, tmp_path):

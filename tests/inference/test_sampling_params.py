@@ -23,8 +23,11 @@ def test_each_control_has_a_chinese_label_and_bounds_that_hold():
     same = [name for name, text in vars(LANGUAGES["zh"]).items() if text == getattr(LANGUAGES["en"], name)]
     assert same == ["status"], "these have no Chinese"
     bounded(STARTS, 2048)
+    edges = {name: (max(control.least, 0), control.most) for name, control in CONTROLS.items()} | {"max_new_tokens": (1, 2048)}
+    for place in (0, 1):
+        bounded({name: KINDS[name](edge[place]) for name, edge in edges.items()}, 2048)
     for name in STARTS:
-        for wrong in ("x", None, 10**10, -2, True if KINDS[name] is not bool else 1):
+        for wrong in ("x", None, 10**10, -1, True if KINDS[name] is not bool else 1):
             with pytest.raises(UserError, match=name):
                 bounded(STARTS | {name: wrong}, 2048)
     with pytest.raises(UserError, match=r"max_new_tokens 9: .* 1 to 8"):

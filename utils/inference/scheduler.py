@@ -314,9 +314,9 @@ class Scheduler:
 
     def _is_being_read(self, ticket: Ticket, begun: Iterable[Ticket]) -> bool:
         """True if another request is reading more of the prompt's opening than is known, so that waiting is better."""
-        known = max((shared for shared, _, _ in self._openings(ticket)), default=0)
-        same = [other for other in begun if other.request.name == ticket.request.name]
-        return any(common(ticket.request.prompt, other.request.prompt) >= known + WORTHWHILE for other in same)
+        name, prompt = ticket.request.name, ticket.request.prompt
+        same = [common(prompt, other.request.prompt) for other in begun if other.request.name == name]
+        return bool(same) and max(same) >= WORTHWHILE + max(shared for shared, _, _ in self._openings(ticket))
 
     def _openings(self, ticket: Ticket) -> list[tuple[int, bool, Text]]:
         """What is known of a prompt's opening: how many tokens, whether their text can be reused, and the text."""
