@@ -97,6 +97,25 @@ def test_soak_goes_on_for_its_time_and_says_how_to_repeat_a_failure():
     assert bash("soak.sh", "PYTHON").returncode == 2
 
 
+def test_the_quickstart_sets_up_runs_the_chain_and_compares_its_three_models(tmp_path):
+    """With programs in the places of its own, which print what they are given."""
+    for name in ("quickstart.sh", "env.sh"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        (tmp_path / "scripts" / name).write_bytes((SCRIPTS / name).read_bytes())
+    for name in ("setup", "chain"):
+        (tmp_path / "scripts" / f"{name}.sh").write_text(f'echo {name} "$@"\n')
+    ended = subprocess.run(
+        ["bash", tmp_path / "scripts" / "quickstart.sh"],
+        env=os.environ | {"OUTPUT_DIR": "O", "PYTHON": "echo"}, text=True, capture_output=True,
+    )  # fmt: skip
+    answers = {"base": "save-generate-0-smollm2-135m", "f1": "run-0-smollm2-135m-1", "f2": "rerun-0-smollm2-135m-2"}
+    compared = " ".join(f"{name}=O/{step}/test.json" for name, step in answers.items())
+    assert ended.stdout.splitlines() == [
+        "setup", "chain demo", f"{tmp_path}/data/demo/compare.py {compared}",
+        "Chat with it: bash scripts/generate-0-smollm2-135m-2.sh",
+    ]  # fmt: skip
+
+
 def test_names():
     """Every script is a step by the naming rule, or one of the tools; every adapter can be talked to and answers prompts."""
     tools = {"env", "setup", "quickstart", "test", "soak", "gpu_check", "offline_bundle", "chain", "get-smollm2-135m"}

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV2Config, Gemma3Config, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV2Config, Gemma3Config, GPT2Config, LlamaConfig, MambaConfig
 
 from utils.adapters.lora_config import lora_config
 from utils.adapters.targets import as_targets, check_layers
@@ -89,6 +89,8 @@ def test_default_layers_of_families():
     assert lora_config(gpt2, WANTED, None).target_modules == {"c_attn"}
     assert lora_config(gpt2, WANTED, None, every_layer=True).target_modules == {"c_attn", "c_proj", "c_fc"}
     assert layers.embedding_names(gpt2) == ["wte", "lm_head"]
+    mamba = meta(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
+    assert lora_config(mamba, WANTED, None).target_modules == {"in_proj", "x_proj"}
 
 
 def test_a_model_that_sees_is_trained_as_a_language_model():

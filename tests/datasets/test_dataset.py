@@ -196,10 +196,10 @@ def test_a_dry_run_shows_everything_and_writes_nothing(script, tiny_llama, tmp_p
 
 
 def test_a_report_shows_how_long_the_records_are_and_where_the_cutoff_falls(capsys):
-    dry_run.print_report([*range(1, 121), 5, 5, 5], 110, [], None)
+    dry_run.print_report([*range(1, 121), 5, 5, 5], 111, [], None)
     rows = [(f"{low:>7} … {low + 10:<7}", 13 if low == 1 else 10, low) for low in range(1, 121, 10)]
     bars = [
-        f"{edges}{'#' * (40 * count // 13 + (count < 13)):<40} {count}{' < --cutoff_len' * (low == 101)}"
+        f"{edges}{'#' * (40 * count // 13 + (count < 13)):<40} {count}{' < --cutoff_len' * (low == 111)}"
         for edges, count, low in rows
     ]
     told = ["records by length in tokens:", *bars, "--cutoff_len 114 would keep 95 % uncut, 119 would keep 99 %"]

@@ -15,6 +15,7 @@ from utils import lineage
 from utils.adapters.adapters import read_tensors
 from utils.console import UserError
 from utils.merging.rules import METHODS
+from utils.models.tokenizer import load_tokenizer
 
 WEIGHTS = [0.7, -0.3, 1]  # the last one not named
 
@@ -135,6 +136,25 @@ def test_the_same_seed_drops_the_same_and_another_other_values(base, pair, tmp_p
         found.append(read_tensors(tmp_path / str(number)))
     same = [all(torch.equal(found[0][name], other[name]) for name in other) for other in found]
     assert same == [True, True, False]
+
+
+def test_other_bases_and_the_tokenizer_of_the_first_that_has_one(base, pair, tmp_path, capsys):
+    """Bases that adapters name count where no lineage says which it was."""
+    one, two = (shutil.copytree(folder, tmp_path / name) for folder, name in zip(pair, ("one", "two"), strict=True))
+    words = tiny.tokenizer(two)
+    words.add_tokens(["梦想家"])
+    words.save_pretrained(two)
+    settings = json.loads((two / "adapter_config.json").read_text())
+    for name, is_told in ((f"elsewhere/{base.name}", False), ("owner/other", True)):
+        (two / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": name}))
+        combine(base, [one, two], [0.5, 0.5], tmp_path / "out", *(["--overwrite"] if is_told else []))
+        told = f"the adapters name different base models ({base}, owner/other), which are assumed to be the same model"
+        assert (told in capsys.readouterr().out.splitlines()) is is_told
+    assert len(load_tokenizer(tmp_path / "out")) == len(words)
+    for folder in (one, two):
+        (folder / lineage.FILE).write_text(json.dumps({"kind": "train", "options": {}}))
+    combine(base, [one, two], [0.5, 0.5], tmp_path / "out", "--overwrite")
+    assert "name different base models" not in capsys.readouterr().out
 
 
 def test_both_chains_are_told_and_both_parents_data_replayed(base, pair, tmp_path):

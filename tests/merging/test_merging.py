@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from bitsandbytes import functional
 from merges import (
     LINEAR,
     loaded,
@@ -319,5 +320,9 @@ def test_adapter_trained_beside_a_quantized_base_is_merged_into_either(base, ada
     apart = sum((full[name] - dequantized[name]).square().sum() for name in linear)
     whole = sum(tensors(base)[name].square().sum() for name in linear)
     assert 100 * (apart / whole).sqrt() == pytest.approx(percent, rel=0.05)
+    for name in linear if way == "load_4bit" else ():
+        stored = tensors(base)[name]
+        packed = functional.dequantize_4bit(*functional.quantize_4bit(stored, quant_type="nf4", compress_statistics=True))
+        torch.testing.assert_close(dequantized[name] - full[name], packed - stored, rtol=0, atol=1e-6)
     assert (0.2 < percent < 2) if way == "load_8bit" else (5 < percent < 15)
     assert all(torch.equal(full[name], dequantized[name]) for name in full.keys() - set(linear))

@@ -10,7 +10,7 @@ import pytest
 import sentencepieces
 import tiny
 import torch
-from merges import LINEAR, loaded, merge, rewrite, same_logits, tensors
+from merges import LINEAR, loaded, merge, rewrite, same_logits, tensors, with_peft
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +19,7 @@ from utils.adapters.settings import read_config
 from utils.console import UserError
 from utils.merging import meta_writer, shards
 from utils.merging.plan import choose_tokenizer, in_order, plan_merge
-from utils.merging.verify import compare_logits
+from utils.merging.verify import PROMPTS, compare_logits
 from utils.models import weights
 from utils.models.tokenizer import load_tokenizer
 
@@ -336,8 +336,17 @@ def test_verify_compares_logits(base, adapter, tmp_path, capsys):
     broken["model.norm.weight"][0] = torch.nan
     save_file(broken, out / "model.safetensors", metadata={"format": "pt"})
     for folder in (base, out):
-        with pytest.raises(UserError, match="does not match base and adapters, nothing was kept"):
+        with pytest.raises(UserError, match="does not match base and adapters, nothing was kept") as error:
             compare_logits(plan, folder)
+        if folder == base:
+            prompts = [torch.tensor([ids]) for ids in load_tokenizer(base)(list(PROMPTS))["input_ids"]]
+            models = with_peft(base, adapter), loaded(base)
+            ours, theirs = (torch.cat([model(ids).logits[0] for ids in prompts]) for model in models)
+            spread = (ours - ours.mean(-1, keepdim=True)).square().mean()
+            differ = ((theirs - ours).square().mean() / spread).sqrt().item()
+            same = (ours.argmax(-1) == theirs.argmax(-1)).sum()
+            told = f"scores differ by {differ:.2%}, the next token is the same at {same} of {len(ours)} places"
+            assert told in str(error.value)
 
 
 def test_verify_of_stages_and_layouts(published, tmp_path, capsys):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from utils.console import UserError
 from utils.merging import meta_writer, shards
 from utils.merging.plan import plan_merge
+from utils.models.weights import check_whole
 
 # ---- what is refused before the first byte
 
@@ -39,6 +40,7 @@ def test_another_base_by_lineage(base, adapter, tmp_path):
     facts = {"kind": "train", "options": {}, "base": {"name": "mine", "fingerprint": lineage.fingerprint(str(base))}}
     (marked / "lineage.json").write_text(json.dumps(facts))
     merge(base, marked, tmp_path / "fits")
+    merge(tiny.llama(tmp_path / "first", seed=5), [adapter, marked], tmp_path / "on top of another")
     with pytest.raises(UserError, match="was trained on another base"):
         merge(tiny.llama(tmp_path / "other", seed=5), marked, tmp_path / "out")
 
@@ -183,9 +185,28 @@ def test_the_output_folder(base, adapter, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not a size"):
         merge(base, adapter, tmp_path / "more", "--max_shard_size", "5 elephants")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"are needed and 0 MB are free"):
-        merge(base, adapter, tmp_path / "more")
+    large = tiny.llama(tmp_path / "large", hidden_size=256, intermediate_size=512)
+    size = sum(tensor.nbytes for tensor in tensors(large).values())
+    for share in (0.9, 1.0, 1.02):
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, share=share: usage._replace(free=int(size * share)))
+        if share < 1.01:
+            with pytest.raises(UserError, match=r"MB are needed and \d MB are free; make room"):
+                merge(large, [], tmp_path / "more")
+    merge(large, [], tmp_path / "more")
+
+
+def test_zeros_at_a_file_s_end_count_as_lost_from_the_middle_of_a_matrix_on(tmp_path):
+    """Padding rows are zeros, too, and so is what training begins with."""
+    file, shape = tmp_path / "model.safetensors", (8, 16)
+    for name, zeros, is_lost in (("z.weight", 8, True), ("z.weight", 4, True), ("z.weight", 3, False), ("z.lora_B", 8, False)):
+        last = torch.ones(shape)
+        last[8 - zeros :] = 0
+        save_file({"a": torch.ones(shape), name: last}, file)
+        if is_lost:
+            with pytest.raises(UserError, match=r"holds only zeros from z\.weight on, as a copy that was interrupted"):
+                check_whole(file)
+        else:
+            check_whole(file)
 
 
 def test_missing_shards(base, adapter, tmp_path):

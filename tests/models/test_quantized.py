@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -120,6 +121,16 @@ def test_answers_on_a_quantized_base_are_those_of_peft(bases, way):
     torch.testing.assert_close(logits(model), full, **near)
     with switching.merged(adapters, "own"):
         torch.testing.assert_close(logits(model), full, **near)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_4_bit_layers_compute_in_the_dtype_asked_for_whatever_the_files_name(bases, dtype):
+    way = "nf4 with quantized scales"  # whose files name float16
+    model = load_base(str(bases[way]), load_tokenizer(bases[way]), place(None, False, dtype=dtype))
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14 and {layer.compute_dtype for layer in layers} == {getattr(torch, dtype)}
+    wanted = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    assert all({name: getattr(part, name) for name in wanted} == wanted for part in (model.config, model.generation_config))
 
 
 def test_training_on_a_quantized_base(bases, tmp_path, script):

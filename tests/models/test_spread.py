@@ -60,6 +60,20 @@ def test_a_loss_and_its_gradients_are_the_same_with_layers_on_the_disk(deep, sho
         assert (found["auto"][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
+def test_how_much_lies_where_is_told_in_bytes(capsys):
+    big = {"vocab_size": 50_000, "hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **big), dtype=torch.bfloat16)
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1, "model.layers.1": "cpu", "lm_head": "disk", "": 1}
+    spread.tell(model, "large")
+    layer = (4 * 4096**2 + 3 * 4096 * 8192 + 2 * 4096) * 2 / 1e9
+    places = f"0.41 GB on cuda:0, {layer:.2f} GB on cuda:1, {layer:.2f} GB in main memory, 0.41 GB on the disk"
+    assert capsys.readouterr().out == f"large: {places}\n"
+    del model.hf_device_map
+    spread.tell(model, "large")
+    assert capsys.readouterr().out == "large: all of its weights are on meta\n"
+
+
 @pytest.mark.slow
 def test_training_with_layers_on_the_disk_gives_the_same_adapter(script, deep, data, tmp_path, short):
     """Also where it is resumed, and where all of a layer's weights are of another type than on the disk."""

@@ -23,7 +23,9 @@ def extend(*arguments: str) -> None:
 
 def test_sentencepiece_is_extended_as_chinese_llama_did_it(tmp_path, capsys):
     base, model = llama(tmp_path / "base"), chinese(tmp_path / "chinese.model")
+    (base / "tokenizer.json").write_text("{}")  # which would hold the old vocabulary
     extend("--base_model", base, "--sp_model", model, "--output_dir", tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
     wanted = (chinese_alpaca(base, tmp_path / "by_hand") / "tokenizer.model").read_bytes()
     assert (tmp_path / "new" / "tokenizer.model").read_bytes() == wanted
     old, new = (sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / n / "tokenizer.model")) for n in ("base", "new"))
@@ -41,9 +43,9 @@ def test_byte_level_bpe_gets_whole_tokens_that_transformers_alone_reads(tmp_path
     base = tmp_path / "base"
     tiny.tokenizer(base)
     (tmp_path / "text.txt").write_text("\n".join(CHINESE))
-    extend("--base_model", base, "--text", tmp_path / "text.txt", "--vocab_size", "60", "--output_dir", tmp_path / "new")
+    extend("--base_model", base, "--text", tmp_path / "text.txt", "--vocab_size", "12", "--output_dir", tmp_path / "new")
     old, new, plain = load_tokenizer(base), load_tokenizer(tmp_path / "new"), AutoTokenizer.from_pretrained(tmp_path / "new")
-    assert len(old) < len(new) <= len(old) + 60
+    assert len(old) < len(new) <= len(old) + 12
     for text in [*TEXTS, "我是梦想家</s>"]:
         for split in (True, False):
             ids = new(text, split_special_tokens=split, add_special_tokens=False)["input_ids"]

@@ -83,7 +83,15 @@ def test_answers_and_choices_are_those_of_the_other_scripts_and_change_nothing(s
 
 @pytest.mark.parametrize(
     ("greater", "best", "found", "saved"),
-    [(True, 50, 60, True), (True, 50, 40, False), (False, 1, 0.5, True), (False, 1, 2, False), (True, None, 0, True)],
+    [
+        (True, 50, 60, True),
+        (True, 50, 40, False),
+        (False, 1, 0.5, True),
+        (False, 1, 2, False),
+        (True, None, 0, True),
+        (True, 5, 5, False),
+        (False, 5, 5, False),
+    ],
 )
 def test_what_is_better_than_the_best_so_far_is_saved(tmp_path, greater, best, found, saved):
     args = TrainingArguments(str(tmp_path), metric_for_best_model="eval_choices", greater_is_better=greater, use_cpu=True)

@@ -39,7 +39,8 @@ def test_half_of_what_did_not_fit_is_tried_next_and_kept_in_checkpoints(tmp_path
     budget, other = Budget(400), Budget(100)
     budget.save(tmp_path, 0)
     assert not list(tmp_path.iterdir()), "nothing was reduced"
-    budget.reduce(3, 100)
+    told = "out of memory with 3 records of 100 tokens at once; repeated with half as many, also from here on"
+    assert budget.reduce(3, 100) == told
     budget.save(tmp_path, 1)
     other.load(tmp_path, 1)
     assert budget.tokens == 150 and len(budget.pack(range(3), [70, 75, 80])) == 2 and other.tokens == 100

@@ -17,6 +17,7 @@ from utils import lineage
 from utils.datasets.dataset import JudgedDataset
 from utils.datasets.encoding import IGNORED
 from utils.training.batching import pad
+from utils.training.data import tell_labels
 from utils.training.loss import returning_loss
 from utils.training.preferences import (
     LOSSES,
@@ -202,6 +203,26 @@ def labelled(pairs, tmp_path_factory):
     path = tmp_path_factory.mktemp("labelled") / "labelled.jsonl"
     path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), "utf-8")
     return path
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "weights", "balance"),
+    [
+        (1, 4, (1, 1), "--desirable_weight 4"),
+        (5, 2, (1, 1), "--undesirable_weight 2.5"),
+        (4, 3, (1, 1), ""),
+        (3, 3, (1, 1), ""),
+        (2, 8, (4, 1), ""),
+        (3, 0, (1, 1), ""),
+    ],
+)
+def test_weights_that_would_balance_good_and_bad_answers_are_told(capsys, good, bad, weights, balance):
+    labels = [True] * good + [False] * (bad + 1)  # of which the last is not trained on
+    columns = {"good": labels} | dict.fromkeys(("full_length", "supervised"), [5] * len(labels))
+    assert tell_labels(JudgedDataset(datasets.Dataset.from_dict(columns), range(good + bad), 10), *weights) == good
+    told = f"{good} answers labelled good (--desirable_weight {weights[0]}), {bad} bad (--undesirable_weight {weights[1]})\n"
+    more = f"good and bad do not weigh the same; {balance} would balance them\n" if balance else ""
+    assert capsys.readouterr().out == told + more
 
 
 KTO = {"preference_beta": 0.5, "val_set_size": 4, "batch_size": 4, "lora_dropout": 0.1, "save_steps": 3}

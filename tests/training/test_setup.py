@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from trainings import losses, options
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, TrainerControl, TrainerState
 
 import finetune
 from utils import lineage
@@ -21,8 +22,8 @@ from utils.datasets.templates import Prompter
 from utils.files import sha256
 from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
-from utils.training import checkpoints, checks, loss, setup, trainer
-from utils.training.batching import pad, split_across_ranks
+from utils.training import checkpoints, checks, loss, run, run_log, setup, trainer
+from utils.training.batching import BatchConfig, pad, split_across_ranks
 from utils.training.data import prepare_data
 from utils.training.loss import returning_loss
 from utils.training.start import RunStart
@@ -93,6 +94,74 @@ def test_a_step_is_divided_among_the_processes(monkeypatch, size, fits):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, ""), ({"dtype": "float16"}, "float16"), ({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16"),
+        ({"bf16": False}, "float32"), ({"fp16": False}, "float32"), ({"fp16": False, "dtype": "bfloat16"}, "bfloat16"),
+    ],
+)  # fmt: skip
+def test_the_dtype_that_options_name(options, name):
+    assert checks.named_dtype(dataclasses.replace(PLAIN, **options)) == name
+
+
+def test_a_cutoff_beyond_what_a_model_was_made_for_is_told_and_beyond_its_positions_refused(tmp_path, capsys):
+    small = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kinds = {"llama": LlamaConfig(**small, intermediate_size=16), "gpt2": GPT2Config(**small)}
+    kinds["opt"] = OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16)
+    for name, config in kinds.items():
+        config.max_position_embeddings = 64
+        config.save_pretrained(tmp_path / name)
+        for length, is_told in ((63, False), (64, False), (65, True)):
+            given = dataclasses.replace(PLAIN, base_model=str(tmp_path / name), cutoff_len=length)
+            if is_told and name != "llama":
+                with pytest.raises(UserError, match=f"^--cutoff_len 65: {tmp_path / name} has 64 positions; give 64 or less$"):
+                    checks.check_window(given, config)
+                continue
+            checks.check_window(given, config)
+            told = f"--cutoff_len 65: exceeds the 64 tokens that {tmp_path / name} was made for\n"
+            assert capsys.readouterr().out == told * is_told
+
+
+@pytest.mark.parametrize(("options", "steps"), [({}, 3 * 5), ({"num_epochs": 1}, 5), ({"max_steps": 4}, 4)])
+def test_the_last_step_of_an_epoch_may_have_fewer_records(options, steps):
+    assert setup.count_steps(dataclasses.replace(PLAIN, **options), 41) == steps
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluated", "why"),
+    [
+        ("eval_chrf", {"eval_loss": 1.25, "eval_chrf": 60}, "the first with the highest eval_chrf (1.2500, chrF 60.0)"),
+        ("eval_loss", {"eval_loss": 1.25}, "the lowest validation loss (1.2500)"),
+        (None, {"eval_loss": 1.25, "eval_choices": 50}, "the last one (1.2500, right choices (%) 50.0)"),
+    ],
+)
+def test_why_an_adapter_is_kept_is_told(metric, evaluated, why):
+    args = SimpleNamespace(metric_for_best_model=metric or "eval_loss")
+    assert run.why_kept(args, metric is not None, evaluated) == why
+
+
+def test_a_run_s_log_and_its_progress_follow_the_history(tmp_path, monkeypatch):
+    """What an earlier run left in the log is gone; a resumed one begins with what its checkpoint has logged."""
+    log, control = run_log.RunLog(str(tmp_path)), TrainerControl()
+    (tmp_path / "train_log.jsonl").write_text("old\n")
+    state = TrainerState(global_step=2, max_steps=10)
+    state.log_history = [{"loss": 2.0, "step": 2}, {"train_runtime": 1.0, "step": 2}]
+    monkeypatch.setattr("time.time", lambda: 100.0)
+    log.on_train_begin(None, state, control)
+    monkeypatch.setattr("time.time", lambda: 104.26)
+    for entry in ({"loss": 1.5, "step": 3}, {"eval_loss": 1.0, "step": 3}, {"train_runtime": 4.0, "step": 3}):
+        state.global_step = 3
+        state.log_history.append(entry)
+        log.on_log(None, state, control)
+    assert json.loads((tmp_path / ".progress.json").read_text()) == {"first": 2, "step": 3, "steps": 10, "seconds": 4.3}
+    assert (log.bar.initial, log.bar.n, log.bar.total) == (2, 3, 10)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    assert lines == [{"loss": 2.0, "step": 2}, {"loss": 1.5, "step": 3}, {"eval_loss": 1.0, "step": 3}]
+    assert not (tmp_path / ".progress.json").exists()
+
+
 def test_micro_batches_are_sized_by_their_own_number_of_records(data, monkeypatch):
     seen = {}
     monkeypatch.setattr(trainer, "StepTrainer", lambda model, args, job, train, validation: seen.update(job=job))
@@ -100,9 +169,12 @@ def test_micro_batches_are_sized_by_their_own_number_of_records(data, monkeypatc
         PLAIN, data_path=str(data), micro_batch_size=2, cutoff_len=100, batch_size=64, group_by_length=True, seed=3
     )
     setup.prepare_trainer(given, place(False, False), None, [0] * 1000, None, {}, "instruction")
-    plan = seen["job"].plan
-    assert (plan.micro_batch_tokens, plan.batch_size, plan.group_by_length, plan.seed) == (200, 64, True, 3)
-    assert (seen["job"].eval_steps, seen["job"].keep) == (200, 3)
+    plan = BatchConfig(64, 200, world_size=1, rank=0, group_by_length=True, seed=3, pad_to=1)
+    assert seen["job"] == trainer.RunConfig(plan, "base", {}, 200, 3, None)
+    args = SimpleNamespace(world_size=4, process_index=2, device=torch.device("cuda"))
+    monkeypatch.setattr(setup, "training_arguments", lambda *_: args)
+    setup.prepare_trainer(given, place(False, False), None, [0] * 1000, None, {}, "instruction")
+    assert seen["job"].plan == dataclasses.replace(plan, world_size=4, rank=2, pad_to=8)
 
 
 def test_what_a_run_learns_is_counted_for_its_lineage(bases, data, tmp_path, capsys):
@@ -156,13 +228,13 @@ IDS = torch.arange(5, 45).view(2, 20)
 BATCH = pad([{"input_ids": row, "labels": row} for row in IDS.tolist()], 1)
 
 
-def value_and_gradient(model):
+def value_and_gradient(model, layer=None):
     model.zero_grad()
     with returning_loss(model) as sparse:
         assert sparse
         value = model(**BATCH)
     value.backward()
-    return value.detach(), model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    return value.detach(), (layer or model.model.layers[0].self_attn.q_proj).weight.grad.clone()
 
 
 def test_chunks_are_summed(model, monkeypatch):
@@ -179,6 +251,28 @@ def test_the_bias_of_the_output_layer_counts(bases):
     model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size) * 3)
     wanted = model(IDS, labels=IDS).loss * 38
     torch.testing.assert_close(value_and_gradient(model)[0], wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_tries_the_output_layer_leaves_dropout_as_it_was(model, training):
+    model.train(training)
+    with returning_loss(model):
+        assert {module.training for module in model.modules()} == {training}
+    model.train()
+
+
+def test_an_output_layer_trained_whole_is_the_one_that_is_trained(bases):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    trained = wrapped.get_base_model().lm_head.modules_to_save["default"]
+    with torch.no_grad():
+        trained.weight.mul_(2)
+    assert loss.plain_layer(wrapped.get_base_model().lm_head) is trained
+    wanted = wrapped(IDS, labels=IDS).loss * 38
+    torch.testing.assert_close(value_and_gradient(wrapped.get_base_model(), trained)[0], wanted)
+    assert trained.weight.grad.any()
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), LoraConfig(target_modules=["lm_head"]))
+    assert loss.plain_layer(wrapped.get_base_model().lm_head) is None
 
 
 def test_cross_entropies_are_float32_whatever_is_computed_in():

@@ -118,10 +118,8 @@ def check_parent(start: RunStart, wanted: dict[str, Any], base_model: str) -> No
 
 
 def dtype_of(checkpoint: Path) -> str:
-    """The dtype that a checkpoint's run computes in; before it was recorded, --bf16 and --fp16 were."""
-    options = read_json(checkpoint / checkpoints.MANIFEST)["run"]["options"]
-    old = {"bfloat16": options.get("bf16"), "float16": options.get("fp16")}
-    return options.get("dtype") or next((name for name, given in old.items() if given), "float32")
+    """The dtype that a checkpoint's run computes in; of one from before it was recorded, which is not resumed, float32."""
+    return read_json(checkpoint / checkpoints.MANIFEST)["run"]["options"].get("dtype") or "float32"
 
 
 def check_unchanged(start: RunStart, run: dict[str, Any]) -> None:
@@ -129,7 +127,6 @@ def check_unchanged(start: RunStart, run: dict[str, Any]) -> None:
     if start.checkpoint is None:
         return
     before = read_json(start.checkpoint / checkpoints.MANIFEST)["run"]
-    before["options"]["dtype"] = dtype_of(start.checkpoint)
     one, other = comparable(before), comparable(run)
     changed = [
         f"{key} was {one.get(key)!r}, is {other.get(key)!r}"
