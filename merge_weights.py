@@ -127,7 +127,7 @@ def write_adapter(combination: "Combination", options: Options, began: float) ->
     from utils.merging.plan import check_output
     from utils.models.weights import base_folder
 
-    of_models = {name: getattr(options, name) for name in ("dtype", "verify", "export")}
+    of_models = {name: getattr(options, name) for name in ("dtype", "verify")}
     of_models["merge_into"] = options.merge_into != "full"
     if unfit := [name for name, value in of_models.items() if value]:
         raise UserError(f"--{unfit[0]}: is for whole models; leave it out, or leave out --output_type adapter")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -114,6 +115,24 @@ def test_the_quickstart_sets_up_runs_the_chain_and_compares_its_three_models(tmp
         "setup", "chain demo", f"{tmp_path}/data/demo/compare.py {compared}",
         "Chat with it: bash scripts/generate-0-smollm2-135m-2.sh",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "tier"),
+    [([], "-m not slow"), (["--fast"], "-m not (slow or page or cli or reliability or demo)"), (["--all", "-x"], "-x"),
+     (["-k", "merging"], "-m not slow -k merging")],
+)  # fmt: skip
+def test_the_tests_are_run_in_their_tiers_behind_the_linters(tmp_path, words, tier):
+    """With programs in the places of those that it runs, which print what they are given."""
+    shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=lambda _, names: set(names) - {"test.sh", "env.sh"})
+    (tmp_path / "scripts" / "setup.sh").write_text('echo setup "$@"\n')
+    for name in ("ruff", "mypy", "python", "chromium"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VERSIONS": "newest", "TMPDIR": str(tmp_path)}
+    ended = subprocess.run(["bash", tmp_path / "scripts" / "test.sh", *words], env=env, text=True, capture_output=True)
+    run = "python -m pytest -n 2 --dist loadscope --max-worker-restart 0"
+    assert ended.stdout.splitlines() == ["setup dev newest", "ruff check .", "ruff format --check .", "mypy", f"{run} {tier}"]
 
 
 def test_names():

@@ -361,8 +361,16 @@ def test_a_base_beside_which_an_adapter_lies(bases, plain, tmp_path, script, cap
 
 def test_an_adapter_s_values_must_be_those_its_settings_ask_for(bases, plain, tmp_path):
     folder = changed(plain, tmp_path / "adapter", target_modules=["q_proj"])
-    with pytest.raises(UserError, match="do not fit this base model"):
+    with pytest.raises(UserError) as error:
         switching.attach(AutoModelForCausalLM.from_pretrained(bases["llama"]), {"own": folder}, str(bases["llama"]))
+    names = [f"base_model.model.model.layers.{place}.weight" for place in
+             ("0.self_attn.v_proj.lora_A", "0.self_attn.v_proj.lora_B", "1.self_attn.v_proj.lora_A")]  # fmt: skip
+    shapes = [(4, 64), (32, 4), (4, 64)]
+    differ = "; ".join(f"{name} is {shape}, the model wants none" for name, shape in zip(names, shapes, strict=True))
+    assert str(error.value) == (
+        f"{folder}: 4 of the adapter's tensors do not fit this base model and these options ({differ}); "
+        "use the base it was trained on"
+    )
     tensors = load_file(plain / "adapter_model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "q_proj" in name}, folder / "adapter_model.safetensors")
     switching.attach(AutoModelForCausalLM.from_pretrained(bases["llama"]), {"own": folder}, str(bases["llama"]))

@@ -97,6 +97,11 @@ def test_a_model_that_sees_is_trained_as_a_language_model():
     text = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
     model = meta(Gemma3Config(text_config=text | {"head_dim": 8}, vision_config=vision))
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert layers.linear_layers(model) == linear and layers.language_part(model) == "model.language_model."
+    pattern = layers.on_language_part(model, ["q_proj", "up_proj"])
+    assert pattern == r"model\.language_model\.(.*\.)?(q_proj|up_proj)"
+    assert layers.on_language_part(model, ["up_proj"]) == ["up_proj"], "no other part has such layers"
     for wanted in (WANTED, WANTED | {"lora_target_modules": "all-linear"}):
         config = lora_config(model, wanted, None)
         check_layers(model, config.target_modules, [])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from utils import lineage
 from utils.adapters.adapters import read_tensors
 from utils.console import UserError
-from utils.merging.rules import METHODS
+from utils.merging.rules import METHODS, Rule, rule_of
 from utils.models.tokenizer import load_tokenizer
 
 WEIGHTS = [0.7, -0.3, 1]  # the last one not named
@@ -119,6 +119,12 @@ def test_a_full_model_is_the_base_with_the_combined_adapter(base, pair, tmp_path
         assert step["combination"] == {"method": "ties", "density": 0.4, "rank": 0, "seed": 42}
 
 
+def test_weights_alone_ask_for_the_exact_sum(base, pair, tmp_path):
+    out = merge(base, [f"{pair[0]}*0.7,{pair[1]}*0.3"], tmp_path / "full")
+    assert lineage.read(out)["combination"] == {"method": "cat", "density": 0.5, "rank": 0, "seed": 42}
+    assert rule_of("ties", 1.0, None, 7, 2) == Rule("ties", 1.0, 0, 7) and rule_of("svd", None, 3, 42, 1) == Rule("svd", rank=3)
+
+
 def test_the_svd_of_one_adapter_lowers_its_rank_and_says_what_it_keeps(base, adapter, tmp_path, capsys):
     combine(base, [adapter], [1], tmp_path / "out", "--combine", "svd", "--rank", 2)
     printed = capsys.readouterr().out
@@ -196,6 +202,13 @@ REFUSED = {
     "another base": ("{a}*0.3,{wide}", [], "another size of model"),
     "a base of other values": ("{a}*0.3,{told}", [], "told: was trained on another base"),
     "a type": ("{a}*0.3,{b}", ["--output_type", "adapter", "--dtype", "float16"], "--dtype: is for whole models"),
+    "a comparison": ("{a}*0.3,{b}", ["--output_type", "adapter", "--verify"], "--verify: is for whole models"),
+    "weights of a QLoRA": (
+        "{a},{b}",
+        ["--output_type", "adapter", "--merge_into", "dequantized"],
+        "--merge_into: is for whole",
+    ),
+    "an exported adapter": ("{a}*0.3,{b}", ["--output_type", "adapter", "--export", "gguf"], "leave --output_type out"),
     "nothing to combine": ("", ["--combine", "ties"], "--combine: is for adapters, but there are none"),
 }
 

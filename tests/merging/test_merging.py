@@ -1,5 +1,6 @@
 """Merging: the mathematics against peft's, of every kind of LoRA and family; tied embeddings, and new tokens."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -246,6 +247,8 @@ def test_a_second_merge_of_nothing_changes_nothing(base, adapter, tmp_path):
     twice = merge(once, [], tmp_path / "twice", "--max_shard_size", "100KB")
     assert len(list(twice.glob("*.safetensors"))) > 3
     assert all(torch.equal(tensor, tensors(twice)[name]) for name, tensor in tensors(once).items())
+    two = merge(once, [], tmp_path / "two", "--max_shard_size", str(sum(t.nbytes for t in tensors(once).values()) - 1))
+    assert len(list(two.glob("*.safetensors"))) == 2 and same_logits(loaded(two), loaded(once))
 
 
 # ---- tied embeddings, new tokens
@@ -304,6 +307,11 @@ def test_rows_of_single_tokens_are_merged(tmp_path, tied):
     adapter = tiny.adapter(base, tmp_path / "adapter", trainable_token_indices=[6, 5, 300])
     merged = merge(base, adapter, tmp_path / "out")
     assert same_logits(loaded(merged), with_peft(base, adapter))
+    file = adapter / "adapter_config.json"
+    for rows, fit in (([6, 5, 475], True), ([6, 5, 476], False), ([6, 5, -1], False), ([6, 5], False)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"trainable_token_indices": rows}))
+        with contextlib.nullcontext() if fit else pytest.raises(UserError, match=r"token|trainable"):
+            merge(base, adapter, tmp_path / "other", "--overwrite")
 
 
 @pytest.mark.parametrize("way", ["load_4bit", "load_8bit"])

@@ -238,6 +238,18 @@ def test_metas_files_as_downloaded(published, tmp_path):
 
 def test_metas_layout_is_for_llama(tmp_path):
     """Whose models of 7, 13, 33 and 65 or 70 billion parameters are in as many files as Meta published."""
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    common = {"norm_eps": 1e-6, "vocab_size": -1}
+    for values, more, params in (
+        ((4096, 11008, 32, 32), {}, {"multiple_of": 256}),
+        ((8192, 28672, 64, 80), {"num_key_value_heads": 8}, {"multiple_of": 28672, "n_kv_heads": 8}),
+        ((64, 128, 4, 2), {"rope_theta": 1e6}, {"multiple_of": 128, "ffn_dim_multiplier": 128 / 170, "rope_theta": 1e6}),
+        ((64, 170, 4, 2), {"rope_parameters": {"rope_theta": 500.0}}, {"multiple_of": 170, "rope_theta": 500.0}),
+        ((64, 170, 4, 2), {"num_key_value_heads": 4, "rope_theta": 10000.0}, {"multiple_of": 170}),
+    ):
+        config = {"model_type": "llama", "rms_norm_eps": 1e-6} | dict(zip(sizes, values, strict=True)) | more
+        dim, _, heads, layers = values
+        assert meta_writer.params_of(config) == {"dim": dim, "n_heads": heads, "n_layers": layers} | common | params
     assert meta_writer.FILES_BY_HIDDEN_SIZE == {4096: 1, 5120: 2, 6656: 4, 8192: 8}
     with pytest.raises(UserError, match="this model is of the family bloom"):
         merge(tiny.bloom(tmp_path / "bloom"), [], tmp_path / "out", "--output_type", "pth")
@@ -359,16 +371,17 @@ def test_every_end_token_and_licence_of_the_base_stays(base, adapter, tmp_path):
     """A model that ends its answers with either of two tokens, as Llama 3 does, still does so when merged."""
     source = shutil.copytree(base, tmp_path / "base")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 200]}))
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 200, 99999], "temperature": 0.6}))
+    last = len(load_tokenizer(base)) - 1
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, last]}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, last, last + 1], "temperature": 0.6}))
     licences = ("LICENSE", "LICENSE.md", "NOTICE.txt", "USE_POLICY.md")
     for name in (*licences, "LICENSES", "readme.md"):
         (source / name).mkdir() if name == "LICENSES" else (source / name).write_text(name)
     out = merge(source, adapter, tmp_path / "out")
-    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [2, 200]
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [2, last]
     settings = json.loads((out / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == [2, 200] and settings["temperature"] == 0.6
-    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == [2, 200]
+    assert settings["eos_token_id"] == [2, last] and settings["temperature"] == 0.6
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == [2, last]
     assert [name for name in (*licences, "readme.md") if (out / name).is_file()] == list(licences)
     assert all((out / name).read_text() == name for name in licences)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [200, 201]}))  # without the tokenizer's own

@@ -53,6 +53,9 @@ def test_a_name_on_the_hugging_face_hub_is_fetched_without_weights_of_other_kind
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *names, **more: asked.append((*names, more)) or tmp_path)
     assert base_folder("owner/model") == tmp_path and base_folder("model") == tmp_path
+    for path in ("no/such/folder", "./model", "/owner/model", "~/model", str(tmp_path / "a")):
+        with pytest.raises(UserError, match=f"^{path}: no such folder; check the path of the model$"):
+            base_folder(path)
     assert asked == [(name, {"ignore_patterns": hubs.NOT_WEIGHTS}) for name in ("owner/model", "model")]
 
 

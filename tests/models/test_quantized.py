@@ -123,6 +123,18 @@ def test_answers_on_a_quantized_base_are_those_of_peft(bases, way):
         torch.testing.assert_close(logits(model), full, **near)
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, "float16"), ({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float32"}, "float32"),
+        ({"dtype": "float8_e4m3fn"}, "float16"), ({"dtype": "int32"}, "float16"), ({"dtype": 5}, "float16"),
+        ({"dtype": "nn"}, "float16"),
+    ],
+)  # fmt: skip
+def test_the_dtype_that_weights_are_dequantized_to(config, dtype):
+    assert quantized.full_dtype(config) == getattr(torch, dtype)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_4_bit_layers_compute_in_the_dtype_asked_for_whatever_the_files_name(bases, dtype):
     way = "nf4 with quantized scales"  # whose files name float16

@@ -14,7 +14,7 @@ from sentencepieces import TEXTS, chinese_alpaca, llama
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.console import UserError
-from utils.models.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer
+from utils.models.tokenizer import end_tokens, load_tokenizer, read_tokenizer, save_tokenizer
 from utils.models.tokenizer_files import copy_tokenizer, count_tokens
 
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -147,6 +147,28 @@ def test_every_file_of_a_tokenizer_is_copied_and_no_other(tmp_path):
         (tmp_path / name).write_text(name)
     assert sorted(copy_tokenizer(tmp_path, tmp_path / "copy")) == names
     assert {path.name: path.read_text() for path in (tmp_path / "copy").iterdir()} == {name: name for name in names}
+
+
+def test_the_tokenizers_own_end_comes_first_and_others_are_control_tokens_of_its(tmp_path):
+    words = tiny.tokenizer(tmp_path)
+    end = len(words)
+    words.add_tokens(["<|end|>", "<|eot|>"], special_tokens=True)
+    words.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [end, 2, 300], "text_config": {"eos_token_id": 1}}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end + 1, end, 0, 99999]}))
+    assert end_tokens(tmp_path, words) == [2, end, end + 1]
+
+
+def test_settings_beside_a_model_file_and_the_mark_of_an_editor(folders, tmp_path):
+    """special_tokens_map.json comes before the configuration, unless that says which tokens were added."""
+    folder = llama(tmp_path, pad_token="<unk>")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "</s>", "bos_token": ""}))
+    (folder / "chat_template.jinja").write_text("\ufeff{{ messages }}", "utf-8")
+    words = read_tokenizer(folder)
+    assert (words.pad_token, words.bos_token, words.chat_template) == ("</s>", "<s>", "{{ messages }}")
+    added = {"2": {"content": "</s>", "special": True}}
+    llama(tmp_path, pad_token="<unk>", added_tokens_decoder=added)
+    assert read_tokenizer(folder).pad_token == "<unk>"
 
 
 def test_counting_tokens_needs_no_tokenizer(folders, tmp_path):

@@ -14,7 +14,7 @@ import extend_vocab
 from utils.cli import parse
 from utils.console import UserError
 from utils.models.tokenizer import load_tokenizer
-from utils.models.vocabulary import grow_embeddings, pieces_of_new_tokens, train_pieces
+from utils.models.vocabulary import extend_bytes, grow_embeddings, pieces_of_new_tokens, train_pieces
 
 
 def extend(*arguments: str) -> None:
@@ -104,6 +104,14 @@ def test_pieces_of_sentencepiece_tokens_have_no_space_of_their_own(tmp_path):
         assert old.continuing_model.decode(ids) == piece.replace("▁", " ")
 
 
+def test_a_text_of_two_tokens_becomes_one_and_one_of_a_token_stays(tmp_path):
+    words = tiny.tokenizer(tmp_path)
+    counts = {text: len(words.tokenize(text)) for text in sorted(set("".join(tiny.TEXTS))) if ord(text) > 0x143}
+    one, two = (next(text for text, count in counts.items() if count == wanted) for wanted in (1, 2))
+    assert extend_bytes(words, [one, two, f"▁{two}", "", "a中", "中 国"], tmp_path) == 1
+    assert words.tokenize(f"{one}{two}") == [*words.tokenize(one), two]
+
+
 def test_a_tokenizer_that_is_no_extension_is_refused(tmp_path):
     old, new = load_tokenizer(llama(tmp_path / "a")), tiny.tokenizer(tmp_path / "b")
     with pytest.raises(UserError, match="not an extension"):
@@ -137,6 +145,8 @@ def test_nothing_new_and_tokens_in_the_way_are_said(tmp_path):
     (tmp_path / "new").mkdir()
     with pytest.raises(UserError, match="--overwrite"):
         extend("--base_model", base, "--sp_model", model, "--output_dir", tmp_path / "new")
+    with pytest.raises(UserError, match="is the base model's folder; choose another one"):
+        extend("--base_model", base, "--sp_model", model, "--output_dir", base / ".." / "base", "--overwrite")
     with pytest.raises(UserError, match="holds no tokenizer"):
         extend("--base_model", base, "--sp_model", model, "--output_dir", tmp_path / "new", "--overwrite")
     assert "torch" in sys.modules and not list((tmp_path / "new").iterdir())

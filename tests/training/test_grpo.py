@@ -68,6 +68,7 @@ def test_ready_made_rewards():
     assert exact(" 等于 7。", record) == 1 and exact("7", record) == 0
     answers = {"是7.0": 1, "7 个，不是 8": 0, "七": 0, "14/2": 1, "答案是 7 天，不是 9 天": 1}
     assert {answer: number(answer, record) for answer in answers} == answers
+    assert [length(answer, {"output": " "}) for answer in ("", " \n", "一")] == [1, 1, 0]
     assert length("四个字呢", record) == length("  四个字呢\n\n", record) == pytest.approx(1 - 1 / 5)
     (form,) = load_rewards(["format:0.5"], "答案：[0-9]+")
     assert form.weight == 0.5 and form.function("答案：12\n", record) == 1 and form.function("答案：12。", record) == 0

@@ -31,6 +31,7 @@ def test_what_is_drawn_are_records_of_the_earlier_files(tiny_llama, tmp_path):
         return numbers[12:].tolist()
 
     assert drawn(9, 1) == [*range(12, 36)] and drawn(0.5, 1) == drawn(0.5, 1) != drawn(0.5, 2)
+    assert [len(drawn(share, 1)) for share in (0.001, 0.5, 1.1)] == [1, 6, 13]
 
 
 def test_a_share_of_all_earlier_steps_is_learned_again(script, bases, tmp_path):

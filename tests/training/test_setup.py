@@ -123,6 +123,30 @@ def test_a_cutoff_beyond_what_a_model_was_made_for_is_told_and_beyond_its_positi
             assert capsys.readouterr().out == told * is_told
 
 
+@pytest.mark.parametrize("validation", [None, 0.25])
+def test_the_end_of_a_run_is_told(monkeypatch, capsys, validation):
+    monkeypatch.setattr(setup, "peak_memory", lambda: 2_460_000_000)
+    monkeypatch.setattr("time.time", lambda: 190.0)
+    results = {"steps": 7, "train_loss": 1.23456, "eval_loss": validation}
+    setup.tell_end(dataclasses.replace(PLAIN, output_dir="my run"), results, 100.0)
+    told = f"training loss 1.2346{', validation loss 0.2500' if validation else ''}"
+    assert capsys.readouterr().out.splitlines() == [
+        f"7 steps in 1.5 minutes; {told}; at most 2.5 GB of memory",
+        "done: my run holds the adapter; its chain: python -m utils.lineage 'my run'",
+        "next: python generate.py --lora_weights 'my run'",
+    ]
+
+
+def test_room_for_the_adapter_and_a_checkpoint_is_looked_for(bases, monkeypatch):
+    asked = []
+    monkeypatch.setattr(setup, "check_room", lambda *room: asked.append(room))
+    given = dataclasses.replace(PLAIN, base_model=str(bases["llama"]), output_dir="there", lora_r=4)
+    words = load_tokenizer(bases["llama"])
+    model = setup.prepare_model(given, place(False, False), RunStart(None, None), words, "instruction")
+    trained = 2 * 4 * ((64 + 64) + (64 + 32))
+    assert model.get_nb_trainable_parameters()[0] == trained and asked == [("there", 16 * trained)]
+
+
 @pytest.mark.parametrize(("options", "steps"), [({}, 3 * 5), ({"num_epochs": 1}, 5), ({"max_steps": 4}, 4)])
 def test_the_last_step_of_an_epoch_may_have_fewer_records(options, steps):
     assert setup.count_steps(dataclasses.replace(PLAIN, **options), 41) == steps
@@ -146,7 +170,7 @@ def test_a_run_s_log_and_its_progress_follow_the_history(tmp_path, monkeypatch):
     log, control = run_log.RunLog(str(tmp_path)), TrainerControl()
     (tmp_path / "train_log.jsonl").write_text("old\n")
     state = TrainerState(global_step=2, max_steps=10)
-    state.log_history = [{"loss": 2.0, "step": 2}, {"train_runtime": 1.0, "step": 2}]
+    state.log_history = [{"loss": 2.0, "step": 2}, {"eval_loss": 3.0, "step": 2}, {"train_runtime": 1.0, "step": 2}]
     monkeypatch.setattr("time.time", lambda: 100.0)
     log.on_train_begin(None, state, control)
     monkeypatch.setattr("time.time", lambda: 104.26)
@@ -158,7 +182,12 @@ def test_a_run_s_log_and_its_progress_follow_the_history(tmp_path, monkeypatch):
     assert (log.bar.initial, log.bar.n, log.bar.total) == (2, 3, 10)
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
-    assert lines == [{"loss": 2.0, "step": 2}, {"loss": 1.5, "step": 3}, {"eval_loss": 1.0, "step": 3}]
+    assert lines == [
+        {"loss": 2.0, "step": 2},
+        {"eval_loss": 3.0, "step": 2},
+        {"loss": 1.5, "step": 3},
+        {"eval_loss": 1.0, "step": 3},
+    ]
     assert not (tmp_path / ".progress.json").exists()
 
 

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 from scripting import ROOT
 from trainings import losses, options, same, tensors
+from transformers import AutoModelForCausalLM
 
 from utils.console import UserError
 from utils.models.placement import place
-from utils.models.sharding import loads
+from utils.models.sharding import loads, without_weights
 
 torch.set_num_threads(1)
 
@@ -96,6 +98,17 @@ def test_a_configuration_that_would_train_wrongly_is_refused(monkeypatch):
             changed.setenv(f"FSDP_{key}", value)
             with pytest.raises(UserError, match=f"FSDP: fsdp_{key.lower()} is {value}, but must be"):
                 place(False, False)
+
+
+def test_a_rank_that_does_not_load_has_the_same_model_of_zeros(tmp_path):
+    base = tiny.llama(tmp_path, tie_word_embeddings=True)
+    model, whole = without_weights(base, torch.bfloat16), AutoModelForCausalLM.from_pretrained(base)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    kinds = {name: (value.shape, torch.bfloat16) for name, value in whole.named_parameters()}
+    assert {name: (value.shape, value.dtype) for name, value in model.named_parameters()} == kinds
+    assert all(not value.any() and not value.requires_grad for value in model.parameters())
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer) and buffer.dtype == torch.float32
 
 
 def test_pairs_are_not_sharded(script, bases, tmp_path):

@@ -1,6 +1,7 @@
 """finetune.py on tiny real models: what is trained, where it starts, and that nothing is lost."""
 
 import itertools
+import json
 import math
 import random
 
@@ -87,6 +88,11 @@ VARIANTS = [
 def test_variants_train(script, bases, data, tmp_path, changes):
     script("finetune.py", *options(bases["llama"], data, tmp_path / "out", **changes)).ok()
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    for name in changes.keys() & {"use_rslora", "use_dora", "modules_to_save"}:
+        assert config[name] == (["embed_tokens", "lm_head"] if name == "modules_to_save" else True)
+    whole = {name.split(".")[-2] for name in tensors(tmp_path / "out") if "lora_" not in name}
+    assert whole == ({"embed_tokens", "lm_head"} if "modules_to_save" in changes else set())
 
 
 @pytest.mark.slow
@@ -211,6 +217,7 @@ def test_micro_batches_are_cut_where_it_costs_least():
         ways = [[0, *(i for i in range(1, 8) if bits >> i & 1), 8] for bits in range(0, 256, 2)]
         assert cost(dealt) == min(cost([order[a:b] for a, b in itertools.pairwise(way)]) for way in ways)
     assert pack_micro_batches(range(3), [700, 700, 5], 600) == [[0], [1], [2]]
+    assert pack_micro_batches(range(4), [300] * 4, 600) == [[0, 1], [2, 3]]
 
 
 def test_an_empty_micro_batch_has_loss_zero_and_gradients(bases):
