@@ -10,10 +10,12 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from scripting import ROOT
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.console import UserError
+from utils.datasets.jinja_export import SAMPLES
 from utils.datasets.templates import Prompter
 from utils.files import write_json
 from utils.merging import gguf_export
@@ -111,6 +113,60 @@ def test_what_the_converter_cannot_write_is_quantized_after_it(tmp_path, monkeyp
     monkeypatch.setattr(gguf_export, "run_tool", run_tool)
     file = gguf_export.convert(tmp_path, quantize)
     assert ran == runs and [path.name for path in tmp_path.iterdir()] == [file.name] == [runs[-1][1]]
+
+
+@pytest.mark.parametrize(
+    ("quantize", "wrong", "other", "told"),
+    [
+        ("", 0, False, "20 of 20 first tokens are equal, and 20 of 20 answers of up to 24 tokens"),
+        ("", 2, False, "18 of 20 first tokens are equal, and 18 of 20 answers of up to 24 tokens"),
+        (
+            "",
+            3,
+            False,
+            "asked by llama.cpp, 17 of 20 first tokens are equal, and 17 of 20 answers of up to 24 tokens; the file",
+        ),
+        ("q8_0", 3, False, "17 of 20 first tokens are equal, and 17 of 20 answers of up to 24 tokens"),
+        ("", 0, True, "llama.cpp gives '第48问' other token ids; nothing was kept"),
+    ],
+)
+def test_twenty_questions_decide_on_a_file(tiny_llama, tmp_path, monkeypatch, capsys, quantize, wrong, other, told):
+    """With a stand-in for the server: transformers itself, some of whose answers begin otherwise."""
+    words, model, asked = AutoTokenizer.from_pretrained(tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama), []
+
+    class Server:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def post(self, path, body):
+            if path == "/tokenize":
+                assert body["add_special"] and not body["parse_special"]
+                return {"tokens": words(body["content"])["input_ids"] + [5] * (other and body["content"] == "第48问")}
+            ids = torch.tensor([body["prompt"]])
+            answer = model.generate(ids, max_new_tokens=body["n_predict"], do_sample=False)[0, ids.shape[1] :].tolist()
+            asked.append(words.decode(body["prompt"]))
+            return {"tokens": [answer[0] + (len(asked) <= wrong), *answer[1:]]}
+
+    monkeypatch.setattr(gguf_export, "LlamaServer", Server)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(bytes(1_600_000))
+    records = [{"instruction": f"第{number}问", "input": ""} for number in range(60)]
+    if other or (wrong > 2 and not quantize):
+        with pytest.raises(UserError, match="nothing was kept") as error:
+            gguf_export.verify(tiny_llama, file, quantize, records)
+        assert told in str(error.value)
+    else:
+        gguf_export.verify(tiny_llama, file, quantize, records)
+        texts = f"model.gguf (2 MB): the ids of {20 + len(SAMPLES)} texts are the same in llama.cpp"
+        assert capsys.readouterr().out.splitlines()[-1] == f"{texts}; {told}"
+    if not other:
+        assert [re.search(r"第\d+问", text)[0] for text in asked] == [f"第{number}问" for number in range(0, 60, 3)]
 
 
 def test_a_tool_that_fails_is_told_by_its_last_line(capsys):
