@@ -13,7 +13,7 @@ from scripting import ROOT
 import finetune
 from utils import cli
 from utils.cli import option, parse
-from utils.console import UserError
+from utils.console import UserError, noting, progress, say
 from utils.options_file import write_options
 
 
@@ -326,3 +326,12 @@ def test_help_fits_the_terminal(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = cli.help_text(finetune.Options, "").splitlines()
     assert max(map(len, lines)) <= columns and any("--lr_scheduler_type" in line for line in lines)
+
+
+def test_of_several_processes_the_first_alone_is_heard(monkeypatch, capsys):
+    for rank, said in (("0", "a notice\\x1b[1m\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with noting() as notes:
+            say("a notice\x1b[1m")
+        assert (capsys.readouterr().out, notes) == (said, ["a notice\x1b[1m"])
+        assert progress([1]).disable == (rank == "1")

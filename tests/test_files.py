@@ -109,6 +109,12 @@ def test_a_half_line_of_a_journal_is_cut_off(tmp_path):
     assert Journal(path, {"run": 1}).values == {"a": 1, "c": 3}
 
 
+def test_a_journal_of_another_run_is_told_by_what_either_has_and_the_other_has_not(tmp_path):
+    Journal(tmp_path / "journal", {"same": [1], "other": 1, "old": 0}).put("a", 1)
+    with pytest.raises(UserError, match=r"journal: belongs to an unfinished run with other settings \(new, old, other\)"):
+        Journal(tmp_path / "journal", {"same": (1,), "other": 2, "new": 0})
+
+
 def test_a_finished_journal_goes_and_another_one_stays(tmp_path):
     for done in (False, True):
         Journal(tmp_path / str(done), {}).close(done)

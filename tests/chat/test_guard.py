@@ -62,11 +62,37 @@ def test_a_page_of_another_site_may_ask_with_a_key_and_not_with_a_password_that_
     assert problems[b"Bearer key"] == "" and "not allowed here" in problems[b"Basic key"]
 
 
+def test_whether_others_can_reach_an_address_decides_which_names_and_pages_are_its_own():
+    local, shared, opened = (Address(*one) for one in (("127.0.0.1", 7860, None, False), ("127.0.0.1", 7860, None, True),
+                                                       ("0.0.0.0", 7860, None, False)))  # fmt: skip
+    assert [Address(name, None, None, False).is_open for name in ("::1", "localhost", "::", "gpu")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert (local.is_open, shared.is_open, opened.is_open) == (False, True, True)
+    foreign, forwarded = ("not a name of this machine", "not allowed here"), {"x-forwarded-host": "Me.example"}
+    for address, headers, problem in (
+        (local, {"host": "me.example"}, foreign[0]),
+        (local, {"host": "LOCALHOST:7860", "origin": "http://localhost:7860"}, ""),
+        (local, {"host": "[::1]:7860", "origin": "http://me.example"}, foreign[1]),
+        (shared, {"host": "me.example", "origin": "http://other.example"}, ""),
+        (opened, {"host": "me.example"}, ""),
+        (opened, {"host": "me.example", "origin": "http://other.example"}, foreign[1]),
+        (opened, {"host": "gpu:7860", "origin": "https://me.example"} | forwarded, ""),
+        (opened, {"host": "gpu:7860", "origin": "https://other.example"} | forwarded, foreign[1]),
+    ):
+        found = Guard(None, address).problem({"headers": [(name.encode(), value.encode()) for name, value in headers.items()]})
+        assert problem in found and bool(problem) == bool(found), (address, headers)
+
+
 def test_programs_and_the_page_itself_are_answered(port):
     assert ask(port)[0] == ask(port, path="/health")[0] == ask(port, path="/v1/models")[0] == 200
     assert ask(port, path="/v1/models", Host=f"localhost:{port}")[0] == 200
     own = {"Origin": f"http://127.0.0.1:{port}", "Content_Type": "application/json"}
     assert ask(port, "POST", "/v1/chat/completions", ASKED, **own)[0] == 200
+    assert ask(port, "POST", "/gradio_api/run/answerers", b'{"data": []}', **own)[0] == 404, "past the queue"
 
 
 def test_files_are_neither_taken_nor_given(port):

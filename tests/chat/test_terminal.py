@@ -1,14 +1,23 @@
 """A chat in a terminal, led through a pseudo-terminal as a person would."""
 
+import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 from scripting import ROOT
+
+from utils.chat import terminal
+from utils.console import harmless
+from utils.inference.answerers import resolve, with_base
+from utils.inference.engine import Engine
+from utils.inference.sampling_params import SamplingParams
+from utils.models.placement import place
 
 pytest_plugins = ["browsing"]  # fixtures
 
@@ -35,6 +44,26 @@ class Person:
             if select.select([self.own], [], [], 1)[0]:
                 shown += os.read(self.own, 65536)
         return shown.decode(errors="replace")
+
+
+def test_each_question_comes_after_what_was_said_since_the_dialogue_began(folder, monkeypatch, capsys):
+    base, answerers = resolve("", [str(folder / "f1")], "")
+    engine, asked, before = Engine(base, with_base(answerers), place(False, False)), [], signal.getsignal(signal.SIGINT)
+    encode = engine.encode
+    monkeypatch.setattr(engine, "encode", lambda *given: (asked.append(given[:2]), encode(*given))[1])
+    lines = ["一", " ", "二", "/clear", "三", "/model none", "/model base", "四", "/exit", "五"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    try:
+        terminal.talk(engine, SamplingParams(num_beams=1, max_new_tokens=6))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().out
+    assert [name for name, _ in asked] == ["f1", "f1", "f1", "base"]
+    assert [record["instruction"] for _, record in asked] == ["一", "二", "三", "四"]
+    answers = [record["history"][-1][1] for _, record in (asked[1], asked[3])]
+    assert [record["history"] for _, record in asked] == [[], [["一", answers[0]]], [], [["三", answers[1]]]]
+    assert all(f"> {harmless(answer)} … (cut: --max_new_tokens)\n" in said for answer in answers)
+    assert said.count("names are base, f1") == 1 and said.endswith("base> ")
 
 
 @pytest.mark.slow

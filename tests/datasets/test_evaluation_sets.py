@@ -11,6 +11,7 @@ from raw_sets import lines, records_in
 from utils.datasets.choices import read_choices
 
 COLUMNS = ["", "Question", "A", "B", "C", "D", "Answer"]
+ASKED = ("心脏有几个腔？", "肺有几叶？")
 
 
 def write_csv(path, rows, header):
@@ -21,19 +22,20 @@ def write_csv(path, rows, header):
 
 def test_cmmlu(prepare, tmp_path):
     for split, answer in (("dev", "B"), ("test", "C")):
-        write_csv(tmp_path / f"raw/{split}/anatomy.csv", [[0, "心脏有几个腔？", 2, 3, 4, 5, answer]], COLUMNS)
+        write_csv(tmp_path / f"raw/{split}/anatomy.csv", [[0, q, 2, 3, 4, 5, answer] for q in ASKED], COLUMNS)
         write_csv(tmp_path / f"raw/{split}/alchemy.csv", [[0, "点什么成金？", "石", "木", "水", "木", "A"]] * 2 +
                   [[1, "点什么成金？", "石", "木", "水", "火", "Ａ．"]], COLUMNS)  # fmt: skip
     said = prepare("cmmlu").ok()
-    first, other = sorted(records_in(tmp_path / "out/test.json"), key=lambda record: record["category"], reverse=True)
+    first, _, other = sorted(records_in(tmp_path / "out/test.json"), key=lambda record: record["category"], reverse=True)
     assert first == {
         "instruction": "心脏有几个腔？", "choices": ["2", "3", "4", "5"], "answer": "C", "category": "anatomy",
         "topic": "解剖学", "groups": ["STEM"],
     }  # fmt: skip
     assert "groups" not in other and "alchemy is not a subject of this set; its questions are kept, without a group" in said
     assert "2 of 3 questions dropped: a choice occurs twice" in said
-    assert records_in(tmp_path / "out/dev.json")[1]["answer"] == "B" and "CC BY-NC-SA 4.0" in said
-    assert [one.category for one in read_choices([str(tmp_path / "out/test.json")])] == ["alchemy", "anatomy"]
+    assert records_in(tmp_path / "out/dev.json")[1]["answer"] == "B"
+    assert f"{tmp_path}/out/test.json: 3 questions in 2 subjects\n" in said and "\nlicence: CMMLU is under CC BY-NC-SA" in said
+    assert [one.category for one in read_choices([str(tmp_path / "out/test.json")])] == ["alchemy", "anatomy", "anatomy"]
 
 
 def test_ceval(script, prepare, tmp_path):

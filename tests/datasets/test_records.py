@@ -111,14 +111,14 @@ def test_crlf_and_byte_order_marks_within_texts_are_mended_and_counted(tmp_path,
 
 def test_latex_whose_backslashes_json_took_is_dropped_or_restored(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    latex = r'{"instruction": "求", "output": "$a \rightarrow b$，$\frac{1}{2}$，$\beta$，$x \times y$"}'
+    latex = r'{"instruction": "求", "output": "$a \rightarrow b$，$\frac{1}{2}$，$\beta$，$x \times y$，$\tau\neg$，\tau"}'
     path.write_text(latex + "\n" + as_lines([RECORDS[0], RECORDS[0] | {"output": "页\f二"}]), "utf-8")
     assert list(read_records(path)) == [RECORDS[0], RECORDS[0] | {"output": "页二"}]
     said = capsys.readouterr().out
     assert "1 dropped, 2 kept: control characters in a text where LaTeX has a backslash" in said
     assert "1 repaired, 2 kept: control characters within a text, removed" in said
     restored, *_ = read_records(path, fixes=["latex"])
-    assert restored["output"] == r"$a \rightarrow b$，$\frac{1}{2}$，$\beta$，$x \times y$"
+    assert restored["output"] == r"$a \rightarrow b$，$\frac{1}{2}$，$\beta$，$x \times y$，$\tau\neg$，" + "\tau"
     assert len(list(read_records(path, need_output=False))) == 3, "a model's answers are never dropped"
 
 

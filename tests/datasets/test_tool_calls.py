@@ -159,6 +159,10 @@ def test_calls_and_answers_are_learned_as_the_template_writes_them_and_results_a
             assert "weather" in text and city in text
             assert ('{"city": "' + city + '"}' in text) == (kind != "keys")
     messages = prompter._for_template(prompter.messages(record))
+    ids = [one["id"] for message in messages for one in message.get("tool_calls", [])]
+    assert len({*ids}) == len(ids) and (kind != "short ids" or ids == [f"call{number:05}" for number in range(1, len(ids) + 1)])
+    results = [ids.index(message["tool_call_id"]) for message in messages if message["role"] == "tool"]
+    assert results == ([1, 0] if item is OPENAI else [0, 1] if item is SWIFT else [0])
     tools = {"tools": TOOLS} if kind != "text" else {}
     asked = plain.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False, **tools)
     assert encode_prompt(record, prompter, words) == asked

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.datasets.templates import Prompter
 from utils.evaluation import forgetting
+from utils.evaluation.chain import locate
 from utils.evaluation.likelihood import load_engine, log_likelihoods
 from utils.files import write_json
 from utils.inference.answerers import BASE
@@ -149,6 +150,14 @@ def test_a_step_made_anew_is_said(script, chain, tmp_path):
     write_json(moved / "f2/lineage.json", lineage)
     options = ["--test_input_path", chain / "prompts", "--likelihood", False, "--output_dir", tmp_path / "out"]
     assert "its weights are not those that" in script("judge.py", "--chain", moved / "f2", *options).ok()
+
+
+def test_a_parent_is_where_it_was_recorded_or_else_beside_its_child(tmp_path):
+    recorded, beside = tmp_path / "old/f1", tmp_path / "new/f1"
+    for there, found in (((), recorded), ((beside,), beside), ((recorded, beside), recorded)):
+        for folder in there:
+            folder.mkdir(parents=True, exist_ok=True)
+        assert locate(str(recorded), tmp_path / "new/f2") == found
 
 
 def test_an_adapter_whose_base_is_not_there_is_measured_without_likelihoods(script, chain, tmp_path):

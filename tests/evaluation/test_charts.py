@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 from matplotlib import font_manager
 
-from utils.evaluation.charts import draw, draw_chain, find_font
+from utils.evaluation.charts import draw, draw_chain, draw_matrix, find_font
 from utils.evaluation.tables import Row, Table
 
 SYSTEMS = [font for font in font_manager.findSystemFonts() if "CJK" in font]
@@ -69,6 +69,15 @@ def test_missing_values_are_gaps(tmp_path, figure):
     bars = figure[0].axes[1]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([0.4] * 6), "two beside each other"
     assert bars.get_gridspec().get_width_ratios() == [1, 1]
+
+
+def test_cells_of_a_matrix_can_be_read(tmp_path, figure):
+    """White on dark ones only: where all are equal, they are light."""
+    equal = Table("t", ["a", "b"], [Row("x", 2, {"a": 50.0, "b": 50.0}), Row("y", 2, {"a": 50.0, "b": None})])
+    draw_matrix([equal, Table("u", ["a"], [Row("x", 1, {"a": 0.5}), Row("y", 1, {"a": 2.25})], digits=2)], tmp_path / "p.png")
+    cells = [[(one.get_position(), one.get_text(), one.get_color()) for one in panel.texts] for panel in figure[0].axes]
+    light = [((0, 0), "50", "black"), ((1, 0), "50", "black"), ((0, 1), "50", "black"), ((1, 1), "—", "black")]
+    assert cells == [light, [((0, 0), "0.5", "black"), ((0, 1), "2.25", "white")]]
 
 
 @pytest.mark.parametrize("way", [draw, lambda one, path: draw_chain([one], one.systems, path)])

@@ -41,6 +41,7 @@ def test_questions_are_read_in_every_published_form(item):
 def test_several_right_choices_and_a_passage():
     item = {"passage": "甲乙丙", "question": "哪些？", "options": ["(A)甲", "(B)乙", "(C)丁"], "label": ["A", "B"]}
     assert as_choice(item) == Choice("甲乙丙\n哪些？", ("甲", "乙", "丁"), (0, 1))
+    assert as_choice(item | {"label": "CA"}).right == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def test_likelihoods_are_those_of_each_text_alone(tmp_path, kind):
 )  # fmt: skip
 def test_a_generated_answer_is_read_or_left_alone(text, places):
     assert read_answer(text, ONE.choices) == places
+    assert read_answer("甲", ["甲。", "甲！", "乙"]) is None and read_answer("乙", ["甲。", "甲！", "乙"]) == [2]
 
 
 def test_shares_and_intervals_worked_out_by_hand():

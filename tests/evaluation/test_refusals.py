@@ -1,12 +1,14 @@
 """judge.py --refusals: verdicts of wordings and of a judge, shares by category worked out by hand."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from api_server import asked
 from scripting import warm
 
-from utils.evaluation.refusals import read_verdict
+from utils.evaluation.ready import measures
+from utils.evaluation.refusals import read_verdict, tabulate
 from utils.files import write_json
 
 warm("openai")
@@ -47,6 +49,23 @@ def systems(tmp_path):
 )
 def test_verdicts_are_read_and_never_guessed(text, verdict):
     assert read_verdict(text) is verdict
+
+
+def test_prompts_with_an_unknown_verdict_count_for_nobody():
+    records = [{"instruction": str(number), "category": "x"} for number in range(8)]
+    verdicts = {"a": [True] * 6 + [None, False], "b": [False] * 6 + [True, None]}
+    table, notes = tabulate(records, verdicts, "m")
+    assert [(row.samples, row.values) for row in table.rows] == [(6, {"a": 100.0, "b": 0.0})]
+    line = "refused prompts, all 6: a has more than b (only a yes 6, only b yes 0, McNemar p = 0.031)"
+    assert notes == ["2 of 8 prompts have an unreadable verdict, and are left out", line]
+
+
+def test_metrics_are_computed_where_nothing_else_is_asked_for():
+    nothing = dict.fromkeys(("metrics", "judge_model", "votes", "run_code", "refusals"))
+    alone = [((name,), False) for name in nothing if name != "metrics"]
+    for given, computed in [((), True), (("metrics", "refusals"), True), *alone]:
+        options = SimpleNamespace(**nothing | dict.fromkeys(given, True))
+        assert measures(options, {"f1": "test.json"}) == computed and not measures(options, {})
 
 
 def test_wordings_count_refusals_by_category(script, systems, tmp_path):

@@ -7,7 +7,7 @@ from utils import lineage
 from utils.adapters import switching
 from utils.console import UserError
 from utils.datasets.templates import TEMPLATES, Prompter
-from utils.inference.answerers import labels, resolve
+from utils.inference.answerers import ChatModel, labels, resolve, with_base
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,13 @@ def folder(tmp_path_factory):
 def test_base_and_template_come_from_what_the_adapter_records(folder, tmp_path, capsys):
     base, answerers = resolve("", [str(folder / "a"), str(folder / "b")], "")
     assert base == str(folder / "llama")
-    assert [(one.name, one.template) for one in answerers] == [("a", "alpaca"), ("b", "alpaca")]
-    assert "base model:" in capsys.readouterr().out
-    assert resolve(str(folder / "llama"), [], "chinese")[1][0].template == "chinese"
+    assert answerers == [ChatModel(name, folder / name, "alpaca", None) for name in "ab"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"base model: {folder}/llama, which the adapter was trained on",
+        *(f"{folder}/{name}: records no template; alpaca is used, as in alpaca-lora" for name in "ab"),
+    ]
+    base_alone = [ChatModel("base", None, "chinese", None)]
+    assert resolve(str(folder / "llama"), [], "chinese") == (base, base_alone) and with_base(base_alone) == base_alone
     with pytest.raises(UserError, match="--base_model"):
         resolve("", [], "")
 
@@ -44,7 +48,9 @@ def test_what_contradicts_an_adapters_lineage_is_an_error(folder, tmp_path):
     }
     lineage.write(adapter, known)
     base, (one,) = resolve("", [str(adapter)], "")
-    assert (base, one.template) == (str(folder / "llama"), str(template))
+    assert (base, one) == (str(folder / "llama"), ChatModel("run", adapter, str(template), known))
+    _, both = resolve("", [str(adapter), str(folder / "a")], "")
+    assert with_base(both) == [ChatModel("base", None, str(template), None), *both]
     assert resolve("", [str(adapter)], "chinese")[1][0].template == "chinese"  # the same by another name
     with pytest.raises(UserError, match="another base"):
         resolve(str(other), [str(adapter)], "")

@@ -296,6 +296,7 @@ def test_prompts_are_measured_before_the_weights_are_loaded(place, tmp_path, mon
         (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--load_8bit", "--load_4bit"), "--load_4bit"),
         (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--seeds", "1,2"), "--do_sample"),
         (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--do_sample", "--seeds", "1,1"), "different"),
+        (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--do_sample", "--seeds", "1,01"), "different"),
         (("--lora_weights", "{}/a", "--test_input_path", "{}/prompts.json", "--do_sample", "--seeds", "a"), "whole numbers"),
         (("--lora_weights", "{}/a", "--test_input_path", "{}/huge.json"), "window"),
     ],

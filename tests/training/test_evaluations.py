@@ -8,10 +8,14 @@ import pytest
 import torch
 from scripting import warm
 from trainings import options, same, tensors
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from utils import lineage
+from utils.datasets.templates import Prompter
+from utils.evaluation.during_training import Evaluator
+from utils.evaluation.training_questions import TrainingQuestions
 from utils.files import write_json
+from utils.models.tokenizer import load_tokenizer
 from utils.training.evaluations import ANSWERS
 from utils.training.trainer import StepCallback
 
@@ -79,6 +83,22 @@ def test_answers_and_choices_are_those_of_the_other_scripts_and_change_nothing(s
     assert [entry["loss"] for entry in entries if "loss" in entry] == [
         entry["loss"] for entry in history(tmp_path / "plain") if "loss" in entry
     ]
+
+
+def test_thoughts_are_no_part_of_an_answer_and_scores_are_those_that_the_references_allow(tiny_llama, monkeypatch):
+    sums = [{"instruction": "一加一？", "input": "只写数", "output": "2", "history": [["你好", "好"]]}]
+    several = TrainingQuestions([*sums, {"instruction": "问", "reference": "二"}], [], [])
+    assert TrainingQuestions(sums, [None], []).scores() == ["eval_choices", "eval_chrf", "eval_exact"]
+    assert several.scores() == ["eval_chrf"] and TrainingQuestions([{"instruction": "问"}, *sums], [], []).scores() == []
+    model, words = AutoModelForCausalLM.from_pretrained(tiny_llama), load_tokenizer(tiny_llama)
+    answer = Evaluator(words, Prompter("alpaca_short"), [2], TrainingQuestions(sums, [], []), 4, None, 1000, "float32")
+    monkeypatch.setattr(answer.sampler, "text", lambda ids: "<think>\n3\n</think>\n\n2")
+    monkeypatch.setattr(answer.sampler, "is_cut", lambda ids: True)
+    scores, answers, notes = answer(model)
+    assert scores == {"eval_chrf": 100, "eval_exact": 100}
+    assert answers == [{"question": "你好\n好\n一加一？\n只写数", "answer": "2"}]
+    basis = "1 prompts, template alpaca_short, greedy, float32; 95 % interval unknown for a single prompt"
+    assert notes[0].startswith(f"chrF 100.0 ({basis}), exact numbers 100.0 % (") and "1 of 1 answers reached" in notes[1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from trainings import losses, options, same, tensors
 from transformers import LlamaModel
 
 from benchmarks import memory as cases
+from utils.models.memory import free_memory
 from utils.training.budget import Budget
 
 SAMPLE = [  # each family, type and choice of what trains, once or twice
@@ -33,6 +34,13 @@ def test_the_estimate_is_within_15_percent_of_what_autograd_keeps(tmp_path, fami
 
 
 # Where memory ends
+
+
+def test_on_a_card_what_torch_keeps_for_itself_is_free_too(monkeypatch):
+    known = {"memory_reserved": 70, "memory_allocated": 30, "mem_get_info": (1000, 9000)}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 1040
 
 
 def test_half_of_what_did_not_fit_is_tried_next_and_kept_in_checkpoints(tmp_path):
