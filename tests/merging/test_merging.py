@@ -219,7 +219,9 @@ def test_a_name_that_several_tensors_could_be_meant_by(tmp_path):
     from utils.models.names import Finder
 
     find = Finder(["a.layers.0.q.weight", "b.layers.0.q.weight", "a.layers.1.q.weight"], {"model_type": "of no library"})
-    assert find("layers.0.q.weight") == "" and find("layers.1.q.weight") == "a.layers.1.q.weight"
+    assert find("layers.0.q.weight") == "" and find("layers.1.q.weight") == "a.layers.1.q.weight" and find.layers == 2
+    find = Finder(["tok.weight", "lm_head.weight"], {"model_type": "of no library"})
+    assert (find.embedding, find.stored_head, find.tied_head, find.layers) == ("", "lm_head.weight", "", 0)
 
 
 def test_experts_of_which_one_is_missing_are_no_joined_tensor():

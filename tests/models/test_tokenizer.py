@@ -110,6 +110,8 @@ def test_settings_of_the_first_converted_weights(tmp_path):
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
     assert tokenizer("a")["input_ids"][0] == 1
+    tokenizer = load_tokenizer(llama(tmp_path, bos_token="</s>"))
+    assert (tokenizer.bos_token, tokenizer("a")["input_ids"][0]) == ("</s>", 2), "but settings that name a token count"
 
 
 def test_pad_of_chinese_alpaca_is_the_last_token(folders, alpaca):

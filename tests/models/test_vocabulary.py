@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import extend_vocab
 from utils.cli import parse
 from utils.console import UserError
+from utils.models.loading import fit_embeddings
 from utils.models.tokenizer import load_tokenizer
 from utils.models.vocabulary import extend_bytes, grow_embeddings, pieces_of_new_tokens, train_pieces
 
@@ -91,6 +92,19 @@ def test_new_rows_are_the_mean_of_what_they_replace(tmp_path, tied):
         for index in range(len(weight), len(new)):
             ids = old(new.decode([index]), add_special_tokens=False)["input_ids"]
             torch.testing.assert_close(grown[index], weight[ids].mean(0))
+
+
+def test_rows_without_a_token_are_told_and_rows_for_new_ones_are_made(tmp_path, capsys):
+    base = tiny.bloom(tmp_path / "base")
+    words = load_tokenizer(base)
+    count = len(words)
+    fit_embeddings(AutoModelForCausalLM.from_pretrained(base), words, str(base))
+    assert capsys.readouterr().out == f"{base}: {count + 8} embedding rows, of which {count} have tokens\n"
+    words.add_tokens([f"梦{number}" for number in range(11)])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    fit_embeddings(model, words, str(base))
+    told = f"{base}: 3 embedding rows added for new tokens, each the mean of the rows it replaces\n"
+    assert capsys.readouterr().out == told and len(model.get_output_embeddings().weight) == count + 11
 
 
 def test_pieces_of_sentencepiece_tokens_have_no_space_of_their_own(tmp_path):
