@@ -215,7 +215,7 @@ def test_numbers_and_nulls_as_other_programs_write_them(bases, plain, tmp_path, 
     config.inference_mode = False
     assert torch.equal(logits(adapters.load(AutoModelForCausalLM.from_pretrained(base), folder, config)), expected)
     attached = switching.attach(AutoModelForCausalLM.from_pretrained(base), {"own": folder}, str(base))
-    assert torch.equal(logits(attached), expected)
+    assert torch.equal(logits(attached), expected) and not any(one.requires_grad for one in attached.parameters())
     assert Adapter(folder).scaling("model.layers.0.self_attn.q_proj", 4) == 2.0
     assert read_settings(folder)["r"] == 4 and isinstance(read_settings(folder)["r"], int)
 

@@ -304,11 +304,13 @@ def test_new_tokens(tmp_path, tied, whole):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_of_single_tokens_are_merged(tmp_path, tied):
+def test_rows_of_single_tokens_are_merged(tmp_path, monkeypatch, capsys, tied):
     base = tiny.llama(tmp_path / "base", tie_word_embeddings=tied)
     adapter = tiny.adapter(base, tmp_path / "adapter", trainable_token_indices=[6, 5, 300])
+    monkeypatch.setattr("utils.merging.merge.BLOCK", 1000)  # values: the last ones of the embeddings stay
     merged = merge(base, adapter, tmp_path / "out")
-    assert same_logits(loaded(merged), with_peft(base, adapter))
+    assert same_logits(loaded(merged), with_peft(base, adapter)) and "equal the base's" not in capsys.readouterr().out
+    assert json.loads((merged / "lineage.json").read_text())["results"]["changed"] == 4 + 1
     file = adapter / "adapter_config.json"
     for rows, fit in (([6, 5, 475], True), ([6, 5, 476], False), ([6, 5, -1], False), ([6, 5], False)):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"trainable_token_indices": rows}))

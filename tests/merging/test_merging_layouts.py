@@ -140,6 +140,12 @@ def test_an_adapter_of_a_later_stage_on_the_base(published, tmp_path):
     with pytest.raises(UserError, match=r"its tokenizer has .* 49954 to Chinese-Alpaca"):
         merge(published / "llama", adapter, tmp_path / "out")
     merge(merged, adapter, tmp_path / "out")
+    early = tiny.adapter(merged, tmp_path / "early")
+    for file in (published / "llama").glob("*token*"):
+        shutil.copy(file, early)
+    counts = [len(load_tokenizer(published / "llama")), len(load_tokenizer(merged))]
+    with pytest.raises(UserError, match="its tokenizer has {} tokens, the model at this stage {} embedding".format(*counts)):
+        merge(merged, early, tmp_path / "no")
 
 
 def test_chinese_alpaca_plus_without_what_it_belongs_on_is_told(tmp_path, capsys):
@@ -268,6 +274,7 @@ def test_two_runs_write_the_same_bytes(base, adapter, tmp_path, monkeypatch):
     for name in names - {"lineage.json", "run.yaml"}:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert all(file.stat().st_size < 210_000 for file in first.glob("*.safetensors"))
+    assert all(int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0 for file in first.glob("*.safetensors")), "as mapped"
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors(first).values())
     index = json.loads((first / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors(first).keys()

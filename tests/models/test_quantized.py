@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from utils.adapters import switching
 from utils.console import UserError
 from utils.inference.answerers import resolve
-from utils.models import quantized
+from utils.models import loading, quantized
 from utils.models.loading import load_base
 from utils.models.meta_layout import open_model
-from utils.models.placement import place
+from utils.models.placement import DeviceConfig, place
 from utils.models.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[1, 5, 6, 7, 30, 300, 5]])
@@ -133,6 +133,17 @@ def test_answers_on_a_quantized_base_are_those_of_peft(bases, way):
 )  # fmt: skip
 def test_the_dtype_that_weights_are_dequantized_to(config, dtype):
     assert quantized.full_dtype(config) == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_how_a_base_is_quantized(monkeypatch, dtype):
+    eight, four = (loading.quantization(place(*way, dtype=dtype)).to_dict() for way in ((True, False), (False, True)))
+    assert eight["load_in_8bit"] and not eight["load_in_4bit"] and four["load_in_4bit"] and not four["load_in_8bit"]
+    assert four["bnb_4bit_quant_type"] == "nf4" and four["bnb_4bit_use_double_quant"]
+    assert four["bnb_4bit_compute_dtype"] == dtype and four["bnb_4bit_quant_storage"] == "uint8"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # which shards tensors of one type
+    placement = DeviceConfig(torch.device("cpu"), getattr(torch, dtype), "4bit")
+    assert loading.quantization(placement).to_dict()["bnb_4bit_quant_storage"] == dtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

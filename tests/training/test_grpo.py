@@ -1,7 +1,9 @@
 """Learning by rewards: the loss against the paper's formulas, whole runs, and what is wrong with a reward."""
 
+import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from utils.files import digest
 from utils.inference.rollouts import make_sampler
 from utils.models.tokenizer import load_tokenizer
 from utils.training.batching import pad
-from utils.training.grpo import Policy, advantages, policy_loss, policy_losses, sampling_seeds
+from utils.training.grpo import GRPOTrainer, Policy, advantages, policy_loss, policy_losses, sampling_seeds
 from utils.training.loss import returning_loss
 from utils.training.preferences import log_probs_by
 from utils.training.rewards import exact, length, load_rewards, number, try_out
@@ -56,6 +58,21 @@ def test_each_answer_has_its_own_advantage_and_an_empty_micro_batch_loss_zero(ti
         empty = policy_loss(log_probs, policy, totals, **pad([], 8), advantage=torch.zeros(1), old=torch.zeros(1))
         empty.backward()
     assert empty.item() == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_earlier_log_probabilities_are_computed_without_dropout():
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, **inputs):
+            seen.append((self.training, sorted(inputs)))
+            return torch.zeros(1)
+
+    trainer = GRPOTrainer.__new__(GRPOTrainer)
+    trainer.model, trainer.args = Model(), SimpleNamespace(device=torch.device("cpu"))
+    trainer.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    trainer.log_probs_of(pad([{"input_ids": [5, 6], "labels": [5, 6]}], 1) | {"advantage": torch.zeros(1)})
+    assert seen == [(False, ["input_ids", "labels", "places"])] and trainer.model.training
 
 
 def test_each_answer_has_a_seed_of_its_own_at_each_step():

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -22,6 +23,7 @@ from utils.training.loss import returning_loss
 from utils.training.preferences import (
     LOSSES,
     Preference,
+    PreferenceTrainer,
     full_log_probs,
     judged_loss,
     pair_loss,
@@ -107,17 +109,30 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
         torch.testing.assert_close(full_log_probs(base, ids, targets, places, 0.5), cool.float())
 
 
+def test_what_is_tried_again_begins_where_it_began():
+    """Gradients, random numbers, and the sums of the rewards."""
+    trainer = PreferenceTrainer.__new__(PreferenceTrainer)
+    trainer.args, trainer.model = SimpleNamespace(device=torch.device("cpu")), torch.nn.Linear(1, 1)
+    trainer.rewards = torch.ones(4)
+    restore, drawn = trainer.snapshot(), torch.rand(3)
+    trainer.rewards += 1
+    trainer.model(torch.ones(1)).backward()
+    restore()
+    assert torch.equal(torch.rand(3), drawn) and trainer.rewards.tolist() == [1] * 4
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
 def test_the_kto_loss_is_that_of_its_paper():
     """1 - sigmoid(beta (gain - kl)) where good, 1 - sigmoid(beta (kl - gain)) where bad, each with its weight."""
     log_probs, reference, kl = torch.tensor([-3.0, -4.0]), torch.tensor([-5.0, -3.5]), torch.tensor(0.25)
     ids, labels = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[IGNORED, IGNORED, 3]] * 2)
     totals = torch.zeros(5)
     loss = judged_loss(
-        lambda **_: log_probs.requires_grad_(), Preference("kto", 0.5, 0, 0, 2.0, 3.0), totals, ids, labels,
+        lambda **_: log_probs.requires_grad_(), Preference("kto", 0.5, 0.3, 0, 2.0, 3.0), totals, ids, labels,
         torch.tensor([1, 4]), reference, torch.tensor([True, False]), kl,
     )  # fmt: skip
     expected = 2 * (1 - 1 / (1 + math.exp(-0.5 * 1.75))) + 3 * (1 - 1 / (1 + math.exp(-0.5 * 0.75)))
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected + 0.3 * 3, rel=1e-6), "the good answer's own loss is added"
     assert totals.tolist() == pytest.approx([0.5 * 2, -0.5 * 0.5, 1, 1, 2])
 
 

@@ -9,6 +9,7 @@ from utils import lineage
 from utils.datasets.dataset import encode_file
 from utils.datasets.encoders import Encoder
 from utils.datasets.templates import Prompter
+from utils.files import sha256
 from utils.models.tokenizer import load_tokenizer
 from utils.training.replay import with_replay
 
@@ -46,6 +47,9 @@ def test_a_share_of_all_earlier_steps_is_learned_again(script, bases, tmp_path):
     more = {"resume_from_checkpoint": tmp_path / "f2", "replay": 0.5}
     out = train(three, "f3", **more).ok()
     data = lineage.read(tmp_path / "f3")["data"]
+    [manifest] = (tmp_path / "f3").glob("checkpoint-*/checkpoint.json")
+    known = json.loads(manifest.read_text("utf-8"))["run"]["data"]
+    assert known == {str(file): sha256(file) for file in (one, two, three)}
     assert data["train"] == 12 + 6 and data["replay"]["records"] == 6 and data["records"] == 12
     assert set(data["replay"]["files"]) == {str(one), str(two)} and "6 of 24 records" in out
     train(three, "again", **more).ok()

@@ -365,6 +365,22 @@ def test_the_best_checkpoint_is_spared(script, bases, data, tmp_path):
     assert [checkpoints.step_of(folder) for folder in checkpoints.in_order(tmp_path / "out")] == [1, 2]
 
 
+def test_a_half_deleted_checkpoint_is_not_taken_for_whole(tmp_path, monkeypatch):
+    folder, link = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    folder.mkdir()
+    link.symlink_to(folder)
+    (folder / "a").write_text("x")
+    checkpoints.seal(folder, {})
+    checkpoints.remove(link)
+    assert checkpoints.is_whole(folder) and not link.exists()
+    with monkeypatch.context() as killed:
+        killed.setattr("shutil.rmtree", lambda _: None)
+        checkpoints.remove(folder)
+    assert (folder / "a").exists() and not checkpoints.is_whole(folder)
+    checkpoints.remove(folder)
+    assert not folder.exists()
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_is_sealed(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(checkpoints, "sync", synced.append)
