@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from utils import lineage
 from utils.adapters.adapters import read_tensors
 from utils.console import UserError
+from utils.datasets.templates import Prompter
 from utils.merging.rules import METHODS, Rule, rule_of
 from utils.models.tokenizer import load_tokenizer
 
@@ -108,7 +109,10 @@ def test_the_exact_sum_of_rslora_where_peft_scales_it_twice(base, tmp_path):
 def test_a_full_model_is_the_base_with_the_combined_adapter(base, pair, tmp_path, capsys):
     named = f"{pair[0]}*0.7,{pair[1]}*0.3"
     out = merge(base, [named], tmp_path / "full", "--combine", "ties", "--density", 0.4)
+    capsys.readouterr()
     combine(base, pair, [0.7, 0.3], tmp_path / "adapter", "--combine", "ties", "--density", 0.4)
+    told = f"holds 0.7 x {pair[0]} + 0.3 x {pair[1]} (ties), rank 4; use it as --lora_weights, or train on it"
+    assert capsys.readouterr().out == f"done: {tmp_path / 'adapter'} {told}\n"
     assert same_logits(loaded(out), with_peft(base, tmp_path / "adapter"))
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["lora_dropout"] == 0.2 and settings["base_model_name_or_path"] == str(base)
@@ -161,6 +165,19 @@ def test_other_bases_and_the_tokenizer_of_the_first_that_has_one(base, pair, tmp
         (folder / lineage.FILE).write_text(json.dumps({"kind": "train", "options": {}}))
     combine(base, [one, two], [0.5, 0.5], tmp_path / "out", "--overwrite")
     assert "name different base models" not in capsys.readouterr().out
+
+
+def test_the_first_template_that_is_known_is_kept_and_others_are_told(base, pair, tmp_path, capsys):
+    folders = [shutil.copytree(folder, tmp_path / name) for folder, name in zip([*pair, pair[0]], "abc", strict=True)]
+    for folder, name in zip(folders[1:], ("alpaca", "alpaca_short"), strict=True):
+        facts = {"base": {"name": str(base), "fingerprint": lineage.fingerprint(str(base))}}
+        step = {"kind": "train", "options": {}, "template": {"name": name, "texts": Prompter(name).texts}, **facts}
+        (folder / lineage.FILE).write_text(json.dumps(step))
+    combine(base, folders, [0.5, 0.25, 0.25], tmp_path / "out")
+    told = f"{folders[2]}: trained with another template than {folders[1]}, whose alpaca is kept"
+    assert capsys.readouterr().out.splitlines()[0] == told
+    assert lineage.read(tmp_path / "out")["template"] == {"name": "alpaca", "texts": Prompter("alpaca").texts}
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
 
 
 def test_both_chains_are_told_and_both_parents_data_replayed(base, pair, tmp_path):

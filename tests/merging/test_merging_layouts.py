@@ -93,7 +93,9 @@ def test_chinese_llama_then_chinese_alpaca(published, tmp_path, capsys):
     for name in ("tokenizer.model", "special_tokens_map.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (published / "alpaca" / name).read_bytes()
     said = capsys.readouterr().out
-    assert "config.json: eos_token_id 1 becomes 2, the tokenizer's" in said
+    ids = {"bos_token_id": (0, 1), "eos_token_id": (1, 2), "pad_token_id": (-1, len(tokenizer) - 1)}
+    changed = [f"config.json: {key} {before} becomes {after}, the tokenizer's" for key, (before, after) in ids.items()]
+    assert changed == [line for line in said.splitlines() if line.startswith("config.json: ")]
     assert f"{len(load_tokenizer(llama))} tokens in the base, {len(tokenizer)} in the merged model" in said
     assert same_logits(loaded(out), with_resized(llama, *stages), atol=0.05)
 

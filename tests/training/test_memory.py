@@ -51,6 +51,10 @@ def test_half_of_what_did_not_fit_is_tried_next_and_kept_in_checkpoints(tmp_path
     assert budget.reduce(3, 100) == told
     budget.save(tmp_path, 1)
     other.load(tmp_path, 1)
+    for rank, tokens in ((0, 400), (1, 150)):
+        third = Budget(400)
+        third.load(tmp_path, rank)
+        assert (third.tokens, third.is_reduced) == (tokens, rank == 1)
     assert budget.tokens == 150 and len(budget.pack(range(3), [70, 75, 80])) == 2 and other.tokens == 100
 
 

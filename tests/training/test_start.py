@@ -116,7 +116,8 @@ def test_checkpoints_of_alpaca_lora_are_accepted(script, bases, data, first, tmp
     out = script(
         "finetune.py", *options(bases["llama"], data, tmp_path / "out", resume_from_checkpoint=old, lora_alpha=8, num_epochs=1)
     ).ok()
-    assert "its weights show rank 4 on q_proj, v_proj" in out
+    told = "has no adapter_config.json; its weights show rank 4 on q_proj, v_proj; alpha 8 is assumed"
+    assert f"{old}: {told}\n" in out and f"taken from {old}: --lora_r 4, --lora_target_modules [q_proj,v_proj]\n" in out
     assert losses(tmp_path / "out")[0] < losses(first)[0] * 0.9
 
 
@@ -129,7 +130,7 @@ def test_a_finished_run_is_not_overwritten_unasked(script, bases, data, first, t
     assert not same(tensors(tmp_path / "out"), before)
 
 
-def test_what_a_run_starts_from(bases, first, tmp_path):
+def test_what_a_run_starts_from(bases, first, tmp_path, capsys):
     """By what the output folder holds, what is named and whether it may be overwritten."""
     run = shutil.copytree(first, tmp_path / "run")
     (run / lineage.FILE).unlink()
@@ -142,6 +143,20 @@ def test_what_a_run_starts_from(bases, first, tmp_path):
     assert start.decide(str(run), str(first), True) == start.RunStart(first, None)
     assert start.decide(str(run), None, True) == start.RunStart(None, None)
     assert start.decide(str(tmp_path / "new"), str(older), False) == start.RunStart(older, None)
+    place = "with its optimizer, schedule, random state and place in the data"
+    skipped = f"{run}/checkpoint-9: incomplete (interrupted while being written, or changed since); skipped"
+    (newest / "trainer_state.json").write_text("{}")
+    capsys.readouterr()
+    start.decide(str(run), None, False)
+    start.decide(str(run), str(first), True)
+    start.decide(str(run), None, True)
+    assert capsys.readouterr().out.splitlines() == [
+        skipped.replace("checkpoint-9", "checkpoint-10"),
+        skipped,
+        f"resuming this run from {older}, {place}",
+        f"incremental training: weights from {first}; optimizer and schedule start fresh",
+        "warm start: a fresh adapter on the base model",
+    ]
     whole = {"lora_target_modules": "all-linear"}
     start.check_parent(start.RunStart(None, newest), whole, str(bases["llama"]))
     with pytest.raises(UserError, match=r"--lora_target_modules is all-linear, the adapter's is \[q_proj,v_proj\]; leave"):
