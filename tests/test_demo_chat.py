@@ -21,14 +21,6 @@ def bash(script, *argv, folder, given="", **env):
     return subprocess.run(command, input=given, env=os.environ | paths | env, text=True, capture_output=True)
 
 
-def test_the_plan_of_the_chat_demo(tmp_path):
-    for number, steps in (("1", 2), ("2", 5)):
-        planned = bash(f"demo-chat-{number}", folder=tmp_path, PLAN="1").stdout
-        commands = [line for line in planned.splitlines() if not line.startswith("missing: ")]
-        assert len(commands) == steps and "--prompt_template_name chat" in commands[0]
-    assert "ask_plain.py" in commands[3] and "compare.py" in commands[4]
-
-
 @pytest.mark.slow
 def test_a_model_trained_with_its_own_template_answers_transformers_alone_with_the_same_texts(tmp_path):
     """Both steps, the merge and the comparison, on a tiny model with ChatML."""

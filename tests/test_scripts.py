@@ -200,6 +200,70 @@ def test_the_plan_of_a_chain(chain):
             assert maker in steps[:place], (step, maker)
 
 
+OF_DEMO = (
+    "--prompt_template_name alpaca_short --batch_size 10 --micro_batch_size 10 --val_set_size 0 --lora_r 8 --lora_alpha 16 "
+    "--lora_dropout 0.05"
+)
+LEARNED = "--num_epochs 8 --learning_rate 2e-3 --lora_target_modules [q_proj,v_proj] --train_on_inputs False"
+ASKED = "--num_beams 1 --max_new_tokens 40"
+HELD_OUT = "--is_ui False --test_input_path data/demo/heldout"
+DEMO = {
+    "run-0-smollm2-135m-0": f"""
+extend_vocab.py --base_model M/smollm2-135m --text data/demo/f0.json --vocab_size 60
+ --output_dir M/smollm2-135m-chinese-tokenizer
+finetune.py --base_model M/smollm2-135m --data_path data/demo/f0.json --output_dir O/run-0-smollm2-135m-0 {OF_DEMO}
+ --tokenizer M/smollm2-135m-chinese-tokenizer --num_epochs 3 --learning_rate 5e-4
+ --lora_target_modules [q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj] --modules_to_save [embed_tokens,lm_head]""",
+    "run-0-smollm2-135m-1": f"""
+finetune.py --base_model M/chinese-smollm2-135m --data_path data/demo/f1.json --output_dir O/run-0-smollm2-135m-1
+ {OF_DEMO} {LEARNED}""",
+    "rerun-0-smollm2-135m-2": f"""
+finetune.py --base_model M/chinese-smollm2-135m --data_path data/demo/f2.json --output_dir O/rerun-0-smollm2-135m-2
+ --resume_from_checkpoint O/run-0-smollm2-135m-1 {OF_DEMO} {LEARNED}""",
+    "save-generate-0-smollm2-135m": f"""
+generate.py --base_model M/chinese-smollm2-135m --output_path O/save-generate-0-smollm2-135m/test.json {HELD_OUT}
+ --prompt_template alpaca_short {ASKED}""",
+    "save-generate-0-smollm2-135m-1": f"""
+generate.py --base_model M/chinese-smollm2-135m --lora_weights O/run-0-smollm2-135m-1 {HELD_OUT} {ASKED}""",
+    "save-generate-0-smollm2-135m-2": f"""
+generate.py --base_model M/chinese-smollm2-135m --lora_weights O/rerun-0-smollm2-135m-2 {HELD_OUT} {ASKED}""",
+    "generate-0-smollm2-135m-1": """
+generate.py --base_model M/chinese-smollm2-135m --lora_weights O/run-0-smollm2-135m-1""",
+    "generate-0-smollm2-135m-2": """
+generate.py --base_model M/chinese-smollm2-135m --lora_weights O/run-0-smollm2-135m-1,O/rerun-0-smollm2-135m-2""",
+    "merge-0-smollm2-135m": """
+merge_weights.py --base_model M/smollm2-135m --lora_model O/run-0-smollm2-135m-0 --output_dir M/chinese-smollm2-135m""",
+    "demo-chat-1": f"""
+finetune.py --base_model M/smollm2-135m --data_path data/demo/f1.json --output_dir O/demo-chat-1 {OF_DEMO}
+ --prompt_template_name chat {LEARNED}
+generate.py --base_model M/smollm2-135m --lora_weights O/demo-chat-1 {HELD_OUT} {ASKED}""",
+    "demo-chat-2": f"""
+finetune.py --base_model M/smollm2-135m --data_path data/demo/f2.json --output_dir O/demo-chat-2
+ --resume_from_checkpoint O/demo-chat-1 {OF_DEMO} --prompt_template_name chat {LEARNED}
+generate.py --base_model M/smollm2-135m --lora_weights O/demo-chat-2 {HELD_OUT} {ASKED}
+merge_weights.py --base_model M/smollm2-135m --lora_model O/demo-chat-2 --output_dir M/demo-chat-smollm2-135m
+data/demo/ask_plain.py M/demo-chat-smollm2-135m O/demo-chat-2/test.json
+data/demo/compare.py f1=O/demo-chat-1/test.json f2=O/demo-chat-2/test.json""",
+}
+
+
+def test_the_commands_of_all_other_steps():
+    wanted = {step: text.replace("\n ", " ").split("\n")[1:] for step, text in DEMO.items()}
+    for size in ("7b", "13b"):
+        for kind in ("llama", "alpaca"):
+            lora = f"--lora_model M/chinese-{kind}-lora-{size} --output_dir M/chinese-{kind}-{size}"
+            wanted[f"merge-{size}-{kind}"] = [f"merge_weights.py --base_model M/llama-{size} {lora}"]
+    for step, (base, *_) in PUBLISHED.items():
+        command, name = f"generate.py --base_model M/{base} --lora_weights O/{step}", step.partition("-")[2]
+        wanted[f"generate-{name}"] = [f"{command} --load_8bit True"]
+        wanted[f"save-generate-{name}"] = [f"{command} --is_ui False --test_input_path test_data --load_8bit True"]
+    assert wanted.keys() == set(STEPS) - PUBLISHED.keys() | {"demo-chat-1", "demo-chat-2"}
+    for step, commands in wanted.items():
+        lines = [line for line in bash(f"{step}.sh", PLAN="1").stdout.splitlines() if not line.startswith("missing: ")]
+        found = [" ".join(shlex.split(line.replace(f"{ROOT}/", "")))[len("python ") :] for line in lines]
+        assert found == commands, step
+
+
 EXPERT = """
 clean.py --data_path F/dialogues.json --output_path O/expert-tutor-clean/dialogues.json --against F/heldout.json
 finetune.py --base_model M/{base} --data_path F/texts.txt --output_dir O/expert-tutor-1 {settings} --num_epochs 3
@@ -218,10 +282,6 @@ REPLAYED = """\
 clean.py --data_path F/more.json --output_path O/expert-tutor-clean/more.json --against F/heldout.json
 finetune.py --base_model M/{base} --data_path O/expert-tutor-clean/more.json --output_dir O/expert-tutor-3
  --resume_from_checkpoint O/expert-tutor-2 {settings} --num_epochs 10 --train_on_inputs False --replay 0.5"""
-OF_THE_DEMO = (
-    "--prompt_template_name alpaca_short --batch_size 10 --micro_batch_size 10 --val_set_size 0 --lora_r 8 --lora_alpha 16 "
-    "--lora_dropout 0.05 --learning_rate 2e-3 --cutoff_len 128"
-)
 OF_ANOTHER_BASE = (
     "--batch_size 32 --micro_batch_size 8 --val_set_size 0 --learning_rate 1e-4 --cutoff_len 512 --group_by_length"
 )
@@ -230,7 +290,7 @@ OF_ANOTHER_BASE = (
 @pytest.mark.parametrize(
     ("words", "base", "settings", "third"),
     [
-        ([], "chinese-smollm2-135m", OF_THE_DEMO, PREFERRED),
+        ([], "chinese-smollm2-135m", f"{OF_DEMO} --learning_rate 2e-3 --cutoff_len 128", PREFERRED),
         (["--base", "seven", "--replay", "0.5"], "seven", OF_ANOTHER_BASE, REPLAYED),
     ],
 )
