@@ -189,9 +189,17 @@ def test_a_dry_run_shows_everything_and_writes_nothing(script, tiny_llama, tmp_p
         out = script("finetune.py", *argv).ok()
     finally:
         (tmp_path / "away").rename(tiny_llama / "model.safetensors")
-    for words in ("records by length", "would keep 99 %", "4 optimizer steps per epoch, 8 in all", "would be trained",
-                  "memory on cpu", "example 2", "[[我是梦想家", "{{</s>}}"):  # fmt: skip
+    trained = 2 * 8 * ((64 + 64) + (64 + 32))
+    total = trained + sum(parameter.numel() for parameter in meta_model(str(tiny_llama)).parameters())
+    *_, steps, parameters, kept, again, last = out.splitlines()
+    assert steps == "4 optimizer steps per epoch, 8 in all"
+    assert parameters == f"{trained:,} of {total:,} parameters would be trained"
+    assert kept.startswith("memory on cpu, float32, --gradient_checkpointing False: about 0.0 GB (base 0.00, adapter 0.00, ")
+    assert again.startswith("memory on cpu, float32, --gradient_checkpointing True: about 0.0 GB (base 0.00, adapter 0.00, ")
+    assert last == "dry run: no weights were loaded and nothing was written"
+    for words in ("records by length", "would keep 99 %", "example 1 ([[supervised]], {{end of sequence}}):", "[[我是梦想家"):
         assert words in out, words
+    assert out.count("\nexample ") == 2 and "\nexample 2 (" in out and "{{</s>}}" in out
     assert not (tmp_path / "out").exists()
 
 

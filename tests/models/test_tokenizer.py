@@ -14,7 +14,7 @@ from sentencepieces import TEXTS, chinese_alpaca, llama
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.console import UserError
-from utils.models.tokenizer import end_tokens, load_tokenizer, read_tokenizer, save_tokenizer
+from utils.models.tokenizer import end_tokens, load_tokenizer, read_tokenizer, save_tokenizer, save_whole
 from utils.models.tokenizer_files import copy_tokenizer, count_tokens
 
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -272,6 +272,18 @@ def test_saved_folders_name_no_class_of_ours(folders, alpaca, tmp_path):
     assert again.special_tokens_map == alpaca.special_tokens_map and len(again) == len(alpaca)
     plain = AutoTokenizer.from_pretrained(tmp_path)
     assert (len(plain), plain.pad_token_id, plain("a")["input_ids"][0]) == (len(alpaca), alpaca.pad_token_id, 1)
+
+
+def test_a_tokenizer_saved_beside_other_files_leaves_its_chat_template_out(tmp_path):
+    words = tiny.tokenizer(tmp_path / "base")
+    words.chat_template = "{{ messages }}"
+    (tmp_path / "out" / "tokenizer.json").mkdir(parents=True)  # what is in the way
+    (tmp_path / "out" / "other").write_text("x")
+    save_whole(words, tmp_path / "out")
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"other", "tokenizer.json", "tokenizer_config.json"} and words.chat_template == "{{ messages }}"
+    again = load_tokenizer(tmp_path / "out")
+    assert again.chat_template is None and again(TEXTS)["input_ids"] == words(TEXTS)["input_ids"]
 
 
 def test_copies_pickles_and_types(alpaca):

@@ -15,7 +15,7 @@ from utils.cli import parse
 from utils.console import UserError
 from utils.models.loading import fit_embeddings
 from utils.models.tokenizer import load_tokenizer
-from utils.models.vocabulary import extend_bytes, grow_embeddings, pieces_of_new_tokens, train_pieces
+from utils.models.vocabulary import extend_bytes, grow_embeddings, pieces_of_new_tokens, read_texts, train_pieces
 
 
 def extend(*arguments: str) -> None:
@@ -74,6 +74,19 @@ def test_so_many_pieces_are_learned_as_are_asked_for_of_those_used_more_than_onc
     few, all_of_them = (train_pieces(tmp_path / "text.txt", most) for most in (5, 2000))
     assert len(few) == 5 and all_of_them and all(text.count(piece) > 1 for piece in all_of_them if piece != "▁")
     assert f"{tmp_path}/text.txt: 5 pieces learned from {len(text)} characters" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "一\n \n 二 "),
+        ("a.json", '[{"x": "一", "y": [{"z": " 二 "}, 3, ""]}]'),
+        ("a.jsonl", '\ufeff{"x": "一"}\n\n[" 二 "]\n'),
+    ],
+)
+def test_the_texts_to_learn_from(tmp_path, name, text):
+    (tmp_path / name).write_text(text, "utf-8")
+    assert read_texts(tmp_path / name) == ["一", " 二 "]
 
 
 @pytest.mark.parametrize("tied", [True, False])

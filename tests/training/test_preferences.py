@@ -22,6 +22,7 @@ from utils.training.data import tell_labels
 from utils.training.loss import returning_loss
 from utils.training.preferences import (
     LOSSES,
+    KTOTrainer,
     Preference,
     PreferenceTrainer,
     full_log_probs,
@@ -120,6 +121,24 @@ def test_what_is_tried_again_begins_where_it_began():
     restore()
     assert torch.equal(torch.rand(3), drawn) and trainer.rewards.tolist() == [1] * 4
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "sums", "means"),
+    [
+        (PreferenceTrainer, [6, 2, 3, 4], {"chosen": 1.5, "rejected": 0.5, "margin": 1.0, "accuracy": 0.75}),
+        (PreferenceTrainer, [0, 0, 0, 0], dict.fromkeys(("chosen", "rejected", "margin", "accuracy"), 0)),
+        (KTOTrainer, [6, -4, 3, 2, 4], {"chosen": 2.0, "rejected": -2.0, "margin": 4.0, "accuracy": 0.8}),
+        (KTOTrainer, [6, 0, 3, 0, 3], {"chosen": 2.0, "accuracy": 1.0}),
+        (KTOTrainer, [0, -4, 0, 2, 1], {"rejected": -2.0, "accuracy": 0.5}),
+    ],
+)
+def test_rewards_are_logged_as_means(kind, sums, means):
+    trainer = kind.__new__(kind)
+    trainer.rewards, trainer.kl = torch.tensor(sums, dtype=torch.float), 0.25
+    trainer.accelerator = SimpleNamespace(reduce=lambda values, _: values)
+    wanted = {f"reward_{name}": value for name, value in means.items()} | ({"kl": 0.25} if kind is KTOTrainer else {})
+    assert trainer.reward_logs() == pytest.approx(wanted)
 
 
 def test_the_kto_loss_is_that_of_its_paper():

@@ -20,7 +20,7 @@ from utils.datasets.encoding import IGNORED, encode
 from utils.datasets.sources import sources, weighted
 from utils.datasets.templates import Prompter
 from utils.files import sha256
-from utils.models.placement import place
+from utils.models.placement import DeviceConfig, place
 from utils.models.tokenizer import load_tokenizer
 from utils.training import checkpoints, checks, loss, run, run_log, setup, trainer
 from utils.training.batching import BatchConfig, pad, split_across_ranks
@@ -67,8 +67,22 @@ def test_an_option_sets_what_it_says(name, value, sets):
 
 
 @pytest.mark.parametrize(("records", "warmup"), [(50, 1), (1000, 30), (100_000, 100)])
-def test_the_warm_up_is_a_tenth_of_all_steps_and_at_most_100(records, warmup):
+def test_the_warm_up_is_a_tenth_of_all_steps_and_at_most_100(records, warmup, capsys):
     assert arguments(records).warmup_steps == warmup
+    told = f"{3 * records // 10} optimizer steps of 10 records, {warmup} of them warm-up; computing in float32\n"
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize(("quantize", "dtype"), [(None, "float32"), ("8bit", "bfloat16"), ("4bit", "float16")])
+@pytest.mark.parametrize("best", ["", "eval_loss", "eval_choices"])
+def test_what_is_computed_in_and_what_is_best(quantize, dtype, best):
+    placement = DeviceConfig(torch.device("cpu"), getattr(torch, dtype), quantize)
+    given = dataclasses.replace(PLAIN, load_8bit=quantize == "8bit")
+    args = setup.training_arguments(given, placement, None, 100, best)
+    assert (args.bf16, args.fp16, args.optim.value) == (dtype == "bfloat16", dtype == "float16", "adamw_torch")
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": quantize == "8bit"}
+    assert (args.metric_for_best_model, args.greater_is_better) == (best or None, best == "eval_choices")
+    assert (args.logging_steps, args.logging_nan_inf_filter, args.remove_unused_columns) == (1, False, False)
 
 
 FREE = {

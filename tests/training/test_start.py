@@ -199,8 +199,12 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(script, bases, data,
     running.wait_until(lambda: log.exists() and '"loss"' in log.read_text())
     running.kill(number)
     ended = running.wait()
-    assert ended.status == 128 + number and "run the same command again" in ended.out and "Traceback" not in ended.err
-    assert checkpoints.newest_whole(tmp_path / "out")
+    assert ended.status == 128 + number and "Traceback" not in ended.err
+    stopped = checkpoints.step_of(checkpoints.newest_whole(tmp_path / "out"))
+    assert ended.out.splitlines()[-2:] == [
+        "stopping after this step, with a checkpoint; once more stops at once",
+        f"stopped at step {stopped}; run the same command again to resume",
+    ]
     script("finetune.py", *again(bases, data, tmp_path / "out", save_steps=100)).ok()
     assert same(tensors(tmp_path / "out"), tensors(first))
 
