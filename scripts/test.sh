@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up if needed, then lint, type-check and test: bash scripts/test.sh [--fast | --all] [pytest arguments, such as -k merging]
-# --fast skips tests that start programs or a browser, --all adds the long ones (marked slow).
+# --fast skips tests that start programs or a browser, --all adds the slow and the long ones.
 # VERSIONS=newest tests with the newest versions in range (see setup.sh).
 case "${1:-}" in
     --fast) tier=(-m "not (slow or page or cli or reliability or demo)") && shift ;;

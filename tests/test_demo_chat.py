@@ -22,6 +22,7 @@ def bash(script, *argv, folder, given="", **env):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_trained_with_its_own_template_answers_transformers_alone_with_the_same_texts(tmp_path):
     """Both steps, the merge and the comparison, on a tiny model with ChatML."""
     base = tmp_path / "models" / "smollm2-135m"

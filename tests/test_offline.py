@@ -49,6 +49,7 @@ def test_damaged_bundle_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_installation_from_a_bundle_without_network(tmp_path):
     """Wheels are fetched first; then, in a namespace without network, a fresh environment is made and answers."""
     if subprocess.run(["unshare", "-rn", "true"], check=False).returncode:

@@ -67,6 +67,7 @@ def test_a_chain_of_all_stages(script, tiny_llama, tmp_path):
     assert "exact number (%), all 4 prompts: merged and adapter: no difference can be told" in out
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not DEMO.is_dir(), reason="the demo's merged model is not there; bash scripts/quickstart.sh makes it")
 def test_on_the_demo_each_stage_teaches_its_own_and_leaves_what_came_before(script, tmp_path):
     """Measured once: loss on text 4.50 to 1.88; "who are you" 0, 10 and 10 of 10 right; margin of the pairs -0.02 to 3.68."""
@@ -97,7 +98,14 @@ def test_on_the_demo_each_stage_teaches_its_own_and_leaves_what_came_before(scri
     assert logs["preference"][-1]["reward_margin"] > 1
 
 
-@pytest.mark.parametrize(("name", "third"), [("counsellor", "preference"), ("assistant", "preference"), ("tutor", "replay")])
+@pytest.mark.parametrize(
+    ("name", "third"),
+    [
+        pytest.param("counsellor", "preference", marks=pytest.mark.long),
+        ("assistant", "preference"),
+        pytest.param("tutor", "replay", marks=pytest.mark.long),
+    ],
+)
 def test_one_command_makes_an_expert_of_a_folder_on_another_base(tiny_llama, tmp_path, name, third):
     """Cleaned, trained in three steps of one update each, asked what was held back, and measured."""
     models, output, folder = tmp_path / "models", tmp_path / "output", tmp_path / "mine"

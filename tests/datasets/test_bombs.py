@@ -40,7 +40,9 @@ def bombs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "list.json" else ()) for name in BOMBS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=(pytest.mark.slow, pytest.mark.long) if name == "list.json" else ()) for name in BOMBS]
+)
 def test_a_file_that_unpacks_to_one_endless_line(bombs, name):
     most = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

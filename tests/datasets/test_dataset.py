@@ -124,6 +124,7 @@ def test_many_records_are_encoded_by_several_processes_as_by_one(tiny_llama, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_stays_flat_however_many_records(tiny_llama, tmp_path):
     """The peak of a process that encodes 40 times as many records grows by less than a tenth of what these take."""
     program = (

@@ -47,6 +47,7 @@ def test_ranks_give_what_one_process_gives(script, bases, data, tmp_path, ranks)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("first", range(1, 25, 8))
 def test_ranks_give_what_one_process_gives_for_every_number_of_records(script, bases, data, tmp_path, first):
     """Every remainder of the twelve in a step, alone and after a whole step."""

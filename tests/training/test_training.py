@@ -96,6 +96,7 @@ def test_variants_train(script, bases, data, tmp_path, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "computed again"])
 def test_compiled_layers_learn_the_same(script, bases, data, tmp_path, checkpointing):
     plain, compiled, cache = tmp_path / "plain", tmp_path / "compiled", tmp_path / "cache"
