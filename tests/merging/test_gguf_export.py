@@ -118,7 +118,6 @@ def test_what_the_converter_cannot_write_is_quantized_after_it(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("quantize", "wrong", "other", "told"),
     [
-        ("", 0, False, "20 of 20 first tokens are equal, and 20 of 20 answers of up to 24 tokens"),
         ("", 2, False, "18 of 20 first tokens are equal, and 18 of 20 answers of up to 24 tokens"),
         (
             "",
