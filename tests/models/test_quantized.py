@@ -135,6 +135,20 @@ def test_the_dtype_that_weights_are_dequantized_to(config, dtype):
     assert quantized.full_dtype(config) == getattr(torch, dtype)
 
 
+def test_what_the_library_found_in_a_base_s_files_is_told(capsys):
+    found = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": {"c", "b"}}
+    loading.check_report(found, "some-base")
+    assert capsys.readouterr().out == "some-base: 2 tensors in its files are not part of the model (b, …)\n"
+    with pytest.raises(UserError) as error:
+        loading.check_report(found | {"mismatched_keys": {("a", (3, 4), (3, 5))}}, "some-base")
+    assert str(error.value) == (
+        "some-base: 1 tensors are not of the shapes that its config.json describes (a is (3, 4), not (3, 5), …); "
+        "copy weights and configuration of one model"
+    )
+    with pytest.raises(UserError, match=r"^some-base: 2 tensors are missing \(d, …\); check its files$"):
+        loading.check_report(found | {"missing_keys": {"e", "d"}}, "some-base")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_how_a_base_is_quantized(monkeypatch, dtype):
     eight, four = (loading.quantization(place(*way, dtype=dtype)).to_dict() for way in ((True, False), (False, True)))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.console import UserError
 from utils.models.tokenizer import end_tokens, load_tokenizer, read_tokenizer, save_tokenizer, save_whole
-from utils.models.tokenizer_files import copy_tokenizer, count_tokens
+from utils.models.tokenizer_files import copy_tokenizer, count_tokens, tokenizer_hash
 
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -300,7 +300,22 @@ def test_saving_says_where_transformers_alone_differs(folders, tmp_path, capsys,
     save_tokenizer(read_tokenizer(folders["alpaca"]), folders["alpaca"], tmp_path)
     for file in folders["alpaca"].iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
-    assert "sample texts get other ids from a plain AutoTokenizer" in capsys.readouterr().out
+    plain = AutoTokenizer.from_pretrained(folders["alpaca"])
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folders["alpaca"] / "tokenizer.model"))
+    count = sum(plain(text, add_special_tokens=False)["input_ids"] != reference.encode(text) for text in TEXTS)
+    assert capsys.readouterr().out == (
+        f"{count} of {len(TEXTS)} sample texts get other ids from a plain AutoTokenizer than from SentencePiece, with which "
+        "the model was trained; the right ones: utils.models.tokenizer.load_tokenizer(folder)\n"
+    )
+
+
+def test_every_file_of_a_tokenizer_counts_in_its_hash(tmp_path):
+    seen = {tokenizer_hash(tmp_path)}
+    for name in ("added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+        seen.add(tokenizer_hash(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert len(seen | {tokenizer_hash(tmp_path)}) == 6
 
 
 def test_settings_that_transformers_cannot_use_are_written_anew(tmp_path, capsys):

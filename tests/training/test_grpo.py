@@ -21,7 +21,7 @@ from utils.files import digest
 from utils.inference.rollouts import make_sampler
 from utils.models.tokenizer import load_tokenizer
 from utils.training.batching import pad
-from utils.training.grpo import GRPOTrainer, Policy, advantages, policy_loss, policy_losses, sampling_seeds
+from utils.training.grpo import Answer, GRPOTrainer, Policy, advantages, policy_loss, policy_losses, sampling_seeds
 from utils.training.loss import returning_loss
 from utils.training.preferences import log_probs_by
 from utils.training.rewards import exact, length, load_rewards, number, try_out
@@ -73,6 +73,34 @@ def test_earlier_log_probabilities_are_computed_without_dropout():
     trainer.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
     trainer.log_probs_of(pad([{"input_ids": [5, 6], "labels": [5, 6]}], 1) | {"advantage": torch.zeros(1)})
     assert seen == [(False, ["input_ids", "labels", "places"])] and trainer.model.training
+
+
+@pytest.mark.parametrize(
+    ("values", "equal"), [([[1, 0], [2, 2], [4, 4], [4, 4]], 0.5), ([[1, 3], [1, 3], [0, 0], [0, 0]], 1.0)]
+)
+def test_a_step_s_figures_are_means_over_its_answers(capsys, monkeypatch, values, equal):
+    trainer, rewards = GRPOTrainer.__new__(GRPOTrainer), load_rewards(["exact", "length:0.5"], "")
+    trainer.args, trainer.state = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_step=7)
+    trainer.accelerator = SimpleNamespace(reduce=lambda found, _: found)
+    lengths, cuts = [3, 5, 2, 6], [True, False, True, True]
+    means = [sum(row[place] for row in values) / 4 for place in (0, 1)]
+    for count in (1, 2):
+        trainer.settings = Policy(rewards[:count], 2, 1.0, 0.2, 0.0, 1)
+        totals = [row[0] + 0.5 * row[1] * (count - 1) for row in values]
+        trainer.note([
+            Answer([1], [5] * size, "", cut, row[:count], total)
+            for size, cut, row, total in zip(lengths, cuts, values, totals, strict=True)
+        ])  # fmt: skip
+        named = {"reward_exact": means[0], "reward_length": means[1]} if count > 1 else {}
+        alike = sum(totals[start] == totals[start + 1] for start in (0, 2)) / 2
+        wanted = {"reward": sum(totals) / 4, **named, "answer_tokens": 4.0, "answers_cut": 0.75, "groups_equal": alike}
+        assert trainer.figures == wanted and trainer.nothing_to_learn == (alike == 1)
+    assert alike == equal
+    monkeypatch.setattr("utils.training.trainer.StepTrainer.check_step", lambda trainer: None)
+    trainer.gradient_norm = torch.zeros(())
+    trainer.check_step()
+    told = "step 7: all answers of each group have the same reward; nothing is learned from them\n"
+    assert capsys.readouterr().out == told * (equal == 1) and trainer.gradient_norm.item() == (equal == 1)
 
 
 def test_each_answer_has_a_seed_of_its_own_at_each_step():

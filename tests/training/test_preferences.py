@@ -26,6 +26,7 @@ from utils.training.preferences import (
     Preference,
     PreferenceTrainer,
     full_log_probs,
+    half_of,
     judged_loss,
     pair_loss,
     pair_losses,
@@ -108,6 +109,24 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
         cool = (model(ids).logits.flatten(0, 1)[places] / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         torch.testing.assert_close(sparse_log_probs(base.base_model, base.lm_head, ids, targets, places, 0.5), cool.float())
         torch.testing.assert_close(full_log_probs(base, ids, targets, places, 0.5), cool.float())
+
+
+def test_each_half_of_a_micro_batch_is_that_of_its_own_answers():
+    sides = [
+        [([1, 5, 7], [IGNORED, 5, 7]), ([1, 6], [IGNORED, 6])],
+        [([1, 5], [IGNORED, 5]), ([1, 6, 8], [IGNORED, IGNORED, 8])],
+    ]
+    rows = [
+        {"input_ids": one[0], "labels": one[1], "rejected_ids": other[0], "rejected_labels": other[1], "good": number == 0,
+         "reference": np.float32([number, -number - 1])}
+        for number, (one, other) in enumerate(zip(*sides, strict=True))
+    ]  # fmt: skip
+    batch = pad(rows, 1)
+    assert batch["good"].tolist() == [True, False] and batch["reference"].tolist() == [[0, -1], [1, -2]]
+    for second, side in enumerate(sides):
+        half, alone = half_of(batch, bool(second)), pad([{"input_ids": ids, "labels": labels} for ids, labels in side], 1)
+        assert all(torch.equal(half[name], alone[name]) for name in alone)
+        assert torch.equal(half["reference"], batch["reference"][:, second])
 
 
 def test_what_is_tried_again_begins_where_it_began():

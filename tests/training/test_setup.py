@@ -205,6 +205,27 @@ def test_a_run_s_log_and_its_progress_follow_the_history(tmp_path, monkeypatch):
     assert not (tmp_path / ".progress.json").exists()
 
 
+def test_the_curves_of_what_was_logged(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png",
+        lambda canvas, path: drawn.append(canvas.figure) or open(path, "w").close(),
+    )
+    losses = [{"step": 1, "loss": 3.0}, {"step": 1, "eval_loss": 2.5, "eval_choices": 40.0}, {"step": 2, "loss": 2.0}]
+    run_log.plot(losses, tmp_path / "a.png")
+    run_log.plot([{"step": 1, "loss": 1.0, "reward_margin": 0.5, "reward_accuracy": 0.75}], tmp_path / "b.png")
+    found = [
+        {axes.get_ylabel(): {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes}
+        for figure in drawn
+    ]
+    curves = {"training": [[1, 3.0], [2, 2.0]], "validation": [[1, 2.5]]}
+    assert found == [
+        {"loss": curves, "score": {"right choices (%)": [[1, 40.0]]}},
+        {"loss": {"training": [[1, 1.0]]}, "reward": {"reward_margin": [[1, 0.5]]},
+         "accuracy": {"reward_accuracy": [[1, 0.75]]}},
+    ]  # fmt: skip
+
+
 def test_micro_batches_are_sized_by_their_own_number_of_records(data, monkeypatch):
     seen = {}
     monkeypatch.setattr(trainer, "StepTrainer", lambda model, args, job, train, validation: seen.update(job=job))
