@@ -93,6 +93,15 @@ def test_default_layers_of_families():
     assert lora_config(mamba, WANTED, None).target_modules == {"in_proj", "x_proj"}
 
 
+def test_the_output_layer_is_none_of_the_linear_ones_wherever_it_lies():
+    class Flat(torch.nn.ModuleDict):
+        def get_output_embeddings(self):
+            return self["head"]
+
+    model = Flat({name: torch.nn.Linear(2, 2) for name in ("body", "head")})
+    assert layers.linear_layers(model) == ["body"] and layers.on_language_part(model, ["body"]) == ["body"]
+
+
 def test_a_model_that_sees_is_trained_as_a_language_model():
     text = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
