@@ -56,7 +56,7 @@ def test_the_check_digit_is_that_of_the_standard():
     "text, language",
     [("今天天气很好", "zh"), ("用 Python 写一个 hello world 程序", "zh"), ("The sky is blue.", "en"), ("Привет", "other"),
      ("㐀㐁㐂㒵", "zh"), ("Привет, hello world", "other"),
-     ("123 + 456", "other"), ("", "other")],
+     ("123 + 456", "other"), ("", "other"), ("答：1234567890123456", "zh"), ("x = 1234567890", "en")],
 )  # fmt: skip
 def test_languages(text, language):
     assert language_of(text) == language

@@ -15,9 +15,10 @@ from trainings import options
 from utils.adapters import adapters
 from utils.console import UserError
 from utils.datasets import dataset
-from utils.datasets.encoders import Encoder
+from utils.datasets.encoders import Encoder, make_encoder
 from utils.datasets.encoding import IGNORED, encode
 from utils.datasets.sources import data_files
+from utils.datasets.stages import INSTRUCTION, LABELLED, PREFERENCE, REWARD, TEXT
 from utils.datasets.templates import Prompter
 from utils.files import sha256
 from utils.models.architecture import meta_model
@@ -69,6 +70,16 @@ def test_encoded_records_are_found_again_but_a_stale_cache_is_never_used(tiny_ll
     file.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
     other, was_found = table()
     assert other != first and not was_found
+
+
+def test_whatever_rules_the_rows_is_what_a_cache_is_found_by(tiny_llama):
+    words = load_tokenizer(tiny_llama)
+    usual = {"prompter": Prompter("alpaca"), "tokenizer_hash": "a", "cutoff_len": 64, "train_on_inputs": True, "room": 8}
+    other = {"prompter": Prompter("chinese"), "tokenizer_hash": "b", "cutoff_len": 65, "train_on_inputs": False, "room": 9}
+    kinds = [usual | {"stage": stage} for stage in (TEXT, INSTRUCTION, PREFERENCE, LABELLED, REWARD)]
+    made = [make_encoder(tokenizer=words, **one).made_of for one in kinds]
+    made += [make_encoder(tokenizer=words, **usual | {name: other[name]}, stage=REWARD).made_of for name in other]
+    assert len({json.dumps(one) for one in made}) == 10
 
 
 def test_what_was_dropped_is_said_again_though_the_file_is_not_read_again(tiny_llama, tmp_path, capsys):

@@ -155,6 +155,11 @@ def test_csv_rows_that_do_not_fit_and_cells_that_hold_history(tmp_path, capsys):
     assert f"1 dropped, 2 kept: more cells than the header; first: {path}, line 4" in said
 
 
+def test_lines_that_end_with_a_comma_are_records_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\ufeff" + as_lines(RECORDS).replace("\n", " ,\n"), "utf-8")
+    assert list(read_records(tmp_path / "a.jsonl")) == RECORDS
+
+
 def test_a_tsv_file_written_without_quoting_keeps_its_rows(tmp_path, capsys):
     path = tmp_path / "a.TSV"
     path.write_text('instruction\tinput\toutput\n"一\t材料\t二\n三\t材料\t四\n五"\t材料\t六\n"七"\t\t八\n', "utf-8")
@@ -167,6 +172,8 @@ def test_a_quoted_table_keeps_line_breaks_in_cells_which_are_counted(tmp_path, c
     path.write_text('Instruction\t Output\n"一\n二"\t"a\tb"\n"c ""d"""\te\n', "utf-8")
     assert [(record["instruction"], record["output"]) for record in read_records(path)] == [("一\n二", "a\tb"), ('c "d"', "e")]
     assert "1 rows have a line break in a cell" in capsys.readouterr().out
+    path.write_text('instruction\toutput\n"c ""d"""\te\nf\tg\n', "utf-8")  # the doubled ones tell that it is quoted
+    assert [record["instruction"] for record in read_records(path)] == ['c "d"', "f"] and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,9 @@ def test_a_record_longer_than_any_window_is_dropped_and_counted(tmp_path, capfd)
     path.write_text(json.dumps([RECORDS[0], *long], ensure_ascii=False), "utf-8")
     assert list(read_records(path)) == [RECORDS[0]]
     assert "3 dropped, 1 kept: more than 1,000,000 characters; first: " in capfd.readouterr().out
+    for size, kept in ((1_000_000, 2), (1_000_001, 1)):  # in a batch with no other fault, too
+        path.write_text(json.dumps([RECORDS[0], huge(size)], ensure_ascii=False), "utf-8")
+        assert len(list(read_records(path))) == kept
 
 
 # ---- dialogues and prompts

@@ -108,6 +108,10 @@ def test_folder_of_the_hub_reads_each_split_once(tmp_path, capsys):
         write(tmp_path / "plain" / name, 1)
     write(tmp_path / "plain" / "test.jsonl", 1)
     assert data_files(str(tmp_path / "plain")) == [tmp_path / "plain" / name for name in ("2/news.jsonl", "news.jsonl")]
+    for name in ("eval/train.jsonl", "train/dev.jsonl"):  # a file's own name says more than its folder's
+        (tmp_path / "named" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "named" / name, 1)
+    assert data_files(str(tmp_path / "named")) == [tmp_path / "named/eval/train.jsonl"]
     (folder / "other").mkdir()
     write(folder / "other" / "train.json", 1)
     with pytest.raises(UserError, match=r"holds several training sets \(data, other\); name the folder"):

@@ -97,6 +97,12 @@ def test_the_published_forms_are_one(tmp_path):
     assert spoken["content"] == "<think>\n两次\n</think>\n\n我查。" and len(spoken["tool_calls"]) == 2
     assert [m.get("tool_call_id") for m in record["messages"][2:4]] == ["call00001", "call00002"]
     assert record["messages"][3]["content"] == '{"sky": "晴"}' and record["learn"] == [False, True]
+    for excluded in (1, 2):  # the text, or its first call
+        changed = copy.deepcopy(SWIFT)
+        changed["messages"][3].pop("loss")
+        changed["messages"][excluded]["loss"] = False
+        (record,) = read(tmp_path, [changed], strict=True, carries=CARRIED)
+        assert record["learn"] == [False, True]
 
 
 def test_without_a_place_for_them_calls_are_dropped_and_definitions_counted(tmp_path, capsys):

@@ -15,7 +15,7 @@ import pytest
 from api_server import Server, asked, completion
 
 from utils.console import UserError
-from utils.inference.openai_client import ModelServer, retry_after
+from utils.inference.openai_client import ModelServer, Unusable, retry_after
 from utils.inference.requests import RequestLimits, Spent, asking, tokens_in
 
 QUICK = RequestLimits(concurrency=2, backoff=0.01)
@@ -229,6 +229,13 @@ def test_what_was_spent_counts_before_prompts_are_sent(tmp_path):
     assert (spent.cost, spent.dearest) == (6, 3)
     limits = RequestLimits(price_in=1e6, max_cost=10)  # a token costs 1
     with asking(ModelServer("m", "http://localhost:9/v1"), limits, tmp_path / "j.jsonl", {}) as endpoint:
+        asked = httpx.Request("POST", "http://localhost:9/v1")
+        limited = openai.RateLimitError("", response=httpx.Response(429, request=asked), body=None)
+        for error in (openai.APITimeoutError(asked), Unusable("half"), limited):  # the first two may have been computed
+            endpoint._failed("a", error, 4)
+        costs = {"a failed 1": 4, "a failed 2": 4, "a failed 3": None}
+        assert {key: entry.get("may_cost") for key, entry in endpoint.journal.values.items()} == costs
+        assert endpoint.spent.cost == 8
         endpoint.spent.cost = 9
         endpoint.announce({"a": "好"})
         with pytest.raises(
