@@ -199,7 +199,7 @@ def test_all_linear_layers_of_a_mixture_leave_its_embeddings_and_its_router_out(
         {"bias": None, "rank_pattern": None, "use_dora": None, "init_lora_weights": None, "lora_dropout": None},
         {"r": 4.0, "lora_alpha": 8.0, "rank_pattern": {"q_proj": 4.0}, "alpha_pattern": {"q_proj": 8.0}},
         {"init_lora_weights": "EVA", "eva_config": None},
-        {"init_lora_weights": "Orthogonal"},
+        {"init_lora_weights": "Orthogonal", "inference_mode": False},
         {
             "runtime_config": {"ephemeral_gpu_offload": True},
             "megatron_core": "megatron.core",

@@ -254,6 +254,13 @@ def test_a_file_that_was_not_written_as_computed(tmp_path):
             shards.read_back(file, kinds | {"b": ((1, 5), torch.float32)}, pieces)
 
 
+def test_values_begin_at_a_multiple_of_eight_bytes(tmp_path):
+    for length in range(1, 9):
+        name = "a" * length
+        shards.write_safetensors(tmp_path / name, {name: ((1,), torch.float32)}, [shards.block_of(name, torch.ones(1))])
+        assert int.from_bytes((tmp_path / name).read_bytes()[:8], "little") % 8 == 0
+
+
 def test_a_merge_is_read_back(base, adapter, tmp_path, monkeypatch):
     """Where a disk keeps other bytes than it was given, nothing is kept of the merge."""
     write = shards.write_safetensors
