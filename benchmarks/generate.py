@@ -1,6 +1,6 @@
 """Answering all of test_data: one prompt at a time as alpaca-lora does, transformers' own batches, and this toolkit.
 
-    python benchmarks/generate.py --base_model models/smollm2-135m-instruct
+    python benchmarks/generate.py --base_model models/smollm2-135m
 
 Prompts and answer lengths are the same for all recipes, and the answers must be, too: if two differ, their scores at the
 point where the recipes diverged are printed and must be within 1e-3 of each other. For greedy decoding these are the
