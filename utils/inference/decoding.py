@@ -1,7 +1,8 @@
 """Decoding: prompts' ids in, answers' ids out, one token per step; greedy, sampling, or beam search.
 
 The results are those of transformers' `generate` on one prompt at a time, but the work differs
-(`utils.inference.kv_cache`): a row whose answer is finished leaves the batch at once.
+(`utils.inference.kv_cache`): a row whose answer is finished leaves the batch at once. That is 1.5 times (one beam) to 2.2
+times (four) as fast as `generate` on left-padded batches of prompts of similar length (`benchmarks/generate.py`).
 """
 
 import dataclasses
