@@ -49,6 +49,15 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def log(folder) -> list[dict]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def entries(folder, key):
+    """What a run has logged as `key`, by step."""
+    return {line["step"]: line[key] for line in log(folder) if key in line}
+
+
 def losses(folder) -> list[float]:
-    entries = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in entries if "loss" in entry]
+    return [line["loss"] for line in log(folder) if "loss" in line]

@@ -1,0 +1,66 @@
+"""Checkpoints: which are spared, which count, and that they are on the disk before they do."""
+
+import errno
+import os
+
+import torch
+from trainings import entries, options
+
+from utils.training import checkpoints
+
+torch.set_num_threads(1)
+
+
+def test_the_best_checkpoint_is_spared(script, bases, data, tmp_path):
+    """The second step goes too far, so the first is the best, and one checkpoint is kept beside it."""
+    changes = {"val_set_size": 8, "learning_rate": 0.5, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    script("finetune.py", *options(bases["llama"], data, tmp_path / "out", lr_scheduler_type="constant", **changes)).ok()
+    validation = entries(tmp_path / "out", "eval_loss")
+    best = min(validation, key=validation.get)
+    assert best == 1
+    assert [checkpoints.step_of(folder) for folder in checkpoints.in_order(tmp_path / "out")] == [1, 2]
+
+
+def test_a_half_deleted_checkpoint_is_not_taken_for_whole(tmp_path, monkeypatch):
+    folder, link = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    folder.mkdir()
+    link.symlink_to(folder)
+    (folder / "a").write_text("x")
+    checkpoints.seal(folder, {})
+    checkpoints.remove(link)
+    assert checkpoints.is_whole(folder) and not link.exists()
+    with monkeypatch.context() as killed:
+        killed.setattr("shutil.rmtree", lambda _: None)
+        checkpoints.remove(folder)
+    assert (folder / "a").exists() and not checkpoints.is_whole(folder)
+    checkpoints.remove(folder)
+    assert not folder.exists()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_sealed(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(checkpoints, "sync", synced.append)
+    (tmp_path / "deep").mkdir()
+    files = [tmp_path / "a", tmp_path / "deep" / "b"]
+    for file in files:
+        file.write_text("x")
+    checkpoints.seal(tmp_path, {})
+    assert synced == files and checkpoints.is_whole(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_removed_and_the_newest_named(script, bases, data, tmp_path, monkeypatch):
+    seal = checkpoints.seal
+
+    def sealed(folder, run):
+        if checkpoints.step_of(folder) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        seal(folder, run)
+
+    monkeypatch.setattr(checkpoints, "seal", sealed)
+    out = tmp_path / "out"
+    error = script("finetune.py", *options(bases["llama"], data, out, save_steps=1, max_steps=3)).error
+    assert error == (
+        f"finetune.py: error: {out}/checkpoint-3: could not be written ([Errno 28] No space left on device); "
+        f"free some space and run the same command again: it resumes from {out}/checkpoint-2"
+    )
+    assert [folder.name for folder in checkpoints.in_order(out)] == ["checkpoint-1", "checkpoint-2"]
