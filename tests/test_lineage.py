@@ -18,9 +18,17 @@ class Options:
     output_dir: str = "out"
 
 
-def test_a_step_names_the_toolkit_and_its_form(tmp_path):
-    step = lineage.describe("train", Options(), time.time() - 90)
-    assert step["format"] == 1 and step["time"]["seconds"] >= 90
+def test_a_step_names_its_command_the_toolkit_and_its_form(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["there/finetune.py", "--output_dir", "out"])
+    began = time.mktime((2024, 2, 3, 4, 5, 6, 0, 0, -1))
+    monkeypatch.setattr("time.time", lambda: began + 90.26)
+    step = lineage.describe("train", Options(), began, data={"train": 1})
+    versions = step.pop("versions")
+    assert versions.keys() == {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate"}
+    assert step == {
+        "kind": "train", "command": ["finetune.py", "--output_dir", "out"], "options": {"output_dir": "out"}, "format": 1,
+        "toolkit": lineage.toolkit(), "data": {"train": 1}, "time": {"began": "2024-02-03 04:05:06", "seconds": 90.3},
+    }  # fmt: skip
     newest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1]
     assert step["toolkit"]["version"] == newest
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -91,6 +99,9 @@ def test_a_base_is_told_from_a_slightly_trained_one(tiny_llama, tmp_path, dtype)
     rounded = lineage.fingerprint(str(folder))
     assert lineage.differences(original, rounded) == lineage.differences(rounded, original) == []
     assert lineage.identity({"name": "a", "fingerprint": original}) != lineage.identity({"name": "b", "fingerprint": original})
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}  # of weights converted in 2023
+    save_file(tensors | frequencies, folder / "model.safetensors")
+    assert lineage.fingerprint(str(folder)) == rounded
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.v_proj.weight"):
         save_file(tensors | {name: tensors[name] * 1.01}, folder / "model.safetensors")
         trained = lineage.fingerprint(str(folder))
@@ -118,6 +129,32 @@ def test_the_table_of_a_chain_tells_minutes_and_what_two_parents_share_once():
     rows = lineage.table_rows(lineage.until({"options": {"output_dir": "both"}, "parents": parents}))
     assert [row[0] for row in rows[1:]] == ["f0", "f1", "f2", "both"]
     assert [row[-1] for row in rows[1:]] == ["—", "f0", "f0", "f1*0.7, f2*0.3"]
-    step = {"options": {"output_dir": "output/f1"}, "time": {"seconds": 90.0}, "results": {"train_loss": 0.5}}
-    names, cells = lineage.table_rows([step])
-    assert dict(zip(names, cells, strict=True))["minutes"] == "1.5" and cells[0] == "f1"
+    step = {"options": {"output_dir": "output/f1"}, "time": {"seconds": 90.0}, "results": {"train_loss": 0.5, "eval_loss": 1}}
+    step["data"] = {"files": {"data/a.json": "0", "b.json": "1"}, "records": 9, "train": 7, "validation": 1, "tokens": 80}
+    assert lineage.table([step | {"base": {"name": "models/base"}}, first]).splitlines() == [
+        "| step | data           | records | tokens | train loss | val loss | minutes | parent |",
+        "|------|----------------|---------|--------|------------|----------|---------|--------|",
+        "| f1   | a.json, b.json | 7       | 80     | 0.5000     | 1.0000   | 1.5     | base   |",
+        "| f0   | —              | —       | —      | —          | —        | —       | —      |",
+    ]
+
+
+def test_the_template_that_a_step_was_trained_with():
+    one, other = {"name": "a", "texts": {}}, {"name": "b", "texts": {}}
+    steps = [None, {}, {"data": None, "template": one}, {"data": {"template": other}, "template": one}]
+    assert [lineage.template_of(step) for step in steps] == [None, None, one, other]
+    assert lineage.template_of({"data": {"stage": "text", "template": one}}) is None
+
+
+def test_another_base_is_refused_with_what_differs():
+    mark = {"architecture": {"vocab_size": 8}, "tokenizer": "1", "shapes": "1", "samples": {"a": [0.1] * 4, "b": [0.2] * 4}}
+    other = {"architecture": {"vocab_size": 9}, "tokenizer": "2", "shapes": "2", "samples": {"a": [0.2] * 4, "b": [0.1] * 4}}
+    step = {"base": {"name": "theirs", "fingerprint": mark}}
+    with pytest.raises(UserError) as error:
+        lineage.check_same_base(step, other, "run-1", "mine")
+    assert str(error.value) == (
+        "run-1: was trained on another base (theirs) than mine: another tokenizer; other tensor names or shapes; "
+        "other values in a; other values in b; give that base as --base_model"
+    )
+    for known in (None, {}, step):
+        lineage.check_same_base(known, mark, "run-1", "mine")

@@ -3,10 +3,11 @@
 import errno
 import os
 
+import pytest
 import torch
 from trainings import entries, options
 
-from utils.training import checkpoints
+from utils.training import checkpoints, start
 
 torch.set_num_threads(1)
 
@@ -35,6 +36,32 @@ def test_a_half_deleted_checkpoint_is_not_taken_for_whole(tmp_path, monkeypatch)
     assert (folder / "a").exists() and not checkpoints.is_whole(folder)
     checkpoints.remove(folder)
     assert not folder.exists()
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_and_what_is_none_is_left(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-20", "checkpoint-x", "checkpoint--1", "mine-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").touch()
+    assert [checkpoints.step_of(folder) for folder in checkpoints.in_order(tmp_path)] == [9, 20, 100]
+    checkpoints.rotate(tmp_path, 1, 9)
+    assert [checkpoints.step_of(folder) for folder in checkpoints.in_order(tmp_path)] == [9, 100]
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_killed_while_an_old_run_is_cleared_its_folder_holds_no_finished_one(tmp_path, monkeypatch):
+    for name in ("lineage.json", "data.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoint-3").mkdir()
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(checkpoints, "remove", killed)
+        start.clear(str(tmp_path))
+    assert not (tmp_path / "lineage.json").exists()
+    start.clear(str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["data.json"]
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_is_sealed(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_each_answer_has_a_seed_of_its_own_at_each_step():
 
 def test_ready_made_rewards():
     record = {"instruction": "3+4=", "input": "", "output": "等于 7。"}
-    assert exact(" 等于 7。", record) == 1 and exact("7", record) == 0
+    assert exact(" 等于 7。", record) == 1 and exact("7", record) == exact("a", {"output": "A"}) == 0
     answers = {"是7.0": 1, "7 个，不是 8": 0, "七": 0, "14/2": 1, "答案是 7 天，不是 9 天": 1}
     assert {answer: number(answer, record) for answer in answers} == answers
     assert [length(answer, {"output": " "}) for answer in ("", " \n", "一")] == [1, 1, 0]
@@ -118,7 +118,14 @@ def test_ready_made_rewards():
     (form,) = load_rewards(["format:0.5"], "答案：[0-9]+")
     assert form.weight == 0.5 and form.function("答案：12\n", record) == 1 and form.function("答案：12。", record) == 0
     (thinking,) = load_rewards(["format"], "")
-    assert thinking.function("<think>想</think>答", record) == 1 and thinking.function("答", record) == 0
+    shapes = {
+        "<think>想\n想</think>\n\n答\n答 ": 1,
+        "<think>想</think>答": 1,
+        "答": 0,
+        "<think></think>答": 0,
+        "<think>想</think> ": 0,
+    }
+    assert {answer: thinking.function(answer, record) for answer in shapes} == shapes
 
 
 REWARDS = """

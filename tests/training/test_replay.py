@@ -11,7 +11,7 @@ from utils.datasets.encoders import Encoder
 from utils.datasets.templates import Prompter
 from utils.files import sha256
 from utils.models.tokenizer import load_tokenizer
-from utils.training.replay import with_replay
+from utils.training.replay import parents_files, with_replay
 
 
 def write(folder, name, answer, count=12):
@@ -27,12 +27,25 @@ def test_what_is_drawn_are_records_of_the_earlier_files(tiny_llama, tmp_path):
     table, files = encode_file(encoder, own, "own", keep=True), {str(file): file.stem for file in earlier}
 
     def drawn(share, seed):
-        found, numbers, _ = with_replay(table, np.arange(12), share, encoder, files, seed)
-        assert len(found) == 36 and numbers[:12].tolist() == [*range(12)]
-        return numbers[12:].tolist()
+        found, numbers, facts = with_replay(table, np.arange(2, 12), share, encoder, files, seed)
+        assert len(found) == 36 and numbers[:10].tolist() == [*range(2, 12)]
+        assert facts == {"files": files, "records": len(numbers) - 10}
+        return numbers[10:].tolist()
 
     assert drawn(9, 1) == [*range(12, 36)] and drawn(0.5, 1) == drawn(0.5, 1) != drawn(0.5, 2)
-    assert [len(drawn(share, 1)) for share in (0.001, 0.5, 1.1)] == [1, 6, 13]
+    assert [len(drawn(share, 1)) for share in (0.001, 0.5, 0.77, 1.1)] == [1, 5, 8, 11]
+
+
+def test_the_files_of_all_earlier_steps_of_a_stage_are_found_nearest_first():
+    def parent(stage, files, **earlier):
+        return {"name": "", "sha256": "", "lineage": {"options": {}, "data": {"files": files} | stage, **earlier}}
+
+    oldest = parent({}, {"a": "1", "b": "2"})  # written before stages were
+    preferred = parent({"stage": "preference"}, {"c": "3"}, parent=oldest)
+    both = parent({"stage": "instruction"}, {"d": "4", "a": "5"}, parents=[preferred, oldest, {"name": "", "lineage": None}])
+    found = [(str(file), content) for file, content in parents_files(both, "instruction")]
+    assert found == [("d", "4"), ("a", "5"), ("a", "1"), ("b", "2")] and list(parents_files(None, "text")) == []
+    assert [str(file) for file, _ in parents_files(both, "preference")] == ["c", "a", "b"]
 
 
 def test_a_share_of_all_earlier_steps_is_learned_again(script, bases, tmp_path):

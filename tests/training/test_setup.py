@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import random
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, OPTConfig, TrainerControl, TrainerState
+from transformers import GPT2Config, LlamaConfig, OPTConfig, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import finetune
 from utils.console import UserError
@@ -18,7 +20,7 @@ from utils.files import sha256
 from utils.models.placement import DeviceConfig, place
 from utils.models.tokenizer import load_tokenizer
 from utils.training import checks, run, run_log, setup, trainer
-from utils.training.batching import BatchConfig, pad, split_across_ranks
+from utils.training.batching import BatchConfig, StepBatchSampler, pad, split_across_ranks
 from utils.training.data import prepare_data
 from utils.training.start import RunStart
 
@@ -77,6 +79,13 @@ def test_what_is_computed_in_and_what_is_best(quantize, dtype, best):
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": quantize == "8bit"}
     assert (args.metric_for_best_model, args.greater_is_better) == (best or None, best == "eval_choices")
     assert (args.logging_steps, args.logging_nan_inf_filter, args.remove_unused_columns) == (1, False, False)
+
+
+def test_several_cards_are_used_by_several_processes(monkeypatch):
+    """In one process the library would divide micro-batches among them."""
+    for cards in (0, 1, 4):
+        monkeypatch.setattr(TrainingArguments, "n_gpu", cards)
+        assert arguments()._n_gpu == min(1, cards)
 
 
 FREE = {
@@ -164,6 +173,7 @@ def test_the_last_step_of_an_epoch_may_have_fewer_records(options, steps):
     ("metric", "evaluated", "why"),
     [
         ("eval_chrf", {"eval_loss": 1.25, "eval_chrf": 60}, "the first with the highest eval_chrf (1.2500, chrF 60.0)"),
+        ("eval_exact", {"eval_exact": 7.25}, "the first with the highest eval_exact (exact numbers (%) 7.2)"),
         ("eval_loss", {"eval_loss": 1.25}, "the lowest validation loss (1.2500)"),
         (None, {"eval_loss": 1.25, "eval_choices": 50}, "the last one (1.2500, right choices (%) 50.0)"),
     ],
@@ -205,19 +215,32 @@ def test_the_curves_of_what_was_logged(tmp_path, monkeypatch):
         "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png",
         lambda canvas, path: drawn.append(canvas.figure) or open(path, "w").close(),
     )
-    losses = [{"step": 1, "loss": 3.0}, {"step": 1, "eval_loss": 2.5, "eval_choices": 40.0}, {"step": 2, "loss": 2.0}]
-    run_log.plot(losses, tmp_path / "a.png")
-    run_log.plot([{"step": 1, "loss": 1.0, "reward_margin": 0.5, "reward_accuracy": 0.75}], tmp_path / "b.png")
+    names = {
+        "loss": {"loss": "training", "eval_loss": "validation"},
+        "reward": {
+            "reward": "training", "eval_reward": "validation", "reward_chosen": "reward_chosen",
+            "reward_rejected": "reward_rejected", "reward_margin": "reward_margin",
+        },
+        "accuracy": {"reward_accuracy": "reward_accuracy"},
+        "score": {"eval_choices": "right choices (%)", "eval_chrf": "chrF", "eval_exact": "exact numbers (%)"},
+    }  # fmt: skip
+    numbers = {name: number for number, name in enumerate((name for panel in names.values() for name in panel), 1)}
+    run_log.plot([{"step": 3, "kl": 1.0, **numbers}, {"step": 4, "loss": 2.0}], tmp_path / "a.png")
+    run_log.plot([{"step": 1, "loss": 1.0, "reward_margin": 0.5}], tmp_path / "b.png")
     found = [
-        {axes.get_ylabel(): {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes}
+        {
+            axes.get_ylabel(): {line.get_label(): (line.get_marker(), line.get_xydata().tolist()) for line in axes.lines}
+            for axes in figure.axes
+        }
         for figure in drawn
     ]
-    curves = {"training": [[1, 3.0], [2, 2.0]], "validation": [[1, 2.5]]}
-    assert found == [
-        {"loss": curves, "score": {"right choices (%)": [[1, 40.0]]}},
-        {"loss": {"training": [[1, 1.0]]}, "reward": {"reward_margin": [[1, 0.5]]},
-         "accuracy": {"reward_accuracy": [[1, 0.75]]}},
-    ]  # fmt: skip
+    every = {
+        panel: {label: ("o" if "eval" in name else "None", [[3, numbers[name]]]) for name, label in labels.items()}
+        for panel, labels in names.items()
+    }
+    every["loss"]["training"][1].append([4, 2.0])
+    few = {"loss": {"training": ("None", [[1, 1.0]])}, "reward": {"reward_margin": ("None", [[1, 0.5]])}}
+    assert found == [every, few] and {axes.get_xlabel() for figure in drawn for axes in figure.axes} == {"optimizer step"}
 
 
 def test_micro_batches_are_sized_by_their_own_number_of_records(data, monkeypatch):
@@ -263,6 +286,19 @@ def test_what_a_run_learns_is_counted_for_its_lineage(bases, data, tmp_path, cap
         f"{counts['supervised']} of them supervised"
     )
     assert told in capsys.readouterr().out.splitlines()
+
+
+def test_each_epoch_has_an_order_of_its_own_that_seed_and_length_rule():
+    lengths = [random.Random(1).randint(5, 100) for _ in range(40)]
+    for seed, epoch in ((1, 0), (1, 1), (7, 0)):
+        drawn, grouped = (
+            StepBatchSampler(lengths, lengths, BatchConfig(8, 999, group_by_length=group, seed=seed)) for group in (False, True)
+        )
+        drawn.set_epoch(epoch)
+        grouped.set_epoch(epoch)
+        generators = [torch.Generator().manual_seed(seed + epoch) for _ in range(2)]
+        assert drawn.order() == torch.randperm(40, generator=generators[0]).tolist()
+        assert grouped.order() == get_length_grouped_indices(lengths, 8, generator=generators[1])
 
 
 def test_records_are_dealt_to_and_fro():

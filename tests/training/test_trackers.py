@@ -1,5 +1,6 @@
 """Trackers are really written to, without the net, and read back by their own libraries; each is asked for before the work."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from scripting import ROOT, warm
 from trainings import options
 
 import finetune
+from utils.console import UserError
 from utils.files import write_json
 from utils.training import trackers
 
@@ -115,7 +117,8 @@ def test_each_tracker_is_told_the_step_and_both_texts_of_each_answer(monkeypatch
     def noting(name):
         return lambda *args, **options: told.append((name, *args, options)) or len(told)
 
-    for name, functions in (("wandb", ("Table", "log")), ("swanlab", ("Text", "log")), ("mlflow", ("log_text",))):
+    used = {"wandb": ("Table", "log", "init"), "swanlab": ("Text", "log", "init"), "mlflow": ("log_text", "search_experiments")}
+    for name, functions in used.items():
         module = SimpleNamespace(**{function: noting(f"{name}.{function}") for function in functions})
         monkeypatch.setitem(sys.modules, name, module)
     trainer = SimpleNamespace(
@@ -129,6 +132,28 @@ def test_each_tracker_is_told_the_step_and_both_texts_of_each_answer(monkeypatch
         ("swanlab.log", {"eval/answers": [3]}, {"step": 7}),
         ("mlflow.log_text", trackers.markdown([["问", "答"]]), "answers/step-7.md", {}),
     ]
+    told.clear()
+    for name in ("WANDB_PROJECT", "SWANLAB_PROJECT"):
+        monkeypatch.setenv(name, f"of {name}")
+    given = finetune.Options(base_model="", data_path="", report_to=[*used, "tensorboard"], wandb_run_name="mine")
+    trackers.start(given)
+    begun = [
+        ("wandb.init", {"project": "of WANDB_PROJECT", "name": "mine"}),
+        ("swanlab.init", {"project": "of SWANLAB_PROJECT", "experiment_name": "mine"}),
+        ("mlflow.search_experiments", {"max_results": 1}),
+    ]
+    assert told == begun
+    monkeypatch.setenv("RANK", "1")
+    trackers.start(given)
+    assert told == begun, "the first rank alone begins runs"
+    monkeypatch.setenv("RANK", "0")
+    fixes = {"wandb": "log in, or set WANDB_MODE=offline", "swanlab": "log in, or set SWANLAB_MODE=offline"}
+    for name, fix in (fixes | {"mlflow": "check MLFLOW_TRACKING_URI, such as a folder"}).items():
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UserError) as error:
+            trackers.start(dataclasses.replace(given, report_to=[name]))
+        reason = f"import of {name} halted; None in sys.modules"
+        assert str(error.value) == f"--report_to {name}: could not start a run ({reason}); {fix}, or leave it out"
 
 
 @pytest.mark.parametrize(
