@@ -189,7 +189,7 @@ def test_an_answer_that_holds_an_end_token_is_refused(kind):
 def test_a_template_with_control_tokens_is_refused(tmp_path):
     words = chat_templates.tokenizer(tmp_path, "gemma")
     path = tmp_path / "own.json"
-    for text in ("<start_of_turn>user\\n{instruction}X", "<|im_start|>{instruction}X"):
+    for text in ("<start_of_turn>user\\n{instruction}X", "<|im_start|>{instruction}X", "{instruction}<｜Assistant｜>X"):
         given = text.replace("X", "{input}X")
         path.write_text(f'{{"prompt_no_input": "{text}", "prompt_input": "{given}", "response_split": "X"}}')
         with pytest.raises(UserError, match="control token"):

@@ -115,3 +115,12 @@ def test_of_a_file_of_mixed_records_the_first_decides_and_the_others_are_announc
         assert (f"it also holds {name} (the first: {path}, line {line})" in told) == (name != read_as_such)
     assert len(list(READERS[stage](path, ()))) == (4 if first == "answers with a label" else 2)  # a pair is two of them
     assert "dropped" in capsys.readouterr().out
+    for count, announced in ((999, True), (1000, False)):  # of a long file its first thousand records are looked at
+        write(
+            path,
+            "\n".join(
+                json.dumps(one) for one in [*[ITEMS[first]] * count, ITEMS["raw text" if "raw" not in first else others[0]]]
+            ),
+        )
+        stage_of(str(path), "instruction" if first == "questions and answers" else "")
+        assert ("it also holds" in capsys.readouterr().out) == announced

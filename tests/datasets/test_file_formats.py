@@ -145,10 +145,10 @@ def test_csv_without_the_right_columns(tmp_path):
 def test_csv_rows_that_do_not_fit_and_cells_that_hold_history(tmp_path, capsys):
     path = tmp_path / "a.csv"
     history = json.dumps([["q", "a"]]).replace('"', '""')
-    path.write_text(f'instruction,output,history\na,b,"{history}"\nc\nd,e,,\n"f\nf",g,\n')
+    path.write_text(f'instruction,output,history\na,b,"{history}"\nc\nd,e,,\n"f\nf",{"g" * 200_000},\n')
     assert list(read_records(path)) == [
         {"instruction": "a", "input": "", "output": "b", "history": [["q", "a"]]},
-        {"instruction": "f\nf", "input": "", "output": "g"},
+        {"instruction": "f\nf", "input": "", "output": "g" * 200_000},
     ]
     said = capsys.readouterr().out
     assert f"1 dropped, 2 kept: fewer cells than the header; first: {path}, line 3" in said
@@ -192,7 +192,7 @@ def test_tables_as_old_and_other_programs_write_them(tmp_path, text):
 
 def test_the_separator_is_found_and_a_column_twice_refused(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("prompt;response\na,b;c\n")
+    path.write_text("prompt;response;messages\na,b;c;\n")
     assert list(read_records(path)) == [{"instruction": "a,b", "input": "", "output": "c"}]
     path.write_text("instruction,output,output\na,b,c\n")
     with pytest.raises(UserError, match="two columns are called output"):
@@ -236,6 +236,16 @@ def test_text_in_an_unknown_encoding_is_refused(tmp_path, encoding, text):
     [
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"PK\x03\x04....", "zip archive or an Excel file"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel or Word file"),
+        (b"%PDF-1.7", "is a PDF"),
+        (b"7z\xbc\xaf\x27\x1c", "is a 7z archive"),
+        (b"Rar!\x1a\x07", "is a RAR archive"),
+        (b"BZh91AY", "bunzip2"),
+        (b"\xfd7zXZ\0", "unxz"),
+        (b"\x28\xb5\x2f\xfd\x24", "unzstd"),
+        (b"ORC\x08", "is an ORC table"),
+        (b"\x93NUMPY\x01", "is a NumPy array"),
+        (b"SQLite format 3\0", "is an SQLite database"),
         (b"a.json".ljust(257, b"\0") + b"ustar", "is a tar archive; unpack it"),
         (b"\x80\x04\x95", "is a Python pickle"),
         (b"<!DOCTYPE html><html>", "web page"),

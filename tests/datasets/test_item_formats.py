@@ -15,8 +15,8 @@ READ = {
     "question and answer": ({"question": "问", "answer": "答"}, ANSWER),
     "dolly": ({"instruction": "问", "context": "材料", "response": "答"}, ANSWER | {"input": "材料"}),
     "context": (ANSWER | {"context": "材料"}, ANSWER | {"input": "材料"}),
-    "system_prompt": (ANSWER | {"system_prompt": "护士"}, ANSWER | {"system": "护士"}),
-    "meta_instruction": (ANSWER | {"meta_instruction": "护士"}, ANSWER | {"system": "护士"}),
+    "the same material twice": (ANSWER | {"context": "材料", "input": "材料"}, ANSWER | {"input": "材料"}),
+    "names of BELLE": (ANSWER | {"class": "甲", "std_answer": "乙"}, ANSWER | {"category": "甲", "reference": "乙"}),
     "rounds": (
         {"conversation": [{"system": "护士", "input": "甲", "output": "乙"}, {"input": "问", "output": "答"}]},
         ANSWER | {"history": [["甲", "乙"]], "system": "护士"},
@@ -38,13 +38,34 @@ READ = {
         {"messages": [{"role": "user", "content": [{"type": "text", "value": "问"}]}, {"role": "assistant", "content": "答"}]},
         ANSWER,
     ),
-    "thoughts": (
-        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "reasoning_content": "想"}]},
-        ANSWER | {"output": "<think>\n想\n</think>\n\n答"},
-    ),
     "odd history and input": (ANSWER | {"history": "[]", "input": []}, ANSWER),
     "history as JSON": (ANSWER | {"history": '[["甲", "乙"]]'}, ANSWER | {"history": [["甲", "乙"]]}),
 }
+THOUGHTFUL = ANSWER | {"output": "<think>\n想\n</think>\n\n答"}
+
+
+def asked(question, answer):
+    """A dialogue of one question and its answer, with these fields."""
+    return {"messages": [question, answer]}
+
+
+READ["thoughts beside an answer that has them"] = THOUGHTFUL | {"reasoning_content": "想"}, THOUGHTFUL
+for name in ("system", "system_prompt", "meta_instruction", "system_message"):
+    READ[name] = ANSWER | {name: "护士"}, ANSWER | {"system": "护士"}
+for name in ("reasoning_content", "reasoning", "thinking"):
+    READ[name] = asked({"role": "user", "content": "问"}, {"role": "assistant", "content": "答", name: "想"}), THOUGHTFUL
+for name in ("human", "user"):
+    READ[f"{name} asks"] = asked({"from": name, "value": "问"}, {"from": "gpt", "value": "答"}), ANSWER
+for name in ("gpt", "assistant", "chatgpt", "bard", "bing", "model", "bot"):
+    READ[f"{name} answers"] = asked({"from": "user", "value": "问"}, {"from": name, "value": "答"}), ANSWER
+for name in ("system", "developer"):
+    first = {"role": name, "content": "护士"}
+    READ[f"{name} begins"] = (
+        {"messages": [first, *asked({"from": "user", "value": "问"}, {"from": "gpt", "value": "答"})["messages"]]},
+        ANSWER | {"system": "护士"},
+    )
+for one, other in (("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("prompt", "response")):
+    READ[f"rounds of {one} and {other}"] = {"conversation": [{one: "问", other: "答"}]}, ANSWER
 
 
 @pytest.mark.parametrize("name", READ)
@@ -62,10 +83,9 @@ def two(first=None, second=None, question=None):
 
 
 FLAGS = [
-    (two({"weight": 0}), [False, True]),
-    (two({"loss": False}), [False, True]),
+    *((two({name: 0}), [False, True]) for name in ("learn", "loss", "weight", "train", "train_on_turn", "output_with_loss")),
     (two({"train": False}, {"loss": True}), [False, True]),
-    (two(None, {"masked": 1}), [True, False]),
+    *((two(None, {name: 1}), [True, False]) for name in ("mask", "masked")),
     (two({"weight": 1.0}, {"loss": True}), None),
     (two() | {"loss": [False, True]}, [False, True]),
     (two({"weight": 0}) | {"loss": [1, 1.0]}, [False, True]),
@@ -90,8 +110,11 @@ DROPPED = [
     (two({"weight": "0"}), "weight is 0: only 0 and 1"),
     (two() | {"loss": [True]}, "loss has 1 entries for 2 answers"),
     *((ANSWER | label, "label is false") for label in ({"label": False}, {"kto_tag": False}, {"label": "FALSE"})),
-    (two({"tool_calls": [{"name": "f"}]}), "tool calls"),
-    (two() | {"images": ["a.png"]}, "images"),
+    *((two({name: [{"name": "f"}]}), "tool calls") for name in ("tool_calls", "function_call")),
+    *((two({"from": role}), "tool calls") for role in ("tool", "function", "observation", "function_call", "tool_call")),
+    *((two({"from": role}), "tool calls") for role in ("ipython", "tool_response", "function_response")),
+    *((two() | {name: ["a"]}, f"it has {name}") for name in ("images", "image", "videos", "video", "audios", "audio")),
+    (two(question={"image": "a.png"}), "parts that are not text"),
     (ANSWER | {"context": "一", "input": "二"}, "both input and context are given"),
     ({"prompt": "一", "query": "二", "response": "三"}, "both prompt and query are given"),
     (ANSWER | {"system": "一", "system_prompt": "二"}, "two system texts"),
@@ -161,7 +184,7 @@ def test_a_reference_or_category_may_be_a_number_and_is_counted_as_unused_if_it_
 def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, capsys):
     items = [
         two({"name": "x", "trainable": False}, question={"loss": True})
-        | {"id": number, "empty": None, "tools": [{"name": "f"}]}
+        | {"id": number, "empty": None, "tools": [{"name": "f"}], "\x1b[31mred": 1}
         for number in range(1, 40)
     ]
     path = tmp_path / "a.json"
@@ -170,5 +193,9 @@ def test_fields_that_nothing_reads_are_named_once_with_their_count(tmp_path, cap
     said = [line for line in capsys.readouterr().out.splitlines() if "unused" in line]
     assert said == [
         f"{path}: unused fields, with the number of records that have them: "
-        "id (39), tools (39), loss (of a question) (39), name (in turns) (39), trainable (in turns) (39)"
+        "id (39), tools (39), \\x1b[31mred (39), loss (of a question) (39), name (in turns) (39), trainable (in turns) (39)"
     ]
+    for count, more in ((12, ""), (13, ", and 1 more")):
+        path.write_text(json.dumps([ANSWER | {f"x{number}": 1 for number in range(count)}]))
+        assert len(list(read_records(path))) == 1
+        assert capsys.readouterr().out.endswith(f": {', '.join(f'x{number} (1)' for number in range(12))}{more}\n")

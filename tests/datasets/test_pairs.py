@@ -6,9 +6,10 @@ import pytest
 
 from utils.console import UserError
 from utils.datasets.preferences import read_judged, read_pairs
-from utils.datasets.stages import stage_of
+from utils.datasets.stages import READERS, stage_of
 
 USER = {"role": "user", "content": "问"}
+SYSTEM = {"role": "system", "content": "甲"}
 CHOSEN, REJECTED = {"role": "assistant", "content": "好"}, {"role": "assistant", "content": "坏"}
 OLD = [{"from": "human", "value": "前"}, {"from": "gpt", "value": "答"}, {"from": "human", "value": "问"}]
 GPT = {"from": "gpt"}
@@ -19,6 +20,7 @@ FORMS = {
     "trl, standard": {"prompt": "问", "chosen": "好", "rejected": "坏"},
     "trl, conversational": {"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]},
     "trl, implicit prompt": {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+    "messages up to an answer": {"messages": [USER, CHOSEN], "chosen": "好", "rejected": "坏"},
     "UltraFeedback": {"prompt": "问", "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED], "messages": [USER, CHOSEN]},
 }  # fmt: skip
 
@@ -30,9 +32,10 @@ def write(path, items):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(tmp_path, form):
-    (pair,) = read_pairs(write(tmp_path / "pairs.json", [FORMS[form]]))
-    earlier = {"history": [["前", "答"]]} if form == "LLaMA-Factory" else {}
-    assert list(pair) == [{"instruction": "问", "input": "", "output": output} | earlier for output in "好坏"]
+    for beside in ({}, {"system": "护士"}):
+        (pair,) = read_pairs(write(tmp_path / "pairs.json", [FORMS[form] | beside]))
+        more = ({"history": [["前", "答"]]} if form == "LLaMA-Factory" else {}) | beside
+        assert list(pair) == [{"instruction": "问", "input": "", "output": output} | more for output in "好坏"]
 
 
 def test_what_is_no_pair_is_dropped_by_cause(tmp_path, capsys):
@@ -40,11 +43,14 @@ def test_what_is_no_pair_is_dropped_by_cause(tmp_path, capsys):
     same = good | {"rejected": "好 "}
     items = [good, same, good | {"rejected": ""}, {"instruction": "问", "chosen": "好"}, good | {"chosen": 3},
              {"chosen": [USER, CHOSEN], "rejected": [USER | {"content": "别的"}, REJECTED]}, "text",
-             {"chosen": "好", "rejected": "坏"}, FORMS["trl, conversational"] | {"prompt": [USER, CHOSEN]}]  # fmt: skip
+             {"chosen": "好", "rejected": "坏"}, FORMS["trl, conversational"] | {"prompt": [USER, CHOSEN]},
+             {"prompt": [SYSTEM, USER], "chosen": "好", "rejected": "坏", "system": "乙"},
+             {"chosen": [SYSTEM, USER, CHOSEN], "rejected": [SYSTEM, USER, REJECTED], "system": "乙"}]  # fmt: skip
     path = write(tmp_path / "pairs.json", items)
     assert len(list(read_pairs(path))) == 1
     causes = {
         "chosen or rejected is missing": (2, 4),
+        "two system texts": (2, 10),
         "both answers are the same": (1, 2),
         "output is empty": (1, 3),
         "chosen is not a text": (1, 5),
@@ -53,7 +59,7 @@ def test_what_is_no_pair_is_dropped_by_cause(tmp_path, capsys):
         "a dialogue whose turns are out of order": (1, 9),
     }
     assert capsys.readouterr().out.splitlines() == [
-        f"{path}: {count} of 9 pairs dropped: {cause} (the first: {path}, line 1, item {place})"
+        f"{path}: {count} of 11 pairs dropped: {cause} (the first: {path}, line 1, item {place})"
         for cause, (count, place) in causes.items()
     ]
     with pytest.raises(UserError, match="no pair in it can be used"):
@@ -83,6 +89,8 @@ def test_what_is_trained_follows_from_the_records_unless_they_leave_a_choice(tmp
     assert [stage_of(path) for path in (pairs, labelled, chat)] == ["preference", "labelled", "instruction"]
     assert stage_of(pairs, preference_loss="kto") == "labelled" and stage_of(labelled, "instruction") == "instruction"
     assert stage_of(chat, rewards=True) == stage_of(chat, "reward", rewards=True) == "reward"
+    asked = write(tmp_path / "asked.json", [{"instruction": "问"}])
+    assert [record["instruction"] for record in READERS["reward"](asked, ())] == ["问"], "rewards need no answers"
     for path, asked, loss, rewards, words in (
         (pairs, "text", "", False, "--stage text: .* holds preferences"),
         (chat, "preference", "", False, "holds questions and answers"),

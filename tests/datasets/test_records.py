@@ -79,7 +79,7 @@ def test_dirty_record_in_an_array_on_one_line(tmp_path, capsys):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([RECORDS[0], RECORDS[0], {"instruction": "a"}]))
     assert len(list(read_records(path))) == 2
-    assert f"first: {path}, line 1, item 3: " in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f'first: {path}, line 1, item 3: {{"instruction": "a"}}\n')
 
 
 def test_what_is_said_can_be_printed_whatever_the_record_holds(tmp_path, capsys):
@@ -93,7 +93,7 @@ def test_what_is_said_can_be_printed_whatever_the_record_holds(tmp_path, capsys)
     said = capsys.readouterr().out
     said.encode()
     assert "\x1b" not in said
-    assert max(map(len, said.splitlines())) < 200 + 2 * len(str(path))
+    assert max(map(len, said.splitlines())) < 200 + 2 * len(str(path)) and "xxx…\n" in said
 
 
 def test_crlf_and_byte_order_marks_within_texts_are_mended_and_counted(tmp_path, capsys):
@@ -133,11 +133,13 @@ def test_texts_broken_on_their_way_are_counted_and_fixed_if_asked(tmp_path, caps
     }
     records = [{"instruction": name, "input": "", "output": broken} for name, (broken, _) in kinds.items()]
     records.append({"instruction": "empty", "input": "<noinput>", "output": "好"})
+    records.append({"instruction": "gone", "input": "", "output": "nan"})
     path.write_text(as_lines(records), "utf-8")
     assert list(read_records(path)) == records
     said = capsys.readouterr().out
-    for name in ("entities", "zero_width", "lines", "placeholders", "empty"):
-        assert f"1 kept unchanged, with {FAULTS[name].what}; data/clean.py --fix_texts {name} " in said
+    for name, count in {"entities": 1, "zero_width": 1, "lines": 1, "placeholders": 1, "empty": 2}.items():
+        way = f"data/clean.py --fix_texts {name} {'drops' if name == 'placeholders' else 'fixes'} them"
+        assert f"{count} kept unchanged, with {FAULTS[name].what}; {way}; first: {path}, line " in said
     fixed = {record["instruction"]: record for record in read_records(path, fixes=["all"])}
     assert {name: record["output"] for name, record in fixed.items()} == {
         name: right for name, (_, right) in kinds.items() if right
@@ -270,11 +272,13 @@ def test_two_different_system_texts_drop_the_record(tmp_path):
 def test_prompts_need_no_output(tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(
-        json.dumps(["你是谁？", {"instruction": "译", "input": "a", "output": None, "reference": "甲", "category": "x"}])
+        json.dumps(
+            ["你是谁？", {"instruction": "译", "input": "a", "output": None, "reference": "甲", "category": "x", "loss": 0}]
+        )
     )
     assert list(read_records(path, need_output=False)) == [
         {"instruction": "你是谁？", "input": "", "output": ""},
-        {"instruction": "译", "input": "a", "output": "", "category": "x", "reference": "甲"},
+        {"instruction": "译", "input": "a", "output": "", "category": "x", "reference": "甲", "learn": [False]},
     ]
     with pytest.raises(UserError, match="output is missing: 2"):
         list(read_records(path))
@@ -302,6 +306,7 @@ ANY_RECORD = st.fixed_dictionaries(
 def test_written_file_is_what_json_would_write(tmp_path_factory, records):
     """Pitfall 9: UTF-8, nothing escaped."""
     path = tmp_path_factory.getbasetemp() / "written.json"
+    records = [*records, *({"instruction": "甲", name: ["一"]} for name in ("learn", "choices", "groups", "tools", "messages"))]
     assert write_records(path, iter(records)) == len(records)
     assert path.read_text("utf-8") == json.dumps(records, ensure_ascii=False, indent=1) + "\n"
 

@@ -93,6 +93,8 @@ def test_folder_of_the_hub_reads_each_split_once(tmp_path, capsys):
         "checkpoint-5/train.json",
         "dataset_infos.json",
         "trainer_state.json",
+        *("state.json", "config.json", "generation_config.json", "package.json", "tokenizer.json", "tokenizer_config.json"),
+        *("all_results.json", "model.index.json", "training_args.json", "special_tokens_map.json", "added_tokens.json"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("instruction,input,output\na,,b\n")
@@ -108,6 +110,15 @@ def test_folder_of_the_hub_reads_each_split_once(tmp_path, capsys):
         write(tmp_path / "plain" / name, 1)
     write(tmp_path / "plain" / "test.jsonl", 1)
     assert data_files(str(tmp_path / "plain")) == [tmp_path / "plain" / name for name in ("2/news.jsonl", "news.jsonl")]
+    for place, name in enumerate(("part", "shard", "chunk", "of", "data", "file", "split", "default")):  # which only number
+        (tmp_path / "numbered" / name).mkdir(parents=True)
+        write(tmp_path / "numbered" / name / f"{'train' if place % 2 else 'training'}-{name}-0.jsonl", 1)
+    capsys.readouterr()
+    assert len(data_files(str(tmp_path / "numbered"))) == 8 and "split/training-split-0.jsonl\n" in capsys.readouterr().out
+    (tmp_path / "words").mkdir()
+    for name in ("test", "eval", "evaluation", "valid", "validation", "val", "dev", "news"):
+        write(tmp_path / "words" / f"{name}.jsonl", 1)
+    assert data_files(str(tmp_path / "words")) == [tmp_path / "words" / "news.jsonl"]
     for name in ("eval/train.jsonl", "train/dev.jsonl"):  # a file's own name says more than its folder's
         (tmp_path / "named" / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / "named" / name, 1)
@@ -123,10 +134,11 @@ def test_folder_of_save_to_disk(tmp_path):
 
     table = datasets.Dataset.from_list(RECORDS)
     table.save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one" / "cache-1.arrow").write_bytes(b"of an earlier map")
     datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "both")
     for name in ("one", "both", "both/train"):
         assert [record for file in data_files(str(tmp_path / name)) for record in read_records(file)] == RECORDS
-    shard = next((tmp_path / "one").glob("*.arrow"))
+    shard = next((tmp_path / "one").glob("data-*.arrow"))
     shard.write_bytes(shard.read_bytes()[:200])
     with pytest.raises(UserError, match=r"cut off or damaged \(Arrow: "):
         list(read_records(shard))

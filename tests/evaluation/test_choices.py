@@ -1,6 +1,7 @@
 """Questions with choices: the forms they come in, likelihoods against the plain way, what is read from answers, the script."""
 
 import csv
+import gzip
 import json
 from functools import partial
 
@@ -48,11 +49,13 @@ def test_several_right_choices_and_a_passage():
     ("changes", "cause"),
     [
         ({"answer": ""}, "the right choice is missing"),
+        ({"answer": True}, "the right choice is missing"),
         ({"answer": "E"}, "the right choice is not among the choices"),
         ({"answer": 4}, "the right choice is not among the choices"),
         ({"answer": "BB"}, "the right choice is not among the choices"),
         ({"choices": ["一", "二", "二", "四"]}, "a choice occurs twice"),
         ({"choices": ["一", " ", "三"]}, "a choice is empty or not a text"),
+        ({"choices": ["A. 一", "B. ", "C. 三"]}, "a choice is empty or not a text"),
         ({"choices": ["一"]}, "1 choices, not 2 to 10"),
         ({"instruction": " "}, "the question is missing"),
         ({"choices": None}, "it has no choices"),
@@ -62,9 +65,10 @@ def test_bad_questions_are_counted_and_named(tmp_path, capsys, changes, cause):
     item = as_record(ONE)
     with pytest.raises(InvalidRecord, match=cause):
         as_choice(item | changes)
-    write_json(tmp_path / "set.json", [item, item | changes])
-    assert read_choices([str(tmp_path / "set.json")]) == [ONE._replace(category="set")]
-    assert f"1 of 2 questions dropped: {cause} (the first: {tmp_path}/set.json, line " in capsys.readouterr().out
+    path = tmp_path / "set.json.gz"
+    path.write_bytes(gzip.compress(json.dumps([item, item | changes]).encode()))
+    assert read_choices([str(path)]) == [ONE._replace(category="set")]
+    assert capsys.readouterr().out == f"{path}: 1 of 2 questions dropped: {cause} (the first: {path}, line 1, item 2)\n"
 
 
 def test_a_choice_that_stands_there_twice_is_not_chosen_between():
