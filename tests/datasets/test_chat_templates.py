@@ -68,7 +68,12 @@ def test_each_answer_is_learned_once_after_the_prompt_that_transformers_makes(ki
         assert text.endswith(end) and text.count(end) == 1 and text.removesuffix(end).strip().endswith(said.strip())
         assert split_thinking(text)[0] == thought and ("think>" in text) == bool(thought)
     plain = AutoTokenizer.from_pretrained(folder)
-    asked = plain.apply_chat_template(prompter.messages(record | {"output": ""}), add_generation_prompt=True, return_dict=False)
+    messages = prompter.messages(record | {"output": ""})
+    if "system" in record:  # and an input
+        system, asked = {"role": "system", "content": "Be brief."}, "Translate\nfox"
+        alone = [{"role": "user", "content": f"Be brief.\n\n{asked}"}]
+        assert messages == (alone if name == "gemma" else [system, {"role": "user", "content": asked}])
+    asked = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert encode_prompt(record, prompter, words) == asked == sequences[-1].input_ids[: len(asked)]
     assert set(sequences[-1].labels[: sequences[-1].full_length - len(words.tokenize(texts[-1]))]) <= {IGNORED, *asked}
 

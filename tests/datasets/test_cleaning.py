@@ -96,6 +96,8 @@ def test_contamination_is_a_shared_run_or_a_whole_short_question():
     assert index.hit({"instruction": "你是谁的助手", "output": "你是谁"}) is None
     assert index.hit({"instruction": "你是谁", "output": "我", "history": [["你好", "好"]]}) == "你是谁？"
     assert index.hit({"instruction": "你好", "output": "好", "history": [["你是谁", "我"]]}) is None
+    assert index.hit({"instruction": "你好", "output": "好", "history": [["欲穷千里目，后面接哪一句", "我"]]})
+    assert Contamination(["甲乙丙丁戊", "甲乙丙丁己"], 4).hit({"instruction": "甲乙丙丁", "output": ""}) == "甲乙丙丁戊"
 
 
 def test_the_script_drops_masks_counts_and_can_be_repeated(script, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import zipfile
 
 import pytest
 from raw_sets import lines, records_in
@@ -61,6 +62,11 @@ def test_archives_are_read_as_they_are(prepare, tmp_path):
         prepare("ceval", "--raw", tmp_path / raw).ok()
         assert [record["instruction"] for record in records_in(tmp_path / "out/test.json")] == ["谁立法？"]
         shutil.rmtree(tmp_path / "out")
+    many = tmp_path / "many.zip"
+    with zipfile.ZipFile(many, "w") as archive:
+        for number in range(10_001):
+            archive.writestr(str(number), "")
+    assert f"{many}: would unpack to 0 GB in 10,001 files, too much" in prepare("ceval", "--raw", many).error
     whole = (tmp_path / "raw/ceval-exam.zip").read_bytes()
     locked = bytearray(whole)
     for place in (6, *(found.start() + 8 for found in re.finditer(b"PK\x01\x02", whole))):

@@ -142,10 +142,14 @@ def test_records_in_an_object_beside_other_things(tmp_path, capsys):
     assert list(read_records(path)) == [{"instruction": "一", "input": "", "output": "二"}]
 
 
-@pytest.mark.parametrize("beside", [{"choices": ["1", "2"]}, {"A": "1", "B": "2", "C": "3"}, {"a": "1", "b": "2", "c": "3"}])
+@pytest.mark.parametrize(
+    "beside",
+    [{"choices": ["1", "2"], "answer": "B"}, {"A": "1", "B": "2", "C": "3", "Answer": "B"},
+     {"a": "1", "b": "2", "c": "3", "answer": "B"}, {"options": ["1", "2"], "label": "B"}],
+)  # fmt: skip
 def test_questions_with_choices_are_not_learned_without_them(tmp_path, beside):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"question": "1+1", "answer": "B"} | beside]))
+    path.write_text(json.dumps([{"question": "1+1"} | beside]))
     with pytest.raises(UserError, match="holds multiple-choice questions"):
         list(read_records(path))
     assert len(list(read_records(path, need_output=False))) == 1

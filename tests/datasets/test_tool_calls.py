@@ -89,6 +89,14 @@ def test_the_published_forms_are_one(tmp_path):
         if item is LEGACY:
             wanted[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "巴黎"}'  # as it stands in the file
         assert record["messages"] == wanted
+    other = copy.deepcopy(
+        LEGACY
+    )  # with a thought before the call, Llama's name for arguments, and a result with a name of its own
+    other["messages"][1] |= {"reasoning_content": "查", "function_call": {"name": "weather", "parameters": {"city": "巴黎"}}}
+    other["messages"][2] |= {"name": "station"}
+    wanted = copy.deepcopy(ONE)
+    wanted[1]["content"], wanted[2]["name"] = "<think>\n查\n</think>\n\n", "station"
+    assert read(tmp_path, [other], strict=True, carries=CARRIED)[0]["messages"] == wanted
     (record,) = read(tmp_path, [OPENAI], strict=True, carries=CARRIED)
     assert record["system"] == "简短。" and [m["role"] for m in record["messages"]][:4] == ["user", "assistant", "tool", "tool"]
     assert [m["content"] for m in record["messages"][2:4]] == ["晴", "雨"] and record["output"] == ""
@@ -121,6 +129,7 @@ BROKEN = [
     (lambda m: m[2].update(tool_calls=[call("x", "1") | {"function": {"name": "f", "arguments": "[1]"}}]), "not an object"),
     (lambda m: m.pop(2), "a tool's result without a call"),
     (lambda m: m.insert(3, {"role": "user", "content": "x"}), "out of order"),
+    (lambda m: m.pop(5), "out of order"),
     (lambda m: m[5].update(content=" "), "an empty turn"),
     (lambda m: m.append({"role": "tool", "tool_call_id": "call_abc-3", "content": "x"}), "output is missing"),
     (lambda m: m.append({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}), "parts that are not text"),

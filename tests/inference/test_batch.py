@@ -349,6 +349,7 @@ def test_prompts_may_come_from_several_sources_with_weights(tmp_path, capsys):
         read_prompts([f"{tmp_path}/c.json:0.5"])
     (tmp_path / "one").mkdir()
     (tmp_path / "a.json").rename(tmp_path / "one/a.json")
+    (tmp_path / "one/.b.json").write_text('["藏"]', "utf-8")
     assert {record["category"] for record in read_prompts([str(tmp_path / "one")])} == {"a"}
 
 
