@@ -131,6 +131,7 @@ ROUNDS = [
     ),
     ({"round_0": response("甲", "乙", "~~~\n{}~~~ ")}, record("甲", "乙")),
     ({"round_0": response("甲", "乙"), "round_2": response("丙", "丁")}, record("丙", "丁", history=[["甲", "乙"]])),
+    ({"round_1": response("甲", "乙")}, record("甲", "乙")),
     ({"round_0": response("甲", ["乙"])}, None),
     ({"round_0": {"response": '{"Q": "甲", "A": '}}, None),
     ({"round_0": {"response": "[]"}}, None),

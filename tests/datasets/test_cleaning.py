@@ -102,26 +102,26 @@ def test_contamination_is_a_shared_run_or_a_whole_short_question():
 
 def test_the_script_drops_masks_counts_and_can_be_repeated(script, tmp_path):
     records = [
-        {"instruction": "介绍北京", "input": "", "output": f"北京是首都，电话13812345678。{POEM}"},
+        {"instruction": "介绍北京", "input": "", "output": f"北京是&quot;首都，电话13812345678。{POEM}"},
         {"instruction": "介绍北京", "input": "", "output": f"北京是首都，电话13812345678。{POEM}！"},
         {"instruction": "Say hello", "input": "", "output": "hello, my friend"},
         {"instruction": "考题：一加一等于几，请写出计算的过程", "input": "", "output": "一加一等于二"},
         {"instruction": "空", "input": "", "output": "好"},
         *({"instruction": f"考题：一加一等于几，请写出计算的过程{end}", "input": "", "output": "二二"} for end in "甲乙丙"),
-        {"instruction": "太长", "input": "长" * 300, "output": "长短"},
+        {"instruction": "太长", "input": "13812345678" + "长" * 300, "output": "长短"},
     ]
     (tmp_path / "data.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
-    (tmp_path / "test.json").write_text('["一加一等于几？请写出计算的过程"]', "utf-8")
+    asked = {"instruction": "一加一等于几？", "input": "请写出计算"}  # of eleven characters that count
+    (tmp_path / "test.json").write_text(json.dumps([asked]), "utf-8")
     data, clean = tmp_path / "data.json", tmp_path / "clean.json"
     argv = ["--data_path", data, "--output_path", clean, "--against", tmp_path / "test.json",
-            "--languages", "zh", "--least_characters", 2, "--most_characters", 200]  # fmt: skip
+            "--languages", "zh", "--ngram", 11, "--fix_texts", "entities", "--least_characters", 2,
+            "--most_characters", 200]  # fmt: skip
     out = script("data/clean.py", *argv).ok()
     kept = json.loads((tmp_path / "clean.json").read_text("utf-8"))
-    assert [record["output"][:14] for record in kept] == ["北京是首都，电话[电话]。白"]
+    assert [record["output"][:14] for record in kept] == ['北京是"首都，电话[电话]。']
     report = json.loads((tmp_path / "clean.report.json").read_text("utf-8"))
-    asked = [
-        {"record": records[place]["instruction"], "test question": "一加一等于几？请写出计算的过程"} for place in (3, 5, 6, 7)
-    ]
+    asked = [{"record": records[place]["instruction"], "test question": "一加一等于几？\n请写出计算"} for place in (3, 5, 6, 7)]
     causes = {
         "shares text with a test question": asked,
         "answer in another language (en)": ["hello, my friend"],
@@ -143,7 +143,14 @@ def test_the_script_drops_masks_counts_and_can_be_repeated(script, tmp_path):
     assert "already exists; give --overwrite" in script("data/clean.py", *argv).error
     assert "swap them" in script("data/clean.py", *argv[:-1], 1, "--overwrite").error
     assert "is a folder; name a file" in script("data/clean.py", *argv, "--output_path", tmp_path, "--overwrite").error
-    assert "is also an input" in script("data/clean.py", *argv[:2], "--output_path", data, "--overwrite").error
+    (tmp_path / "link.json").symlink_to(data)
+    for same in (data, tmp_path / "link.json"):
+        assert "is also an input" in script("data/clean.py", *argv[:2], "--output_path", same, "--overwrite").error
+    data.write_text(
+        json.dumps([records[1], records[1], records[1] | {"output": records[1]["output"].removesuffix("！")}]), "utf-8"
+    )
+    script("data/clean.py", *argv[:4], "--against", "[]", "--near_duplicates", 1, "--overwrite").ok()
+    assert len(json.loads(clean.read_text("utf-8"))) == 1, "punctuation makes no difference"
 
 
 def test_its_workers_end_with_it_even_if_it_is_killed(script, tmp_path):

@@ -11,6 +11,9 @@ from raw_sets import (
     write_couplets,
 )
 
+from data.couplets.prepare import tsv_pairs
+from utils.datasets.items import UnreadableItem
+
 
 def test_couplets(prepare, tmp_path):
     write_couplets(tmp_path / "raw", TRAIN, TEST)
@@ -40,6 +43,16 @@ def test_couplets_of_a_tsv_file(prepare, tmp_path):
     assert "1 dropped, 1 kept: not two halves with a tab between them" in said
 
 
+def test_the_names_of_columns_in_the_first_line_are_no_couplet(tmp_path):
+    names = "上联 下联 上句 下句 上聯 下聯 出句 对句 First Second IN OUT input output instruction output up down upper lower "
+    names += "shanglian xialian question answer text1 text2 source target src tgt left right text label"
+    for one, other in zip(names.split()[::2], names.split()[1::2], strict=True):
+        (tmp_path / "a.tsv").write_text(f"{one}\t{other}\n春\t秋\n{one}\t{other}\n", "utf-8")
+        header = UnreadableItem("a header, not a couplet", f"{one} {other}")
+        couplets = [{"first": first, "second": second} for first, second in (("春", "秋"), (one, other))]
+        assert [item for _, item in tsv_pairs(tmp_path / "a.tsv")] == [header, *couplets]
+
+
 def test_couplets_with_a_header_without_spaces_and_gzipped(prepare, tmp_path):
     for part, name, text in (
         ("train", "in.txt", "上联\n春风送暖\n江山如画\n2008 年 春\n"),
@@ -66,6 +79,11 @@ def test_couplets_whose_files_do_not_match(prepare, tmp_path):
     assert f"{out}: ends before line 2" in prepare("couplets").error
     out.unlink()
     assert f"{out}: no such file" in prepare("couplets").error
+    out.with_name("out.txt.gz").write_bytes(gzip.compress("晨 露\n".encode()))
+    assert f"{out}.gz: ends before line 2" in prepare("couplets").error
+    out.write_text("晨 露\n月\n", "utf-8")  # is taken, since it is not gzipped
+    assert f"{out}: ends before line 3" in prepare("couplets").error
+    out.unlink()
     half = out.with_name("in.txt")
     assert f"{half}: holds one half of each couplet; name the folder" in prepare("couplets", raw=half).error
     with tarfile.open(tmp_path / "couplet.tar.gz", "w:gz") as archive:

@@ -9,6 +9,8 @@ import zipfile
 import pytest
 from raw_sets import lines, records_in
 
+from data.agieval import prepare as agieval
+from data.gaokao_bench import prepare as gaokao_bench
 from utils.datasets.choices import read_choices
 
 COLUMNS = ["", "Question", "A", "B", "C", "D", "Answer"]
@@ -101,6 +103,21 @@ def test_agieval_and_logiqa(prepare, tmp_path):
     assert records_in(tmp_path / "out/test.json")[0]["topic"] == "逻辑推理"
 
 
+GAOKAO = """chinese 语文 english 英语 geography 地理 history 历史 biology 生物 chemistry 化学 physics 物理 mathqa 数学"""
+BENCH = """Biology 生物 Chemistry 化学 Chinese_Lang_and_Usage 语文 Chinese_Modern_Lit 现代文阅读 English 英语
+English_Fill_in_Blanks 英语完形填空 English_Reading_Comp 英语阅读 English_Cloze_Test 英语七选五 Geography 地理 History 历史
+Math_I 理科数学 Math_II 文科数学 Physics 物理 Political_Science 政治"""
+
+
+def test_subjects_are_called_what_they_are():
+    called, others = GAOKAO.split(), {"logiqa-zh": "逻辑推理", "jec-qa-kd": "司法考试知识", "jec-qa-ca": "司法考试案例"}
+    topics = {f"gaokao-{name}": f"高考{topic}" for name, topic in zip(called[::2], called[1::2], strict=True)}
+    assert topics | others == agieval.TOPICS
+    assert agieval.GROUPS == {"gaokao": "Gaokao", "logiqa": "LogiQA", "jec": "JEC-QA"}
+    called = BENCH.split()
+    assert {name: f"高考{topic}" for name, topic in zip(called[::2], called[1::2], strict=True)} == gaokao_bench.TOPICS
+
+
 TOWN = "小明去上学。他走了1.5公里，36 分钟。\n"
 
 
@@ -157,10 +174,15 @@ def test_cmath_has_numbers_as_references(prepare, tmp_path):
 
 def test_mbpp_brings_what_its_tests_need(prepare, tmp_path):
     item = {"prompt": "Round.", "test_imports": ["import math"], "test_list": ["assert math.isclose(f(), 1)"]}
-    (tmp_path / "raw").write_text(json.dumps([item, item | {"test_list": [" "]}]), "utf-8")
-    assert "1 of 2 items dropped" in prepare("code").ok()
-    (found,) = records_in(tmp_path / "out/mbpp.json")
-    assert found["tests"] == "import math\n\nassert math.isclose(f(), 1)"
+    whole = {"text": "Add.", "test_setup_code": "one = 1", "test_list": ["assert f(one) == 2", "assert f(2) == 3"]}
+    (tmp_path / "raw").write_text(json.dumps([item, item | {"test_list": [" "]}, whole]), "utf-8")
+    assert "1 of 3 items dropped" in prepare("code").ok()
+    first, second = records_in(tmp_path / "out/mbpp.json")
+    assert first["tests"] == "import math\n\nassert math.isclose(f(), 1)"
+    tests = "assert f(one) == 2\nassert f(2) == 3"
+    asked = f"Add.\n请写一个 Python 函数，只写代码，要能通过下面的测试：\n```python\n{tests}\n```"
+    more = {"input": "", "output": "", "category": "mbpp", "prefix": "", "entry_point": "", "tests": f"one = 1\n{tests}"}
+    assert second == {"instruction": asked} | more
 
 
 def test_safetybench_has_its_answers_in_another_file(prepare, tmp_path):

@@ -53,6 +53,20 @@ def test_firefly_parts_hold_each_kind_in_proportion_and_in_order(prepare, tmp_pa
         (row,) = re.findall(rf"^{kind} +([\d,]+) = ([\d, +]+)$", said, re.MULTILINE)
         assert int(row[0].replace(",", "")) == total == sum(int(n.replace(",", "")) for n in row[1].split(" + "))
     assert f"{len(items):,} records of {len(totals)} kinds; the parts' totals add up to these, as verified" in said
+    named = re.findall(r"^(\w+) +[\d,]+ = ", said, re.MULTILINE)
+    assert [totals[kind] for kind in named] == sorted(totals.values(), reverse=True)
+
+
+def test_firefly_says_how_many_kinds_a_part_has_and_cuts_into_no_more_than_a_hundred(prepare, tmp_path):
+    items = [{"kind": kind, "input": f"{n}", "target": "答"} for n, kind in enumerate("aaab")]
+    (tmp_path / "raw").write_text(lines(items))
+    said = prepare("firefly", "--parts", 2).ok()
+    told = (
+        f"{tmp_path}/out/firefly-train-{part}.json: {count}"
+        for part, count in enumerate(("3 records of 2 kinds", "1 records of 1 kinds"))
+    )
+    assert all(f"{line}\n" in said for line in told)
+    assert "--parts 101" in prepare("firefly", "--parts", 101).error
 
 
 def test_firefly_shares_go_on_where_the_index_is_read_in_parts(prepare, tmp_path):
@@ -161,7 +175,7 @@ def test_coig_all_six_files(prepare, tmp_path):
     ):
         assert cause in said
     tar = tmp_path / "raw" / "counterfactural_correction_multi_round_chat.tar.gz"
-    assert f"1 repaired, 3 kept: a round is missing, the others follow one another; first: {tar}, member chat/-2.json: " in said
+    assert f"2 repaired, 4 kept: a round is missing, the others follow one another; first: {tar}, member chat/-2.json: " in said
 
 
 @pytest.mark.parametrize("name", COIG)
@@ -243,11 +257,11 @@ def test_psyqa_six_variants(prepare, tmp_path):
 def test_belle_single_turn(prepare, tmp_path):
     items = [
         {"instruction": "加一\n“9点”\n", "input": "", "output": "\n\n“10点”"},
-        {"instruction": "问\nHuman: 引文", "input": "材料", "output": "答"},
+        {"instruction": "问\nHuman: 引文", "input": "材料", "output": "\n  缩进的答 \n"},
         {"instruction": "问", "input": "", "output": "\n"},
     ]
     found, said = prepared(prepare, tmp_path, "belle", lines(items))
-    assert found == [record("加一\n“9点”", "“10点”"), record("问\nHuman: 引文", "答", "材料")]
+    assert found == [record("加一\n“9点”", "“10点”"), record("问\nHuman: 引文", "  缩进的答", "材料")]
     assert "1 dropped, 2 kept: output is empty" in said
 
 
@@ -274,6 +288,7 @@ def test_belle_dialogues_in_one_text(prepare, tmp_path):
         item("Human:甲\nAssistant:\nHuman:丙\nAssistant:"),
         item("Human:甲\nAssistant:", ""),
         item("Human:甲 Assistant:乙\nHuman:丙\nAssistant:"),
+        item("Human:甲\nAssistant:") | {"input": "材料"},
     ]
     found, said = prepared(prepare, tmp_path, "belle", lines(items))
     assert found == [
@@ -285,6 +300,7 @@ def test_belle_dialogues_in_one_text(prepare, tmp_path):
     assert "1 dropped, 2 kept: history holds an empty turn" in said
     assert "1 dropped, 2 kept: output is empty" in said
     assert "1 dropped, 2 kept: a speaker's mark inside a turn" in said
+    assert "1 dropped, 2 kept: a dialogue with an input beside it" in said
 
 
 def test_belle_conversations(prepare, tmp_path):
@@ -305,7 +321,7 @@ def test_baize(prepare, tmp_path):
             "topic": "t",
             "input": opening + "[|Human|] 甲\n[|AI|] 乙\n\n1. 一\n2. 二\n[|Human|] 丙\n[|AI|] 丁\n[|Human|] ",
         },
-        {"topic": "t", "input": opening + "[|Human|] 甲\n[|AI|] 乙\n[|Human|] 丙 [|AI|] ?\n[|AI|] 丁\n[|Human|] "},
+        {"topic": "t", "input": opening + "[|Human|] 甲 [|AI|] ?\n[|AI|] 乙\n[|Human|] 丙\n[|AI|] 丁\n[|Human|] "},
         {"topic": "t", "input": opening + "[|Human|] 甲\n[|AI|] 乙"},
         {"topic": "t", "input": opening + "[|Human|] 甲\n[|AI|] 乙\n[|Human|] 丙"},
         {"topic": "t", "input": opening + "[|AI|] 乙\n[|Human|] "},
@@ -354,6 +370,9 @@ def test_alpaca_gpt4_and_truncated_answers(prepare, tmp_path):
     found, said = prepared(prepare, tmp_path, "alpaca_gpt4", content, ["--drop_truncated"])
     assert [item["instruction"] for item in found] == ["一", "二", "五", "六", "七"]
     assert "2 dropped, 5 kept: output looks cut off" in said
+    items = [record(sign, "长" * 201 + sign) for sign in "。！？…—.!?\"'”’」』）)】]》>}`|~*、，：；,:;"]
+    found, _ = prepared(prepare, tmp_path, "alpaca_gpt4", json.dumps(items), ["--drop_truncated"])
+    assert "".join(item["instruction"] for item in found) == "。！？…—.!?\"'”’」』）)】]》>}`|~*"
 
 
 # ---- Couplets
