@@ -113,7 +113,7 @@ def describe(kind: str, options: Any, began: float, **facts: Any) -> dict[str, A
     """
     return {
         "kind": kind,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *sys.argv[2:]],
         "options": dataclasses.asdict(options),
         "format": FORMAT,
         "toolkit": toolkit(),

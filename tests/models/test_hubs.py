@@ -35,7 +35,10 @@ def modelscope(monkeypatch, tmp_path):
 
 def test_a_name_on_modelscope_is_looked_up_there_when_asked_for_and_recorded_so(modelscope, tmp_path, monkeypatch, capsys):
     assert hubs.named_on("huggingface", "owner/model") == "owner/model" and not modelscope
-    assert hubs.named_on("modelscope", str(tmp_path)) == str(tmp_path), "a folder is a folder"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for folder in (str(tmp_path), "models/mine", "./a", "../a", "~/a", "a/b/c", "a"):
+        assert hubs.named_on("modelscope", folder) == folder, "a folder is a folder"
     name = hubs.named_on("modelscope", "owner/model")
     assert name == "modelscope:owner/model" == hubs.named_on("modelscope", name) and not modelscope
     for offline in (True, False):

@@ -13,17 +13,14 @@ import tiny
 import torch
 from torch.nn import functional
 from trainings import losses, options, same, tensors
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks import memory as memory_cases
 from utils import lineage
-from utils.adapters import adapters
 from utils.console import UserError
 from utils.models import loading
-from utils.models.architecture import meta_model
-from utils.models.placement import half_precision_gain, place, with_training_kernel
-from utils.training import memory
+from utils.models.placement import DeviceConfig, half_precision_gain, measured, place, with_training_kernel
 from utils.training.loss import returning_loss
 
 torch.set_num_threads(1)
@@ -292,30 +289,14 @@ def test_a_run_is_not_resumed_with_another_kernel_than_it_began_with(script, bas
     script("finetune.py", *run, "--attn_implementation=eager").ok()
 
 
-def test_what_is_faster_than_8_bit_is_said(bases, monkeypatch, capsys):
-    from peft import LoraConfig
-
-    model = adapters.add(meta_model(str(bases["llama"])), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    placement = place(True, False, dtype="bfloat16")
-    plain = dataclasses.replace(placement, quantize=None)
-    least = memory.estimate(model, plain, 4, 64).total(False) / 0.9 - memory.weights(model, placement)[0]
-    for free, words in ((1.01 * least, "bfloat16 has room here, about 0.0 GB, and is faster"), (0.99 * least, "--load_4bit")):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        memory.tell_faster(model, placement, 4, 64)
-        assert words in capsys.readouterr().out
-
-
-def test_checkpointing_is_on_where_memory_is_short(bases, monkeypatch, capsys):
-    from peft import LoraConfig
-
-    model = adapters.add(meta_model(str(bases["llama"])), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    placement = place(False, False, dtype="float32")
-    needed = memory.estimate(model, placement, 4, 64)
-    for share, is_short in ((1.01, False), (0.99, True)):
-        free = share * (needed.total(False) - needed.base) / 0.9
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        assert memory.is_short(model, placement, 4, 64) is is_short
-        assert ("memory is short by about 0.0 GB" in capsys.readouterr().out) is is_short
+def test_apple_s_gpu_computes_in_float16_throughout_and_is_not_measured(tmp_path, monkeypatch):
+    LlamaConfig(hidden_size=4096).save_pretrained(tmp_path)
+    monkeypatch.setattr("utils.models.placement.half_precision_gain", lambda *_: 9)
+    for device, beside in (("mps", None), ("cuda", "float16")):
+        placement = DeviceConfig(torch.device(device), torch.float16, None)
+        assert placement.autocast_dtype == beside
+        assert (measured(placement, str(tmp_path)) is placement) == (device == "mps")
+    assert str(DeviceConfig(torch.device("cpu"), torch.float32, "4bit")) == "cpu, 4bit"
 
 
 def test_ways_to_train_that_would_go_wrong_are_refused(monkeypatch):

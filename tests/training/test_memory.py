@@ -1,15 +1,24 @@
 """Memory of training: the estimate beside what autograd really keeps, and what happens where memory ends."""
 
+import dataclasses
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from test_ranks import train_in_turn
 from trainings import losses, options, same, tensors
 from transformers import LlamaModel
 
 from benchmarks import memory as cases
-from utils.models.memory import free_memory
+from utils.adapters import adapters
+from utils.models.architecture import meta_model
+from utils.models.memory import free_memory, peak_memory
+from utils.models.placement import DeviceConfig, place
+from utils.training import memory
+from utils.training.activations import Saved
 from utils.training.budget import Budget
 
 SAMPLE = [  # each family, type and choice of what trains, once or twice
@@ -33,6 +42,78 @@ def test_the_estimate_is_within_15_percent_of_what_autograd_keeps(tmp_path, fami
     assert figures["checkpointed_counted_mb"] < 0.7 * figures["counted_mb"]
 
 
+# What is said of it
+
+
+@pytest.fixture
+def unread(bases):
+    """A model without values, with an adapter."""
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return adapters.add(meta_model(str(bases["llama"])), config)
+
+
+def test_what_is_faster_than_8_bit_is_said(unread, monkeypatch, capsys):
+    placement = place(True, False, dtype="bfloat16")
+    plain = dataclasses.replace(placement, quantize=None)
+    needed = memory.estimate(unread, plain, 4, 64).total(False) * 1e5
+    monkeypatch.setattr(memory, "weights", lambda model, one: (1e9 if one.quantize == "8bit" else 0.6e9, 1))
+    monkeypatch.setattr(memory, "try_estimate", lambda *_: memory.Estimate(needed, 0, 0, 0, 0))
+    half = f"bfloat16 has room here, about {needed / 1e9:.1f} GB, and is faster: --load_8bit False"
+    small = "4 bit is smaller, about 0.6 GB of weights, and usually faster: --load_4bit"
+    for share, told in ((1.01, half), (0.99, small)):
+        monkeypatch.setattr(memory, "free_memory", lambda _, free=share * needed / 0.9 - 1e9: free)
+        memory.tell_faster(unread, placement, 4, 64)
+        assert capsys.readouterr().out == f"8 bit is the default on a GPU, but waits for it at each layer; {told}\n"
+
+
+def test_checkpointing_is_on_where_memory_is_short(unread, monkeypatch, capsys):
+    placement = place(False, False, dtype="float32")
+    needed = memory.Estimate(9e9, 1e9, 2e9, 0.5e9, 3e9)
+    monkeypatch.setattr(memory, "try_estimate", lambda *_: needed)
+    for free, missing in ((6.01e9, 0), (5e9, 1)):
+        monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free / 0.9)
+        assert memory.is_short(unread, placement, 4, 64) is bool(missing)
+        told = "memory is short by about 1.0 GB: --gradient_checkpointing is on (False: off)\n"
+        assert capsys.readouterr().out == told * missing
+    memory.show(unread, placement, 4, 64)
+    assert capsys.readouterr().out.splitlines() == [
+        "memory on cpu, float32, --gradient_checkpointing False: "
+        "about 15.0 GB (base 9.00, adapter 1.00, activations 2.00, logits 3.00)",
+        "memory on cpu, float32, --gradient_checkpointing True: "
+        "about 13.5 GB (base 9.00, adapter 1.00, activations 0.50, logits 3.00)",
+    ]
+
+
+@pytest.mark.parametrize(("sparse", "rows"), [(True, 512), (False, 1200)])
+@pytest.mark.parametrize(("quantize", "a_weight"), [(None, 2), ("8bit", 1), ("4bit", 0.53)])
+@pytest.mark.parametrize(("device", "holes"), [("cpu", 1.6), ("cuda", 1)])
+def test_what_an_estimate_is_made_of(unread, monkeypatch, sparse, rows, quantize, a_weight, device, holes):
+    """Of a model that does more than its output layer to its logits, all of them; 4 records of 300 tokens."""
+    monkeypatch.setattr(memory, "saved_in_training", lambda *_: Saved(1000, 10, 20, 300, sparse))
+    model = unread.get_base_model()
+    linear = sum(one.numel() for name, one in model.named_parameters() if "proj" in name and "lora" not in name)
+    other = sum(one.numel() for name, one in model.named_parameters() if "proj" not in name)
+    trained = 2 * 8 * (64 + 64)
+    base = linear * a_weight + other * 2
+    wanted = memory.Estimate(base, 16 * trained, 1000 * holes, 330 * holes, 3 * rows * model.config.vocab_size * 4)
+    found = memory.estimate(unread, DeviceConfig(torch.device(device), torch.bfloat16, quantize), 4, 300)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(wanted))
+
+
+def test_a_model_that_cannot_run_without_values_is_told_and_trained(unread, capsys):
+    unread.get_base_model().config.hidden_act = "of no library"
+    assert memory.is_short(unread, place(False, False), 4, 64) is False
+    told = r"memory cannot be estimated for this model \(.+\); if it runs out, give --gradient_checkpointing\n"
+    assert re.fullmatch(told, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_most_that_a_process_took_is_in_bytes(monkeypatch, system, unit):
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
+    assert peak_memory() == 7 * unit
+
+
 # Where memory ends
 
 
@@ -54,6 +135,9 @@ def test_half_of_what_did_not_fit_is_tried_next_and_kept_in_checkpoints(tmp_path
     for rank, tokens in ((0, 400), (1, 150)):
         third = Budget(400)
         third.load(tmp_path, rank)
+        small = Budget(120)
+        small.load(tmp_path, rank)
+        assert small.tokens == 120, "never more than the options say now"
         assert (third.tokens, third.is_reduced) == (tokens, rank == 1)
     assert budget.tokens == 150 and len(budget.pack(range(3), [70, 75, 80])) == 2 and other.tokens == 100
 

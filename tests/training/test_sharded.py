@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.console import UserError
 from utils.models.placement import place
-from utils.models.sharding import loads, without_weights
+from utils.models.sharding import loads, wants_fsdp, without_weights
 
 torch.set_num_threads(1)
 
@@ -93,11 +93,18 @@ def test_a_configuration_that_would_train_wrongly_is_refused(monkeypatch):
     for rank in ("0", "2"):  # the latter is the first of a second machine
         monkeypatch.setenv("RANK", rank)
         assert loads() is (rank == "0")
-    for key, value in (("VERSION", "1"), ("STATE_DICT_TYPE", "SHARDED_STATE_DICT"), ("CPU_RAM_EFFICIENT_LOADING", "false")):
-        with monkeypatch.context() as changed:
-            changed.setenv(f"FSDP_{key}", value)
-            with pytest.raises(UserError, match=f"FSDP: fsdp_{key.lower()} is {value}, but must be"):
-                place(False, False)
+    needed = {"VERSION": "2", "STATE_DICT_TYPE": "FULL_STATE_DICT", "CPU_RAM_EFFICIENT_LOADING": "true"}
+    for key, wanted in needed.items():
+        for value in ("1", "", "SHARDED_STATE_DICT", "false"):
+            with monkeypatch.context() as changed:
+                changed.setenv(f"FSDP_{key}", value)
+                with pytest.raises(UserError) as error:
+                    place(False, False)
+            shown = f"FSDP: fsdp_{key.lower()} is {value or 'missing'}, but must be {wanted}; see scripts/accelerate/fsdp.yaml"
+            assert str(error.value) == shown
+    for value, wants in (("1", True), ("True", True), ("0", False), ("false", False), ("", False)):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+        assert wants_fsdp() is wants
 
 
 def test_a_rank_that_does_not_load_has_the_same_model_of_zeros(tmp_path):
