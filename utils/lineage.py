@@ -113,7 +113,7 @@ def describe(kind: str, options: Any, began: float, **facts: Any) -> dict[str, A
     """
     return {
         "kind": kind,
-        "command": [Path(sys.argv[0]).name, *sys.argv[2:]],
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "options": dataclasses.asdict(options),
         "format": FORMAT,
         "toolkit": toolkit(),
@@ -248,7 +248,7 @@ def table_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
             [
                 Path(step["options"].get("output_dir", "—")).name,
                 ", ".join(Path(file).name for file in data.get("files", {})) or "—",
-                str(data.get("train", "—")),
+                str(data.get("records", "—")),
                 str(data.get("tokens", "—")),
                 *(f"{results[key]:.4f}" if results.get(key) is not None else "—" for key in ("train_loss", "eval_loss")),
                 f"{spent['seconds'] / 60:.1f}" if spent.get("seconds") is not None else "—",

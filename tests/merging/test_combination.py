@@ -123,6 +123,15 @@ def test_a_full_model_is_the_base_with_the_combined_adapter(base, pair, tmp_path
         assert step["combination"] == {"method": "ties", "density": 0.4, "rank": 0, "seed": 42}
 
 
+@pytest.mark.parametrize("kind", [[], ["--output_type", "adapter"]])
+def test_what_is_combined_is_not_written_over(base, pair, tmp_path, kind):
+    folders = [shutil.copytree(folder, tmp_path / "f" / name) for folder, name in zip(pair, "ab", strict=True)]
+    for output, over in ((folders[1], folders[1]), (tmp_path / "f", folders[0]), (base, base)):
+        with pytest.raises(UserError) as error:
+            merge(base, [f"{folders[0]}*0.7,{folders[1]}*0.3"], output, "--overwrite", *kind)
+        assert str(error.value) == f"--output_dir {output}: is or contains {over}, which is merged; choose another folder"
+
+
 def test_weights_alone_ask_for_the_exact_sum(base, pair, tmp_path):
     out = merge(base, [f"{pair[0]}*0.7,{pair[1]}*0.3"], tmp_path / "full")
     assert lineage.read(out)["combination"] == {"method": "cat", "density": 0.5, "rank": 0, "seed": 42}

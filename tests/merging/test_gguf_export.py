@@ -10,12 +10,15 @@ import types
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from merges import merge
 from scripting import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.console import UserError
 from utils.datasets.jinja_export import SAMPLES
+from utils.datasets.prompts import read_prompts
 from utils.datasets.templates import Prompter
 from utils.files import write_json
 from utils.merging import gguf_export
@@ -70,6 +73,19 @@ def test_the_modelfile_has_the_template_of_the_last_adapter(tiny_llama, tmp_path
     assert stops and (tiny_llama / "Modelfile").read_text("utf-8") == (
         f'FROM ./model-f16.gguf\nTEMPLATE """{go_template(prompter, "</s>")}"""\n{stops}PARAMETER temperature 0\n'
     )
+
+
+def test_a_merge_is_exported_with_the_last_adapter_s_template_and_what_is_to_be_asked(tiny_llama, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(gguf_export, "check_packages", told.append)
+    monkeypatch.setattr(gguf_export, "export", lambda folder, *rest: told.append(rest))
+    adapters = [tiny.adapter(tiny_llama, tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    write_json(tmp_path / "asked.json", [{"instruction": "问"}])
+    asked = ("--quantize", "q8_0", "--test_input_path", tmp_path / "asked.json")
+    merge(tiny_llama, adapters, tmp_path / "out", "--export", "gguf", *asked)
+    merge(tiny_llama, [], tmp_path / "plain", "--export", "gguf")
+    records = [read_prompts([str(path)]) for path in (tmp_path / "asked.json", ROOT / "test_data")]
+    assert told == ["q8_0", (adapters[1], "q8_0", records[0]), "", (None, "", records[1])]
 
 
 def test_an_extended_tokenizer_is_recognized_by_the_base_s(tiny_llama, monkeypatch, capsys):

@@ -75,6 +75,24 @@ def test_earlier_log_probabilities_are_computed_without_dropout():
     assert seen == [(False, ["input_ids", "labels", "places"])] and trainer.model.training
 
 
+@pytest.mark.parametrize("clip", [0, 0.5])
+def test_each_update_on_the_answers_of_a_step_is_clipped_and_made_but_the_last_which_the_library_makes(monkeypatch, clip):
+    done, trainer = [], GRPOTrainer.__new__(GRPOTrainer)
+    trainer.settings = Policy([], 2, 1.0, 0.2, 0.0, updates=3)
+    trainer.args, model = SimpleNamespace(max_grad_norm=clip), torch.nn.Linear(1, 1)
+    trainer.accelerator = SimpleNamespace(clip_grad_norm_=lambda parameters, most: done.append((len([*parameters]), most)))
+    trainer.optimizer = SimpleNamespace(step=lambda: done.append("step"))
+    monkeypatch.setattr(model, "zero_grad", lambda: done.append("zero"))
+    monkeypatch.setattr("utils.training.trainer.StepTrainer.training_step", lambda _, model, batches: done.append(batches))
+    monkeypatch.setattr(trainer, "sampled", lambda numbers: done.append(numbers) or ["answers"], raising=False)
+    monkeypatch.setattr(trainer, "micro_batches", lambda answers: [*answers, "cut"], raising=False)
+    monkeypatch.setattr(trainer, "note", lambda answers: done.append(answers), raising=False)
+    trainer.training_step(model, [{"records": [3, 1]}, {"records": [2]}])
+    update = [["answers", "cut"], *[(2, clip)] * bool(clip), "step", "zero"]
+    assert done == [[3, 1, 2], *update, *update, ["answers", "cut"], ["answers"]]
+    assert trainer.step_records == [[3, 1, 2]] * 2
+
+
 @pytest.mark.parametrize(
     ("values", "equal"), [([[1, 0], [2, 2], [4, 4], [4, 4]], 0.5), ([[1, 3], [1, 3], [0, 0], [0, 0]], 1.0)]
 )
