@@ -248,7 +248,7 @@ def table_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
             [
                 Path(step["options"].get("output_dir", "—")).name,
                 ", ".join(Path(file).name for file in data.get("files", {})) or "—",
-                str(data.get("records", "—")),
+                str(data.get("train", "—")),
                 str(data.get("tokens", "—")),
                 *(f"{results[key]:.4f}" if results.get(key) is not None else "—" for key in ("train_loss", "eval_loss")),
                 f"{spent['seconds'] / 60:.1f}" if spent.get("seconds") is not None else "—",

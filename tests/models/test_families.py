@@ -2,10 +2,18 @@
 
 import families
 import pytest
-from transformers import BertConfig, GPTNeoXConfig, RwkvConfig
+from transformers import (
+    BertConfig,
+    BloomConfig,
+    Gemma3Config,
+    GPTNeoXConfig,
+    GPTNeoXJapaneseConfig,
+    LlamaConfig,
+    RwkvConfig,
+)
 
 from utils.console import UserError
-from utils.models.architecture import read_architecture
+from utils.models.architecture import read_architecture, window_of
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "llama4_text", "gemma3"])
@@ -27,10 +35,16 @@ def test_families_that_cannot_work_are_refused_before_anything_is_loaded(config,
         read_architecture(tmp_path)
 
 
-def test_a_causal_family_whose_is_decoder_nothing_reads_is_not_taken_for_an_encoder(tmp_path):
-    """GPT-NeoX and Pythia."""
-    GPTNeoXConfig().save_pretrained(tmp_path)
-    assert read_architecture(tmp_path).model_type == "gpt_neox"
+@pytest.mark.parametrize("config", [GPTNeoXConfig(), GPTNeoXJapaneseConfig()])
+def test_a_causal_family_whose_is_decoder_nothing_reads_is_not_taken_for_an_encoder(config, tmp_path):
+    """GPT-NeoX, Pythia and their like."""
+    config.save_pretrained(tmp_path)
+    assert read_architecture(tmp_path).model_type == config.model_type
+
+
+def test_the_window_of_a_model_that_sees_is_that_of_its_language_part():
+    assert window_of(Gemma3Config(text_config={"max_position_embeddings": 77})) == 77
+    assert window_of(LlamaConfig(max_position_embeddings=78)) == 78 and window_of(BloomConfig()) is None
 
 
 @pytest.mark.slow

@@ -15,7 +15,14 @@ from utils.cli import parse
 from utils.console import UserError
 from utils.models.loading import fit_embeddings
 from utils.models.tokenizer import load_tokenizer
-from utils.models.vocabulary import extend_bytes, grow_embeddings, pieces_of_new_tokens, read_texts, train_pieces
+from utils.models.vocabulary import (
+    extend_bytes,
+    grow_embeddings,
+    pieces_of_new_tokens,
+    read_pieces,
+    read_texts,
+    train_pieces,
+)
 
 
 def extend(*arguments: str) -> None:
@@ -74,6 +81,41 @@ def test_so_many_pieces_are_learned_as_are_asked_for_of_those_used_more_than_onc
     few, all_of_them = (train_pieces(tmp_path / "text.txt", most) for most in (5, 2000))
     assert len(few) == 5 and all_of_them and all(text.count(piece) > 1 for piece in all_of_them if piece != "▁")
     assert f"{tmp_path}/text.txt: 5 pieces learned from {len(text)} characters" in capsys.readouterr().out.splitlines()
+
+
+def test_pieces_are_learned_as_llama_s_were(tmp_path, monkeypatch):
+    """So that those of both models match: digits apart, spaces as they are, bytes and words of the user's for rare signs."""
+    asked = []
+    train = sentencepiece.SentencePieceTrainer.train
+
+    def noted(sentence_iterator, model_writer, **settings):
+        texts = list(sentence_iterator)
+        asked.append((texts, settings))
+        train(sentence_iterator=iter(texts), model_writer=model_writer, **settings)
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", noted)
+    (tmp_path / "text.txt").write_text("\n".join([*CHINESE, "2023年 2023年 2023年"]), "utf-8")
+    pieces = train_pieces(tmp_path / "text.txt", 300)
+    assert pieces and not any(sum(map(str.isdigit, piece)) > 1 for piece in pieces)
+    [(texts, settings)] = asked
+    assert texts == [*CHINESE, "2023年 2023年 2023年"]
+    assert settings == {
+        "vocab_size": 300 + len(set("".join(texts))), "model_type": "bpe", "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False, "add_dummy_prefix": True, "split_digits": True,
+        "allow_whitespace_only_pieces": True, "character_coverage": 0.9999, "max_sentence_length": 2**20,
+        "hard_vocab_limit": False, "minloglevel": 2,
+    }  # fmt: skip
+
+
+def test_the_pieces_of_a_model_are_its_ordinary_ones(tmp_path):
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    kinds = ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "BYTE", "UNUSED", "NORMAL")
+    for number, kind in enumerate(kinds):
+        model.pieces.add(piece=f"p{number}", type=getattr(ModelProto.SentencePiece, kind))
+    (tmp_path / "a.model").write_bytes(model.SerializeToString())
+    assert read_pieces(tmp_path / "a.model") == ["p0", "p3", "p6"]
 
 
 @pytest.mark.parametrize(

@@ -236,8 +236,8 @@ def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 def check_same(one: "Weights", other: "Weights") -> None:
     """Raises UserError if two copies of the same weights differ, in names, shapes, or the first values of a tensor."""
     lost = set(one.names) ^ set(other.names)
-    start = slice(1)  # the first row
-    differ = [name for name in one.names if name not in lost and not alike(one.rows(name, start), other.rows(name, start))]
+    start, both = slice(1), [name for name in one.names if name not in lost]  # the first row
+    differ = [n for n in both if one.shape(n) != other.shape(n) or not alike(one.rows(n, start), other.rows(n, start))]
     if lost or differ:
         raise UserError(
             f"{one.folder}: {one.files[0].name} and {other.files[0].name} hold different weights "
