@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config, Gemma3Config, GPT2Config, LlamaConfig, MambaConfig
 
 from utils.adapters.lora_config import lora_config
-from utils.adapters.targets import as_targets, check_layers
+from utils.adapters.targets import as_targets, check_layers, choose_targets
 from utils.console import UserError
 from utils.models import layers
 
@@ -91,6 +91,38 @@ def test_default_layers_of_families():
     assert layers.embedding_names(gpt2) == ["wte", "lm_head"]
     mamba = meta(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
     assert lora_config(mamba, WANTED, None).target_modules == {"in_proj", "x_proj"}
+
+
+DEFAULTS = [
+    "q_proj v_proj", "q_b_proj kv_b_proj", "q_b_proj kv_proj", "q_proj kv_b_proj", "query_key_value", "qkv_proj", "c_attn",
+    "Wqkv", "att_proj", "Wq Wv", "in_proj x_proj", "in_proj", "other",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", DEFAULTS)
+def test_the_first_default_that_a_model_has_is_taken_and_others_than_llama_s_are_told(names, capsys):
+    class Flat(torch.nn.ModuleDict):
+        def get_output_embeddings(self):
+            return self["lm_head"]
+
+    names = names.split()
+    others = ["lm_head", "down"] if names != ["other"] else ["lm_head"]
+    later = ["in_proj"] if names != ["other"] and "in_proj" not in names else []
+    model = Flat({name: torch.nn.Linear(2, 2) for name in [*others, *later, *names]})
+    told = f"this model has no q_proj and v_proj: the adapter goes on {', '.join(names)}\n"
+    assert choose_targets(model, [], False) == names
+    assert capsys.readouterr().out == told * (names != ["q_proj", "v_proj"])
+
+
+def test_an_output_layer_that_is_called_the_decoder_is_no_language_part():
+    """As ModernBERT's is."""
+
+    class Flat(torch.nn.ModuleDict):
+        def get_decoder(self):
+            return self["decoder"]
+
+    assert layers.language_part(Flat({"decoder": torch.nn.Linear(2, 2)})) == ""
+    assert layers.language_part(Flat({"decoder": torch.nn.ModuleDict()})) == "decoder."
 
 
 def test_the_output_layer_is_none_of_the_linear_ones_wherever_it_lies():

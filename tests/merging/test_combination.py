@@ -177,13 +177,14 @@ def test_other_bases_and_the_tokenizer_of_the_first_that_has_one(base, pair, tmp
 
 
 def test_the_first_template_that_is_known_is_kept_and_others_are_told(base, pair, tmp_path, capsys):
-    folders = [shutil.copytree(folder, tmp_path / name) for folder, name in zip([*pair, pair[0]], "abc", strict=True)]
-    for folder, name in zip(folders[1:], ("alpaca", "alpaca_short"), strict=True):
+    folders = [shutil.copytree(folder, tmp_path / name) for folder, name in zip([*pair, *pair], "abcd", strict=True)]
+    texts = [Prompter(name).texts for name in ("alpaca", "alpaca_short", "alpaca_short")]
+    for folder, name, text in zip(folders[1:], ("alpaca", "alpaca_short", "alpaca"), texts, strict=True):
         facts = {"base": {"name": str(base), "fingerprint": lineage.fingerprint(str(base))}}
-        step = {"kind": "train", "options": {}, "template": {"name": name, "texts": Prompter(name).texts}, **facts}
+        step = {"kind": "train", "options": {}, "template": {"name": name, "texts": text}, **facts}
         (folder / lineage.FILE).write_text(json.dumps(step))
-    combine(base, folders, [0.5, 0.25, 0.25], tmp_path / "out")
-    told = f"{folders[2]}: trained with another template than {folders[1]}, whose alpaca is kept"
+    combine(base, folders, [0.5, 0.25, 0.25, 0.5], tmp_path / "out")
+    told = f"{folders[2]}, {folders[3]}: trained with another template than {folders[1]}, whose alpaca is kept"
     assert capsys.readouterr().out.splitlines()[0] == told
     assert lineage.read(tmp_path / "out")["template"] == {"name": "alpaca", "texts": Prompter("alpaca").texts}
     assert (tmp_path / "out" / "chat_template.jinja").is_file()

@@ -10,16 +10,14 @@ import pytest
 import sentencepieces
 import tiny
 import torch
-from merges import LINEAR, loaded, merge, rewrite, same_logits, tensors, with_peft
+from merges import LINEAR, loaded, merge, rewrite, same_logits, tensors
 from peft import PeftModel
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from utils.adapters.settings import read_config
 from utils.console import UserError
 from utils.merging import meta_writer, shards
-from utils.merging.plan import choose_tokenizer, in_order, plan_merge
-from utils.merging.verify import PROMPTS, compare_logits
+from utils.merging.plan import choose_tokenizer, in_order
 from utils.models import weights
 from utils.models.tokenizer import load_tokenizer
 
@@ -291,7 +289,9 @@ def test_lineage_says_what_went_in(base, tmp_path):
     [came] = facts["adapters"]
     assert came["sha256"]["adapter_model.safetensors"] == sha256(adapter / "adapter_model.safetensors")
     assert facts["tokenizer"]["sha256"]["tokenizer.json"] == sha256(base / "tokenizer.json")
-    assert facts["results"]["changed"] == 4 and facts["results"]["bytes"] > 0
+    written = tensors(tmp_path / "out")
+    size = sum(tensor.nbytes for tensor in written.values())
+    assert facts["results"] == {"bytes": size, "tensors": len(written), "changed": 4}
 
 
 def test_the_last_line_and_old_options(base, adapter, tmp_path, script):
@@ -345,28 +345,6 @@ def test_killed_and_started_again(tmp_path, script):
     assert not (tmp_path / ".out.part").exists()
     for file in whole.iterdir():
         assert file.name in ("lineage.json", "run.yaml") or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_verify_compares_logits(base, adapter, tmp_path, capsys):
-    out = merge(base, adapter, tmp_path / "out", "--verify")
-    assert "verified on 4 prompts: scores differ by 0.00%" in capsys.readouterr().out
-    plan = plan_merge(str(base), [str(adapter)], None, "huggingface", "5GB")
-    compare_logits(plan, out)
-    broken = tensors(out)
-    broken["model.norm.weight"][0] = torch.nan
-    save_file(broken, out / "model.safetensors", metadata={"format": "pt"})
-    for folder in (base, out):
-        with pytest.raises(UserError, match="does not match base and adapters, nothing was kept") as error:
-            compare_logits(plan, folder)
-        if folder == base:
-            prompts = [torch.tensor([ids]) for ids in load_tokenizer(base)(list(PROMPTS))["input_ids"]]
-            models = with_peft(base, adapter), loaded(base)
-            ours, theirs = (torch.cat([model(ids).logits[0] for ids in prompts]) for model in models)
-            spread = (ours - ours.mean(-1, keepdim=True)).square().mean()
-            differ = ((theirs - ours).square().mean() / spread).sqrt().item()
-            same = (ours.argmax(-1) == theirs.argmax(-1)).sum()
-            told = f"scores differ by {differ:.2%}, the next token is the same at {same} of {len(ours)} places"
-            assert told in str(error.value)
 
 
 def test_verify_of_stages_and_layouts(published, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Merging: what is refused before the first byte, and after the last; nothing is kept of a merge that would be broken."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.console import UserError
 from utils.merging import meta_writer, shards
-from utils.merging.plan import plan_merge
+from utils.merging.plan import check_output, plan_merge
 from utils.models.weights import check_whole
 
 # ---- what is refused before the first byte
@@ -143,7 +144,10 @@ def test_an_adapter_without_some_of_the_layers_that_its_settings_name(base, tmp_
             plan_merge(str(base), [str(adapter)])
 
 
-@pytest.mark.parametrize(("old", "new"), [("model.layers.1.mlp.up_proj.weight", ""), ("", "module.")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("model.layers.1.mlp.up_proj.weight", ""), *(("", prefix) for prefix in ("module.", "_orig_mod.", "base_model."))],
+)
 def test_a_base_that_lacks_tensors(base, adapter, tmp_path, old, new):
     """Or has them by the names of a wrapped model, in which transformers finds none; loading refuses it with the same line."""
     folder = shutil.copytree(base, tmp_path / "base")
@@ -176,6 +180,10 @@ def test_the_output_folder(base, adapter, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no model that could be overwritten"):
         merge(base, adapter, out, "--overwrite")
     assert (out / "letters.txt").read_text() == "not a model"
+    for name in ("config.json", "params.json", "adapter_config.json", "lineage.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        check_output([base], 0, str(tmp_path / name), True)
     with pytest.raises(UserError, match="is or contains"):
         merge(base, adapter, base, "--overwrite")
     merge(base, adapter, tmp_path / "model")
@@ -238,12 +246,15 @@ def test_values_that_do_not_fit_or_are_no_numbers(base, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.part").exists()
 
 
-def test_a_file_that_was_not_written_as_computed(tmp_path):
+def test_a_file_that_was_not_written_as_computed(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}"))))
     kinds = {"a": ((3, 4), torch.float16), "b": ((5,), torch.float32)}
     values = {"a": torch.randn(3, 4).half(), "b": torch.randn(5)}
     for file, write in ((tmp_path / "x.safetensors", shards.write_safetensors), (tmp_path / "x.pth", meta_writer.write_pth)):
         pieces = write(file, kinds, [shards.block_of(name, part) for name, value in values.items() for part in value.split(2)])
         shards.read_back(file, kinds, pieces)
+        assert synced.pop() == file.name and not synced
         data = file.read_bytes()
         place = data.index(values["b"].numpy().tobytes())
         file.write_bytes(data[:place] + b"\x01" + data[place + 1 :])
@@ -252,6 +263,7 @@ def test_a_file_that_was_not_written_as_computed(tmp_path):
         file.write_bytes(data)
         with pytest.raises(UserError, match="holds other tensors"):
             shards.read_back(file, kinds | {"b": ((1, 5), torch.float32)}, pieces)
+        synced.clear()
 
 
 def test_values_begin_at_a_multiple_of_eight_bytes(tmp_path):

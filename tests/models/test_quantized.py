@@ -99,6 +99,19 @@ def test_weights_are_dequantized_as_the_library_does_it(bases, way):
     assert 0 < far.abs().max() < 0.5  # quantized indeed, and scaled
 
 
+def test_how_far_quantized_weights_are_is_measured_on_tensors_from_all_over(bases, monkeypatch):
+    _, stored = open_model(bases["full"])
+    linear = [name for name in stored.names if name.endswith("_proj.weight")]
+    monkeypatch.setattr(quantized.Requantized, "MEASURED", 4)
+    for way in ("4-bit", "8-bit"):
+        found = quantized.Requantized(stored, linear, way, {"dtype": "float32"})
+        some = sorted(linear)[::4]
+        apart = sum((found.tensor(name) - stored.tensor(name)).square().sum() for name in some)
+        whole = sum(stored.tensor(name).square().sum() for name in some)
+        assert found.difference() == (pytest.approx((apart / whole).sqrt().item()), len(some))
+        assert torch.equal(found.tensor("model.norm.weight"), stored.tensor("model.norm.weight"))
+
+
 @pytest.mark.parametrize("way", ["nf4 with quantized scales", "int8", "fp8"])
 def test_an_adapter_on_a_quantized_base_is_merged_into_its_full_weights(bases, tmp_path, script, way):
     merged = script(
