@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.datasets.templates import Prompter
 from utils.evaluation import forgetting
-from utils.evaluation.chain import locate
+from utils.evaluation.chain import locate, name_of
 from utils.evaluation.likelihood import load_engine, log_likelihoods
 from utils.files import write_json
 from utils.inference.answerers import BASE
@@ -158,6 +158,7 @@ def test_a_parent_is_where_it_was_recorded_or_else_beside_its_child(tmp_path):
         for folder in there:
             folder.mkdir(parents=True, exist_ok=True)
         assert locate(str(recorded), tmp_path / "new/f2") == found
+    assert name_of(beside, None, {}) == "f1" and name_of(beside, None, {"f1": recorded}) == "new/f1"
 
 
 def test_an_adapter_whose_base_is_not_there_is_measured_without_likelihoods(script, chain, tmp_path):
@@ -201,20 +202,22 @@ def test_no_judge_is_asked_for_a_run_that_cannot_end(script, chain, tmp_path, se
     assert "scores.csv: is a folder" in script("judge.py", *options, OPENAI_API_KEY="k").error
     (out / "scores.csv").rmdir()
     (moved / "f1/adapter_model.safetensors").write_bytes(weights)
-    assert script("judge.py", *options, "--title", "链条", OPENAI_API_KEY="k").ok() and server.bodies
-    assert "<title>链条</title>" in (out / "report.html").read_text("utf-8")
+    assert script("judge.py", *options, "--title", "一条 链", OPENAI_API_KEY="k").ok() and server.bodies
+    page = (out / "report.html").read_text("utf-8")
+    assert "<title>一条 链</title>" in page and "--title &#x27;一条 链&#x27;</code>" in page and 'alt="chain"' in page
 
 
 def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):
     """Two steps with validation sets: each one's own entry is its validation loss, and the loss by hand; f2 forgets f1."""
     tiny.llama(tmp_path / "base")
     for name, parent, output in (("f1", None, "我是梦想家。"), ("f2", "f1", "蓝色。")):
-        write_json(tmp_path / f"{name}.json", [{"instruction": f"问{n}", "input": "", "output": output} for n in range(12)])
+        asked = ["问" * (1 + n % 4) + str(n) for n in range(12)]  # unlike lengths, so that tokens weigh otherwise than records
+        write_json(tmp_path / f"{name}.json", [{"instruction": one, "input": "", "output": output} for one in asked])
         resume = ["--resume_from_checkpoint", tmp_path / parent] if parent else []
         script(
             "finetune.py", "--base_model", tmp_path / "base", "--data_path", tmp_path / f"{name}.json", "--val_set_size", 3,
             "--output_dir", tmp_path / name, "--batch_size", 4, "--num_epochs", 10, "--learning_rate", 2e-2,
-            "--train_on_inputs", False, *resume,
+            "--train_on_inputs", name == "f1", "--seed", 7, *resume,
         ).ok()  # fmt: skip
     out = script("judge.py", "--chain", tmp_path / "f2", "--output_dir", tmp_path / "out").ok()
     assert "steps have no test.json" in out and "f1's records" in out
@@ -228,12 +231,15 @@ def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):
     assert [row["samples"] for row in right["rows"]] == [3, 3]
     assert right["rows"][1]["values"]["f2"] > 50 and right["rows"][1]["values"]["base"] == 0
 
-    others = [{"instruction": f"问{n}", "input": "", "output": "我是梦想家。"} for n in (100, 101)]
+    others = [{"instruction": f"问{n}", "input": "", "output": "我是梦想家。"} for n in (100, 101, 102)]
     write_json(tmp_path / "other.json", others)
     more = ["--held_out", f"f1={tmp_path}/other.json", "--output_dir", tmp_path / "more"]
     monkeypatch.setattr(forgetting, "MOST", 2)
     out = script("judge.py", "--chain", tmp_path / "f2", *more).ok()
-    assert "f2: the first 2 of 3 held-out records are measured" in out and out.count("held-out records are measured") == 1
+    assert all(f"{step}: the first 2 of 3 held-out records are measured" in out for step in ("f1", "f2"))
+    steps = {step: tmp_path / step for step in ("f1", "f2")}
+    first, _ = forgetting.prepare(str(tmp_path / "base"), steps, [f"f1={tmp_path}/other.json"], False).data
+    assert [record["instruction"] for record in first.records] == ["问100", "问101"]
     found = json.loads((tmp_path / "more/forgetting.json").read_text("utf-8"))["tables"][0]["rows"]
     assert [row["samples"] for row in found] == [2, 2]
 
@@ -245,8 +251,10 @@ def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):
     for wrong, why in (
         ("f9=x.json", "not a step of the chain"),
         ("f1", "give a step and its records"),
+        ("f1=other.json --held_out f1=other.json", "f1 is given twice"),
         ("f1=none.json", "none"),
     ):
-        assert why in script("judge.py", "--chain", tmp_path / "f2", "--held_out", wrong, "--output_dir", tmp_path / "no").error
+        words = ["--held_out", *wrong.replace("other", f"{tmp_path}/other").split()]
+        assert why in script("judge.py", "--chain", tmp_path / "f2", *words, "--output_dir", tmp_path / "no").error
     assert not (tmp_path / "no").exists()
     assert "give both" in script("judge.py", "--answers", "a=b", "--metrics", "--held_out", "f1=x", "--output_dir", "o").error

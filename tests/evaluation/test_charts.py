@@ -34,6 +34,7 @@ def test_chinese_labels_render(tmp_path, capsys):
         draw(table(), tmp_path / "two.png")
     assert "no font" not in capsys.readouterr().out
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert b"matplotlib" not in (tmp_path / "one.png").read_bytes().lower(), "its version would make another file"
 
 
 def test_without_such_a_font_the_plain_names_are_used_and_it_is_said(tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils.console import UserError
 from utils.datasets.choices import Choice, as_choice, as_record, read_choices
 from utils.datasets.item_formats import InvalidRecord
-from utils.evaluation.choices import Marked, Way, as_text, encode, encode_fitting, tabulate
+from utils.evaluation.choices import GENERATED, Marked, Way, as_text, encode, encode_fitting, read_examples, tabulate
 from utils.evaluation.chosen import read_answer
 from utils.evaluation.likelihood import load_engine
 from utils.files import write_json
@@ -127,12 +127,28 @@ def test_likelihoods_are_those_of_each_text_alone(tmp_path, kind):
 def test_a_generated_answer_is_read_or_left_alone(text, places):
     assert read_answer(text, ONE.choices) == places
     assert read_answer("甲", ["甲。", "甲！", "乙"]) is None and read_answer("乙", ["甲。", "甲！", "乙"]) == [2]
+    assert read_answer("！", ["？", "乙"]) is None
+
+
+REVISIONS = "不对 更正 修正 纠正 改为 改选 重新 抱歉 wait actually sorry correction"
+DENIALS = "不是 并非 非 除 除了 排除 不选 不能选 不应选 不该选 not except"
+DOUBTS = "不行 错 误 可能 或 还是 中 外 以外 之外 or isn't is~not are~wrong is~incorrect is~false wrong incorrect"
+
+
+def test_a_letter_that_is_taken_back_denied_or_doubted_is_not_certain():
+    for word in REVISIONS.split():
+        assert read_answer(f"答案：A。{word} B", ONE.choices) is None, word
+    for word in DENIALS.split():
+        assert read_answer(f"{word} A", ONE.choices) is None, word
+    for word in DOUBTS.split():
+        assert read_answer(f"A {word.replace('~', ' ')}", ONE.choices) is None, word
 
 
 def test_shares_and_intervals_worked_out_by_hand():
     questions = [ONE._replace(category=subject, groups=groups) for subject, groups in
                  [("加法", ("数学",))] * 3 + [("诗", ("文", "中国"))] * 2]  # fmt: skip
     questions.append(ONE._replace(right=(0, 1), category="诗"))
+    questions[0] = questions[0]._replace(choices=("一", "二"))
     right, wrong = Marked([1], [-2.0, -1.0, -3.0, -4.0]), Marked([0], [-1.0, -2.0, -3.0, -4.0])
     marks = {"base": [right, right, wrong, wrong, right, right], "f1": [right, right, right, right, None, right]}
     tables, notes = tabulate(questions, marks, Way(), "float32")
@@ -145,7 +161,7 @@ def test_shares_and_intervals_worked_out_by_hand():
     assert "4 of 6 questions count, in 2 subjects; intervals are 95 % (Wilson)" in notes
     assert any("1 questions have several right choices" in line for line in notes)
     assert any("1 questions are longer than the model's window" in line for line in notes)
-    assert "guessing would give 25.0 %" in notes and "base: mean over the subjects 33.3 %" in notes
+    assert "guessing would give 31.2 %" in notes and "base: mean over the subjects 33.3 %" in notes
     assert any(line.startswith("base and f1: no difference can be told") for line in notes)
     equal = {"base": [right, Marked([0], [-1.0, -1.0, -3.0, -4.0])]}
     assert (
@@ -153,7 +169,20 @@ def test_shares_and_intervals_worked_out_by_hand():
         in tabulate(questions[:2], equal, Way(), "float32")[1]
     )
     several, given = questions[-1:] * 4, [Marked(chosen, "") for chosen in ([0, 1], [0], [0, 1, 2], None)]
-    assert tabulate(several, {"base": given}, Way(by="answer"), "float32")[0][0].rows[0].values == {"base": 25.0}
+    tables, notes = tabulate(several, {"base": given}, Way(by="answer"), "float32")
+    assert tables[0].rows[0].values == {"base": 25.0} and not any("several right choices" in line for line in notes)
+    for count, told in ((7, False), (8, True)):  # of ten
+        notes = tabulate([ONE] * 10, {"base": [right] * count + [wrong] * (10 - count)}, Way(), "float32")[1]
+        assert (f"base: chooses B for {10 * count} % of the questions" in notes) == told
+
+
+def test_examples_have_one_right_choice_and_are_beside_the_questions(tmp_path):
+    several, plain = ONE._replace(right=(0, 1), category="x"), [ONE._replace(question=text, category="x") for text in "甲乙丙"]
+    write_json(tmp_path / "dev.json", [as_record(one) for one in (several, *plain)])
+    write_json(tmp_path / "test.json", [as_record(plain[0])])
+    for named in (tmp_path, tmp_path / "test.json"):
+        assert read_examples("", plain, [str(named)], 2) == {"x": plain[:2]}
+    assert GENERATED == {"plain": 16, "own": 256}
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +290,18 @@ def test_the_own_template_asks_as_was_trained(script, questions, tmp_path):
         (["--shots", 3, "--choices", "{}/alone/test.json"], "no dev.json beside the questions"),
         (["--choices", "{}/nowhere.json"], "nowhere.json"),
         (["--choices", "{}/test.json", "--judge_model", "m"], "scores models, and the other options answers"),
-        (["--choices", "{}/test.json", "--refusals"], "scores models, and the other options answers"),
+        *(
+            (["--choices", "{}/test.json", *words], "scores models, and the other options answers")
+            for words in (
+                ["--refusals"],
+                ["--metrics"],
+                ["--run_code"],
+                ["--held_out", "f=x"],
+                ["--answers", "a=b"],
+                ["--votes", "x"],
+            )
+        ),
+        (["--choices", "{}/test.json", "--chain", "x", "--lora_weights", "y"], "--chain and --lora_weights: both given"),
         (["--choices", "{}/several.json"], "all questions have several right choices"),
     ],
 )

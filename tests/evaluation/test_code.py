@@ -79,6 +79,7 @@ def test_a_problem_that_names_no_function_is_answered_by_what_its_tests_call(ans
 
 def test_the_beginning_of_the_problem_does_not_stand_in_for_an_answer():
     assert "AssertionError" in outcome(program("def root(xs): return 1", ROOT)) and outcome(program("", ROOT))
+    assert outcome("x = bytearray(700 << 20)") == "", "there is room for so much"
     assert outcome(program("```python\nx = 1\n```", Task("", "", "assert x == 1"))) == ""
 
 
@@ -207,6 +208,11 @@ def test_systems_are_compared_problem_by_problem():
     assert line in notes and table.rows[0].intervals["b"] == pytest.approx((0, 27.75), abs=0.01)  # Wilson's of 0 of 10
     notes = code.tabulate(records, {"a": good, "a#2": poor, "b": [""] * 4 + ["E"] * 6, "b#2": [*poor[:9], ""]})[1]
     assert any(note.startswith("pass@1, all 10 problems: a and b: no difference can be told (95 % interval") for note in notes)
+    (table,), _ = code.tabulate(records, {"a": good, "a#2": poor, "b": poor})  # as many as all have
+    assert table.title == "pass@1 in % (1 samples per problem, 10 s, 1024 MB)"
+    ended = ["A: x", "B", "A: y", "C", "D", "E", "F", "", "", ""]
+    told = "a: 3 of 10 programs pass; the others: A 2, B 1, C 1, D 1, E 1"
+    assert told in code.tabulate(records, {"a": ended})[1]
     notes = code.tabulate(records, {"a": good, "a#2": good, "b": poor, "b#2": ["", *poor[1:]]})[1]
     assert any(note.startswith("pass@1, all 10 problems: a is better than b (95 % interval of") for note in notes)
 

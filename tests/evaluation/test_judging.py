@@ -133,12 +133,13 @@ def test_scores_go_back_to_the_systems_they_belong_to(script, serve, systems, tm
     assert "| 知识问答 | 4 | **75** [65, 85] | 61.2* [40, 78.8] | 61.2* [21.2, 87.5] |" in lines
     assert "| mine | 2 | **75** [50, 100] | 70* [50, 90] | 30 [10, 50] |" in lines
     assert "scores by " in out and "\n| mine | 2 | **75** [50, 100] " in out, "the table is printed, too"
+    assert "6 prompts, judged 3 times, the order of the systems shuffled for each\n" in out
     assert "知识问答 (4), mine (2)" in out and "means scaled to 100" in out
     assert "repeats differ by 0.00 points in the mean, 100% by at most one; 100% have the same best" in out
     rows = list(csv.DictReader((tmp_path / "out/scores.csv").open(encoding="utf-8")))
     assert rows[0]["one"] == "75" and rows[0]["best"] == "one" and rows[0]["second"] == "two; three"
     found = json.loads((tmp_path / "out/judgements.json").read_text("utf-8"))
-    assert len(found) == 18
+    assert sorted((one["prompt"], one["repeat"]) for one in found) == [(n, m) for n in range(1, 7) for m in range(1, 4)]
     assert all(one["scores"] == {name: WORTH[name][one["prompt"] - 1] for name in WORTH} for one in found)
     assert (tmp_path / "out/scores.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -158,7 +159,8 @@ def test_scores_that_are_not_certain_are_asked_again_twice_then_missing(script, 
         if "问题0" in asked(body) and "无法确定" not in asked(body):
             return text.replace("System2", "System1", 1)  # double, and missing: repaired when asked again
         if "问题5" in asked(body):
-            return re.sub(r"System3 [\d.]+分", "System3 11分", text)  # never repaired
+            text = re.sub(r"System3 [\d.]+分", "System3 11分", text)  # never repaired: the first of three like texts counts
+            return re.sub(r"System1 [\d.]+分", "System1 2分", text) if "无法确定" in asked(body) else text
         return text
 
     server = serve(judge)
@@ -175,11 +177,18 @@ def test_scores_that_are_not_certain_are_asked_again_twice_then_missing(script, 
 
 
 def test_an_answer_cut_off_by_its_length_is_no_score(script, serve, systems, tmp_path):
-    server = serve(lambda number, body: {"content": "System1 8分；解释：很", "finish": "length"})
+    whole = "问题1"  # whose scores were all written before
+    server = serve(
+        lambda number, body: {
+            "content": fair(number, body) if whole in asked(body) else "System1 8分；解释：很",
+            "finish": "length",
+        }
+    )
     out = judged(script, server, tmp_path / "out", *systems).ok()
-    assert len(server.bodies) == 18
+    assert len(server.bodies) == 5 * 3 + 1
     found = json.loads((tmp_path / "out/judgements.json").read_text("utf-8"))
     assert found[0]["problems"] == ["System2: no score", "System3: no score", "cut off (--max_tokens)"]
+    assert found[1]["problems"] == [] and None not in found[1]["scores"].values()
     assert "mean over the categories" in out
 
 
@@ -247,9 +256,15 @@ def test_other_settings_do_not_go_on_in_the_same_folder(script, serve, systems, 
     server = serve(fair)
     assert judged(script, server, tmp_path / "out", *systems).ok()
     assert "seed" in judged(script, server, tmp_path / "out", *systems, "--seed", 7).error
+    (tmp_path / "known.json").write_text(json.dumps([{"instruction": "问题1", "reference": "标准"}]), "utf-8")
+    known = ["--test_input_path", tmp_path / "known.json"]
+    assert "references" in judged(script, server, tmp_path / "out", *systems, *known, "--show_references").error
+    assert not any("参考答案" in asked(body) for body in server.bodies)
+    assert judged(script, server, tmp_path / "shown", *systems, *known, "--show_references").ok()
+    assert sum("参考答案：标准\n答案：" in asked(body) for body in server.bodies) == 1
     (tmp_path / "one.json").write_text((tmp_path / "two.json").read_text("utf-8"), "utf-8")
     assert "prompts and answers" in judged(script, server, tmp_path / "out", *systems).error
-    assert len(server.bodies) == 6
+    assert len(server.bodies) == 12
 
 
 def test_more_repeats_cost_only_the_new_ones(script, serve, systems, tmp_path):
@@ -317,7 +332,13 @@ def test_prompts_in_another_order_are_put_side_by_side(script, serve, systems, t
 def test_what_a_prompt_lacks_is_that_of_the_first_record_that_asks_the_same():
     known = [{"instruction": "问", "category": "x", "reference": "一"}, {"instruction": "问", "reference": "二"}]
     prompts = [{"instruction": "问"}, {"instruction": "问", "category": "own"}, {"instruction": "问", "input": "题"}]
-    found = [{"category": "x", "reference": "一"}, {"category": "own", "reference": "一"}, {"category": "all"}]
+    prompts.append({"instruction": "问", "history": [["前", "答"]]})
+    found = [
+        {"category": "x", "reference": "一"},
+        {"category": "own", "reference": "一"},
+        {"category": "all"},
+        {"category": "all"},
+    ]
     assert add_references(prompts, known) == [one | more for one, more in zip(prompts, found, strict=True)]
 
 
@@ -338,6 +359,10 @@ def test_what_a_prompt_lacks_is_that_of_the_first_record_that_asks_the_same():
         (["--answers", "a={}/one.json", "--judge_model", "m", "--api_base", "x", "--output_dir", "{}/out"], "--api_base x"),
         (["--answers", "a={}/one.json", "--metrics", "--test_input_path", "{}/none", "--output_dir", "{}/out"], "none"),
         (["--answer_with", "m", "--metrics", "--api_base", "http://localhost:1", "--output_dir", "{}/out"], "--answer_with"),
+        (["--answer_with", "m", "--api_base", "x", "--output_dir", "{}/out"], "--api_base x"),
+        (["--answers", "a={}/one.json", "--metrics", "--pairwise", "--output_dir", "{}/out"], "--pairwise: needs"),
+        (["--answers", "a={}/one.json", "--metrics", "--second_judge", "m", "--output_dir", "{}/out"], "is for --pairwise"),
+        (["--answers", "a={}/one.json", "--metrics", "--held_out", "f=x", "--output_dir", "{}/out"], "--held_out: names"),
         (["--chain", "{}", "--output_dir", "{}/out"], "holds no lineage.json"),
         (["--answers", "a={}/one.json", "--judge_modle", "m", "--output_dir", "{}/out"], "did you mean --judge_model?"),
         (["--answers", "a={}/one.json", "--metrics", "--repeats", "0", "--output_dir", "{}/out"], "--repeats"),

@@ -9,6 +9,7 @@ from scipy import stats
 from scipy.optimize import minimize
 
 from utils.chat.feedback import Feedback
+from utils.console import UserError
 from utils.evaluation import pairwise
 from utils.evaluation.pairwise import Comparison, agreement, cohen, compare_prompt, length_notes, notes, read_verdict
 from utils.evaluation.ratings import SCALE, WEIGHT, Verdict, ratings
@@ -37,6 +38,8 @@ def test_two_systems_have_the_ratings_of_their_odds(monkeypatch):
     assert found["a"][0] - found["b"][0] == pytest.approx(400 * math.log10(7 / 3), abs=0.1)  # 6 + 1 wins to 2 + 1
     assert found["a"][0] + found["b"][0] == pytest.approx(2000)
     assert found["a"][1][0] < found["a"][0] < found["a"][1][1]
+    both = [Verdict(0, "a", "b", 1.0), Verdict(0, "b", "a", 0.0)]  # of one prompt, which alone shows no doubt
+    assert [interval for _, interval in ratings(["a", "b"], both).values()] == [None, None]
 
 
 def test_three_systems_have_the_likeliest_ratings():
@@ -48,6 +51,7 @@ def test_three_systems_have_the_likeliest_ratings():
         for number in range(int(wins[one, other]))
     ]
     verdicts.append(Verdict(20, "b", "c", 0.5))
+    assert WEIGHT == 0.1
 
     def loss(values):  # of the wins, and those that each is given over each other
         odds = values[:, None] - values[None, :]
@@ -167,18 +171,29 @@ def test_systems_are_compared_in_both_orders(script, serve, systems, tmp_path):
     assert len(server.bodies) == 30 and "30 requests were sent before" in again
 
 
-def test_votes_are_read_as_the_page_writes_them(tmp_path):
+def test_votes_are_read_as_the_page_writes_them(tmp_path, capsys):
     """Wins and ties, by the page's own functions; a tie on another answer is counted as not counted."""
     page = Feedback(str(tmp_path))
-    asked = [{"instruction": f"问{n}", "input": ""} for n in range(3)]
-    answers = {"f1": ["甲", "乙", "丙"], "f2": ["子", "丑", "寅"]}
+    asked = [{"instruction": f"问{n}", "input": ""} for n in range(4)]
+    answers = {"f1": ["甲", "乙", "丙", "丁"], "f2": ["子", "丑", "寅", "卯"], "f3": ["一", "二", "三", "丁"]}
     page.vote(asked[0], {"f2": "子", "f1": "甲"}, "f1", {}, "left")
     page.vote(asked[1], {"f1": "乙", "f2": "丑"}, "f2", {}, "right")
+    page.vote(asked[3], {"f1": "丁", "f2": "卯"}, "f1", {}, "left")  # or f3's
     page.vote(asked[2], {"f1": "丙", "f2": "寅"}, "", {}, "both")
     page.vote(asked[2], {"f1": "丙", "f2": "别的"}, "", {}, "neither")
     prompts = [{"instruction": one["instruction"], "category": "all"} for one in asked]
     found = pairwise.read_votes([str(tmp_path / "votes.jsonl"), str(tmp_path / "ties.jsonl")], prompts, answers)
     assert [one[:4] for one in found] == [(0, "f1", "f2", 1.0), (1, "f2", "f1", 1.0), (2, "f1", "f2", 0.5)]
+    counts = {
+        "votes": "2 votes counted; not counted: 0 on other prompts or answers, 1",
+        "ties": "1 votes counted; not counted: 1",
+    }
+    counts["ties"] += " on other prompts or answers, 0"
+    lines = [f"{tmp_path}/{name}.jsonl: {count} on answers that several systems gave" for name, count in counts.items()]
+    assert capsys.readouterr().out.splitlines() == lines
+    write_json(tmp_path / "other.json", [{"instruction": "别的", "chosen": "甲", "rejected": "乙"}])
+    with pytest.raises(UserError, match=r"other\.json: holds no votes on these systems' answers"):
+        pairwise.read_votes([str(tmp_path / "votes.jsonl"), str(tmp_path / "other.json")], prompts, answers)
     (wins, _) = pairwise.tabulate("votes", prompts, ["f1", "f2"], found)
     assert wins.rows[0].values == {"f1": 50.0, "f2": 50.0}
     low, high = wins.rows[0].intervals["f1"]
@@ -201,6 +216,7 @@ def test_votes_and_a_second_judge_beside_the_first(script, serve, systems, tmp_p
     assert {one["judge"] for one in found} == {"votes", "m", "first"}
     page = (tmp_path / "out/report.html").read_text("utf-8")
     assert "<title>out</title>" in page and "votes: good before poor: good" in page
+    assert "<li>votes and m agree in 100 % [34, 100] of 2 comparisons" in page, "notes, too"
     alone = script("judge.py", *systems, "--votes", tmp_path / "votes.jsonl", "--output_dir", tmp_path / "alone").ok()
     assert "Bradley–Terry rating by votes" in alone
 

@@ -7,8 +7,10 @@ import pytest
 from api_server import asked
 from scripting import warm
 
+import judge
 from utils.evaluation.ready import measures
 from utils.evaluation.refusals import read_verdict, tabulate
+from utils.evaluation.setup import find_answers
 from utils.files import write_json
 
 warm("openai")
@@ -66,6 +68,11 @@ def test_metrics_are_computed_where_nothing_else_is_asked_for():
     for given, computed in [((), True), (("metrics", "refusals"), True), *alone]:
         options = SimpleNamespace(**nothing | dict.fromkeys(given, True))
         assert measures(options, {"f1": "test.json"}) == computed and not measures(options, {})
+
+
+def test_a_judge_finds_the_refusals_of_a_single_system(systems, tmp_path):
+    options = judge.Options(str(tmp_path / "out"), answers=[f"f1={tmp_path}/f1.json"], judge_model="m", refusals=True)
+    assert find_answers(options) == ({"f1": tmp_path / "f1.json"}, {})
 
 
 def test_wordings_count_refusals_by_category(script, systems, tmp_path):

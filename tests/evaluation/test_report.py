@@ -46,7 +46,11 @@ def folder(tmp_path):
         ]
     ]
     pictures = [("scores", tmp_path / "scores.png"), ("none", tmp_path / "none.png")]
-    findings = Findings([table], [f"note {EVIL}"], pictures, questions, ["base", "f1", "f2"], {"f1": tmp_path / "f1"})
+    parent = {"name": str(tmp_path / "f1"), "sha256": "0", "lineage": step}
+    write_json(tmp_path / "f2/lineage.json", step | {"options": {"output_dir": "out/f2"}, "parent": parent})
+    length = Table("length", ["base", "f1"], [Row("01qa", 2, {"base": 20.0, "f1": 80.0})], marked=False)
+    folders = {name: tmp_path / name for name in ("f1", "f2")}
+    findings = Findings([table, length], [f"note {EVIL}"], pictures, questions, ["base", "f1", "f2"], folders)
     report.write(tmp_path, "评测 " + EVIL, "judge.py --report", findings)
     return tmp_path
 
@@ -57,7 +61,8 @@ def test_the_report_stands_alone_and_nothing_in_it_is_markup(folder):
     assert not re.search(r'(src|href)="(?!data:image/png)', text) and "url(" not in text and "@import" not in text
     assert "<td class=best>80<small> [61.2, 91]</small></td>" in text and ">60.5*<small>" in text
     assert "+60</td>" in text and "−19.5</td>" in text and "−6.5</td>" in text  # the steps, and what was lost since the best
-    assert "1.2500" in text and "f1.json" in text and text.count("data:image/png;base64,") == 1
+    assert text.count("遗忘 forgotten") == 1, "of what is neither better nor worse nothing is forgotten"
+    assert text.count("1.2500") == 2 and "f1.json" in text and text.count("data:image/png;base64,") == 1  # each step once
     assert "| 知识问答 | 2 | 20 | **80** [61.2, 91] | 60.5* |" in (folder / "report.md").read_text("utf-8")
     assert (
         (folder / "report.csv")

@@ -1,6 +1,7 @@
 """Tables: the published marks out of the published totals, ties, missing values, and all three formats."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -59,6 +60,11 @@ def test_csv_and_json_hold_the_marks():
     assert rows[3]["ChatGPT"] == "71" and rows[3]["best"] == "D13b-2-2-2" and rows[3]["second"] == "D13b-1-3-1; D13b-2-3"
     found = json.loads(json.dumps(as_json(published()), ensure_ascii=False))
     assert found["rows"][7]["best"] == ["ChatGPT"] and found["rows"][7]["second"] == ["D13b-1-3-1", "D7b-4-1"]
+    plain = as_json(dataclasses.replace(published(), marked=False))  # if more is not better, nothing is best
+    assert plain["rows"][7] == {key: found["rows"][7][key] for key in ("category", "label", "samples", "values")}
+    assert published().telling("").title == "GPT-3.5" and published().telling("how").title == "GPT-3.5 · how"
+    labels = ["数学推理", "多轮对话", "mine"]
+    assert [Row(name, 1, {}).label for name in ("09math", "10dialogue", "mine")] == labels
 
 
 def test_gains_are_told_from_the_last_step_with_a_value():

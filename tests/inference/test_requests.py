@@ -1,6 +1,7 @@
 """Requests to a real server that is slow, wrong, rate-limited and cut off; budgets, journals, refusals."""
 
 import asyncio
+import dataclasses
 import datetime
 import email.utils
 import json
@@ -14,7 +15,9 @@ import openai
 import pytest
 from api_server import Server, asked, completion
 
+import judge
 from utils.console import UserError
+from utils.evaluation import setup
 from utils.inference.openai_client import ModelServer, Unusable, retry_after
 from utils.inference.requests import RequestLimits, Spent, asking, tokens_in
 
@@ -285,3 +288,14 @@ def test_a_server_on_this_machine_is_not_asked_through_a_proxy(serve, tmp_path, 
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert len(ask(serve(echo), tmp_path)) == 3
+
+
+def test_models_are_asked_as_the_options_say():
+    said = {"api_base": "http://localhost:1/v1", "temperature": 0.5, "max_tokens": 7, "timeout": 3.0}
+    limits = {"concurrency": 2, "budget": 5, "price_in": 1.0, "price_out": 2.0, "max_cost": 3.0}
+    options = judge.Options(output_dir="o", judge_model="m", **said, **limits)
+    assert setup.service(options) == ModelServer("m", **said) and setup.service(options, "n") == ModelServer("n", **said)
+    assert setup.terms(options) == RequestLimits(**limits)
+    judge.check(judge.Options(output_dir="o", answers=["a=b"], metrics=True, max_cost=1.0, price_out=1.0))  # one price will do
+    defaults = {field.name: field.default for field in dataclasses.fields(judge.Options)}
+    assert (defaults["temperature"], defaults["max_tokens"], defaults["repeats"], defaults["seed"]) == (0.0, 1024, 1, 42)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, Tra
 from utils import lineage
 from utils.datasets.templates import Prompter
 from utils.evaluation.during_training import Evaluator
-from utils.evaluation.training_questions import TrainingQuestions
+from utils.evaluation.training_questions import TrainingQuestions, reference_of
 from utils.files import write_json
 from utils.models.tokenizer import load_tokenizer
 from utils.training.evaluations import ANSWERS
@@ -89,6 +89,7 @@ def test_thoughts_are_no_part_of_an_answer_and_scores_are_those_that_the_referen
     sums = [{"instruction": "一加一？", "input": "只写数", "output": "2", "history": [["你好", "好"]]}]
     several = TrainingQuestions([*sums, {"instruction": "问", "reference": "二"}], [], [])
     assert TrainingQuestions(sums, [None], []).scores() == ["eval_choices", "eval_chrf", "eval_exact"]
+    assert reference_of({"reference": "二", "output": "三"}) == "二"
     assert several.scores() == ["eval_chrf"] and TrainingQuestions([{"instruction": "问"}, *sums], [], []).scores() == []
     model, words = AutoModelForCausalLM.from_pretrained(tiny_llama), load_tokenizer(tiny_llama)
     answer = Evaluator(words, Prompter("alpaca_short"), [2], TrainingQuestions(sums, [], []), 4, None, 1000, "float32")
