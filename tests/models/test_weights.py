@@ -29,6 +29,20 @@ def test_mappings_are_dropped_and_what_cannot_be_mapped_is_kept(tmp_path, monkey
     assert capsys.readouterr().out == "", "it was read once"
 
 
+def test_types_are_those_of_torch_and_others_are_refused(tmp_path):
+    names = (
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8",
+        "bool",
+    )  # fmt: skip
+    kinds = {name: getattr(torch, name) for name in names}
+    save_file({name: torch.ones(3, 2).to(dtype) for name, dtype in kinds.items()}, tmp_path / "model.safetensors")
+    found = Weights(tmp_path)
+    assert {name: found.kind(name) for name in found.names} == {name: ((3, 2), dtype) for name, dtype in kinds.items()}
+    save_file({"a": torch.ones(2).to(torch.uint16)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="^a: is stored as U16, which is not supported; use weights in float16 or bfloat16$"):
+        Weights(tmp_path)
+
+
 def test_one_of_the_shards_may_be_opened_alone(tmp_path):
     homes = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     for name, file in homes.items():

@@ -1,12 +1,15 @@
 """Checkpoints: which are spared, which count, and that they are on the disk before they do."""
 
+import contextlib
 import errno
 import os
 
 import pytest
 import torch
+from scripting import ROOT
 from trainings import entries, options
 
+from utils.console import UserError
 from utils.training import checkpoints, start
 
 torch.set_num_threads(1)
@@ -62,6 +65,71 @@ def test_killed_while_an_old_run_is_cleared_its_folder_holds_no_finished_one(tmp
     assert not (tmp_path / "lineage.json").exists()
     start.clear(str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["data.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ""),
+        ({"options": {"seed": 2, "new": None}}, "seed was 1, is 2"),
+        ({"options": {"seed": 1, "new": "x"}}, "new was None, is 'x'"),
+        ({"options": {}}, "seed was 1, is None"),
+        ({"parent": {"sha256": "q", "name": "elsewhere"}}, "parent adapter was 'p', is 'q'"),
+        ({"parent": None, "base": "c"}, "base model was 'b', is 'c'; parent adapter was 'p', is None"),
+        ({"parent": {"sha256": "p", "name": "moved"}}, ""),
+        ({"data": {"a.json": "2", "c.json": "3"}},
+         "data file a.json was '1', is '2'; data file b.json was '1', is None; data file c.json was None, is '3'"),
+    ],
+)  # fmt: skip
+def test_a_run_is_resumed_with_what_it_began_with(tmp_path, changes, told):
+    run = {"options": {"seed": 1}, "base": "b", "parent": {"sha256": "p", "name": "f1"}, "data": {"a.json": "1", "b.json": "1"}}
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    checkpoints.seal(folder, run)
+    start.check_unchanged(start.RunStart(None, None), run | {"base": "any"})
+    with pytest.raises(UserError) if told else contextlib.nullcontext() as error:
+        start.check_unchanged(start.RunStart(None, folder), run | changes)
+    assert not told or str(error.value) == (
+        f"{folder}: belongs to an unfinished run with other options or data ({told}); "
+        "give the old ones to resume it, or --overwrite_output_dir to start over"
+    )
+
+
+STOPPED = """
+import contextlib, signal, sys
+from types import SimpleNamespace
+sys.path.insert(0, {root!r})
+from utils.training import run
+
+def train(resume_from_checkpoint):
+    for name in sys.argv[3:]:
+        signal.raise_signal(getattr(signal, name))
+    print("the step ends")
+
+trainer = SimpleNamespace(
+    args=SimpleNamespace(world_size=int(sys.argv[1]), output_dir=sys.argv[2]), stopped_by=None, train=train,
+    state=SimpleNamespace(global_step=3), returning_loss=lambda: contextlib.nullcontext(True),
+    run_log=SimpleNamespace(close=lambda: print("log closed")),
+)
+run.train(trainer, None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "signals", "status"),
+    [(1, ["TERM"], 143), (1, ["INT"], 130), (1, ["HUP", "HUP"], 129), (1, ["TERM", "INT"], -2), (2, ["TERM", "TERM"], 143),
+     (2, ["INT", "TERM"], 143), (1, [], 0)],
+)  # fmt: skip
+def test_a_signal_lets_the_step_end_and_a_second_one_does_not_where_nobody_else_waits(script, tmp_path, ranks, signals, status):
+    (tmp_path / "stopped.py").write_text(STOPPED.format(root=str(ROOT)))
+    (tmp_path / "out").mkdir()
+    ended = script(tmp_path / "stopped.py", ranks, tmp_path / "out", *(f"SIG{name}" for name in signals))
+    stopping = f"stopping after this step, with a checkpoint{'; once more stops at once' if ranks == 1 else ''}"
+    end = ["stopped at step 3; run the same command again to resume"] if signals else []
+    heard = [stopping] * (len(signals) if "HUP" not in signals else 1)  # which comes twice, from the kernel and the shell
+    told = [stopping] if status < 0 else [*heard, "the step ends", "log closed", *end]
+    assert (ended.status, ended.out.splitlines()) == (status, told)
+    assert (tmp_path / "out").exists() == (status < 0), "a run that left nothing leaves no folder"
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_is_sealed(tmp_path, monkeypatch):

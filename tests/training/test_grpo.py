@@ -17,14 +17,14 @@ from utils.cli import parse
 from utils.console import UserError
 from utils.datasets.encoding import IGNORED, encode_prompt
 from utils.datasets.templates import Prompter
-from utils.files import digest
+from utils.files import digest, sha256
 from utils.inference.rollouts import make_sampler
 from utils.models.tokenizer import load_tokenizer
 from utils.training.batching import pad
 from utils.training.grpo import Answer, GRPOTrainer, Policy, advantages, policy_loss, policy_losses, sampling_seeds
 from utils.training.loss import returning_loss
 from utils.training.preferences import log_probs_by
-from utils.training.rewards import exact, length, load_rewards, number, try_out
+from utils.training.rewards import exact, length, load_rewards, number, reward_files, try_out
 
 
 def test_the_loss_is_clipped_and_has_the_kl_term_of_the_paper():
@@ -193,6 +193,17 @@ def test_what_is_wrong_with_a_reward_is_one_line(tmp_path, names, words):
     with pytest.raises(UserError) as error:
         try_out(load_rewards([given], ""), {"instruction": "问", "input": "", "output": "答"})
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_is_tied_to_the_files_of_its_own_rewards(tmp_path):
+    files = [tmp_path / name for name in ("a.py", "b.py")]
+    for file in files:
+        file.write_text(f"{REWARDS}# {file.name}", "utf-8")
+    names = ["exact", "length:0.5", f"{files[0]}:loud", f"{files[0]}:mute:2", f"{files[1]}:loud:0.5"]
+    assert reward_files(names) == {str(file): sha256(file) for file in files} and reward_files(names[:2]) == {}
+    found = [(one.name, one.weight, one.function.__name__) for one in load_rewards(names, "")]
+    own = [("loud", 1.0, "loud"), ("mute", 2.0, "mute"), ("loud", 0.5, "loud")]
+    assert found == [("exact", 1.0, "exact"), ("length", 0.5, "length"), *own]
 
 
 def test_rewards_that_compare_need_an_output_and_ones_own_do_not(tmp_path):

@@ -20,8 +20,10 @@ from benchmarks import memory as memory_cases
 from utils import lineage
 from utils.console import UserError
 from utils.models import loading
-from utils.models.placement import DeviceConfig, half_precision_gain, measured, place, with_training_kernel
+from utils.models.placement import DeviceConfig, half_precision_gain, measured, place, with_dtype, with_training_kernel
+from utils.training import setup
 from utils.training.loss import returning_loss
+from utils.training.start import RunStart
 
 torch.set_num_threads(1)
 
@@ -188,6 +190,22 @@ def test_the_type_is_measured_named_or_taken_from_the_run(script, bases, data, t
     (tmp_path / "float32" / lineage.FILE).unlink()
     error = script("finetune.py", *options(bases["llama"], data, tmp_path / "float32", max_steps=1, bf16=True)).error
     assert "dtype was 'float32', is 'bfloat16'" in error
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rank", "named", "type_", "measures"),
+    [(1, 0, "", "bfloat16", 1), (1, 0, "float16", "float16", 0), (2, 0, "", "float16", 1), (2, 1, "", "float16", 0)],
+)
+def test_all_ranks_compute_in_what_the_first_measures(bases, monkeypatch, ranks, rank, named, type_, measures):
+    """It is passed on here as float16, whatever it was."""
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda names: names.__setitem__(0, "float16"))
+    monkeypatch.setattr("utils.models.placement.measured", lambda one, _: asked.append(1) or with_dtype(one, "bfloat16"))
+    start = RunStart(None, None)
+    found = setup.choose_dtype_and_kernel(place(False, False), named, str(bases["llama"]), start)
+    assert (found.dtype_name, len(asked)) == (type_, measures)
 
 
 @pytest.mark.parametrize("faster", [3, 1 / 3])

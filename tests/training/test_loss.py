@@ -55,6 +55,15 @@ def test_the_bias_of_the_output_layer_counts(bases):
     torch.testing.assert_close(value_and_gradient(model)[0], wanted)
 
 
+def test_a_model_that_scales_what_its_output_layer_is_given_takes_the_full_path(bases):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model.lm_head.register_forward_pre_hook(lambda _, given: (given[0] * 2,))
+    wanted = model(IDS, labels=IDS).loss * 38
+    with returning_loss(model) as sparse:
+        torch.testing.assert_close(model(**BATCH), wanted)
+    assert sparse is False
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_what_tries_the_output_layer_leaves_dropout_as_it_was(model, training):
     model.train(training)

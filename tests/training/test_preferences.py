@@ -1,5 +1,6 @@
 """Preferences: the losses' values and gradients against the papers' formulas, and whole runs."""
 
+import contextlib
 import functools
 import json
 import math
@@ -71,6 +72,9 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
         ids[1][:5] = ids[0][:5]  # the question, and how both answers begin
         labels = [[IGNORED] * 4 + ids[0][4:], [IGNORED] * 4 + ids[1][4:]]
         pairs.append({"input_ids": ids[0], "labels": labels[0], "rejected_ids": ids[1][:-2], "rejected_labels": labels[1][:-2]})
+    ids, labels = pairs[0]["input_ids"], pairs[0]["labels"]  # and each answer as the beginning of the other
+    pairs.append({"input_ids": ids, "labels": labels, "rejected_ids": ids[:-3], "rejected_labels": labels[:-3]})
+    pairs.append({"input_ids": ids[:-3], "labels": labels[:-3], "rejected_ids": ids, "rejected_labels": labels})
 
     def plain(row_ids, row_labels):
         scores = model(torch.tensor([row_ids])).logits[0, :-1].log_softmax(-1)
@@ -90,7 +94,7 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
     base, sums = model.get_base_model(), torch.zeros(4)
     batch = pad([pair | {"reference": np.float32(reference)} for pair, reference in zip(pairs, references, strict=True)], 1)
     shared = share_prefixes(batch["input_ids"], batch["places"])
-    assert shared["input_ids"].shape == (2, 14 - 1 + 12 - 1 - 5), "what both begin with once, no last tokens"
+    assert shared["input_ids"].shape == (4, 14 - 1 + 12 - 1 - 5), "what both begin with once, no last tokens"
     with returning_loss(base):
         base.forward = functools.partial(
             pair_loss, functools.partial(sparse_log_probs, base.base_model, base.lm_head), Preference("dpo", 0.1, 0, 0), sums
@@ -103,7 +107,7 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         with torch.no_grad():
             empty = model(**pad([], 1))
-    assert empty.item() == 0 and sums[3] == 4
+    assert empty.item() == 0 and sums[3] == 8
     ids, places, targets = batch["input_ids"], batch["places"], batch["labels"].flatten()[batch["places"] + 1]
     with torch.no_grad():  # and at a temperature, in both ways
         cool = (model(ids).logits.flatten(0, 1)[places] / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -129,9 +133,11 @@ def test_each_half_of_a_micro_batch_is_that_of_its_own_answers():
         assert torch.equal(half["reference"], batch["reference"][:, second])
 
 
-def test_what_is_tried_again_begins_where_it_began():
-    """Gradients, random numbers, and the sums of the rewards."""
-    trainer = PreferenceTrainer.__new__(PreferenceTrainer)
+def test_what_is_tried_again_begins_where_it_began(monkeypatch):
+    """Gradients, random numbers, and the sums of the rewards; on a card also its random numbers, and memory is given back."""
+    asked, trainer = [], PreferenceTrainer.__new__(PreferenceTrainer)
+    for name, answer in (("get_rng_state", 7), ("set_rng_state", None), ("empty_cache", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name, answer=answer: asked.append((name, *given)) or answer)
     trainer.args, trainer.model = SimpleNamespace(device=torch.device("cpu")), torch.nn.Linear(1, 1)
     trainer.rewards = torch.ones(4)
     restore, drawn = trainer.snapshot(), torch.rand(3)
@@ -139,7 +145,11 @@ def test_what_is_tried_again_begins_where_it_began():
     trainer.model(torch.ones(1)).backward()
     restore()
     assert torch.equal(torch.rand(3), drawn) and trainer.rewards.tolist() == [1] * 4
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters()) and asked == []
+    trainer.args.device = torch.device("cuda", 1)
+    trainer.snapshot()()
+    there = trainer.args.device
+    assert asked == [("get_rng_state", there), ("set_rng_state", 7, there), ("empty_cache",)]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +182,31 @@ def test_the_kto_loss_is_that_of_its_paper():
     expected = 2 * (1 - 1 / (1 + math.exp(-0.5 * 1.75))) + 3 * (1 - 1 / (1 + math.exp(-0.5 * 0.75)))
     assert loss.item() == pytest.approx(expected + 0.3 * 3, rel=1e-6), "the good answer's own loss is added"
     assert totals.tolist() == pytest.approx([0.5 * 2, -0.5 * 0.5, 1, 1, 2])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_kl_is_the_mean_gain_of_mismatched_answers_at_least_0_and_computed_without_dropout(training):
+    """Over all micro-batches and ranks, of which an empty one has nothing."""
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, labels, places):
+            seen.append((self.training, input_ids.tolist(), len(places)))
+            return torch.tensor([3.0, 5.0])[: len(input_ids)]
+
+    trainer = KTOTrainer.__new__(KTOTrainer)
+    trainer.args, trainer.model = SimpleNamespace(device=torch.device("cpu")), Model().train(training)
+    trainer.is_fsdp_enabled = False
+    row = {"input_ids": [1, 5], "labels": [IGNORED, 5], "rejected_ids": [1, 6], "rejected_labels": [IGNORED, 6], "good": True}
+    batches = [pad([row | {"reference": np.float32([0, one])} for one in part], 1) for part in ([1.0, 2.0], [7.0], [])]
+    for others, kl in ((torch.tensor([9.0, 2.0]), (2 + 3 - 4 + 9) / 5), (torch.tensor([-9.0, 2.0]), 0)):
+        reduce = functools.partial(lambda others, found, _: found + others, others)
+        trainer.accelerator = SimpleNamespace(autocast=contextlib.nullcontext, reduce=reduce)
+        found = trainer.completed(batches)
+        assert trainer.kl == pytest.approx(kl) and trainer.model.training is training
+        assert [batch["input_ids"].tolist() for batch in found] == [[[1, 5]] * 2, [[1, 5]], [[0]]]
+        assert [batch["kl"].item() for batch in found[:2]] == pytest.approx([kl] * 2) and found[2] is batches[2]
+    assert seen == [(False, [[1, 6]] * 2, 2), (False, [[1, 6]], 1), (False, [[0]], 0)] * 2
 
 
 def test_beside_an_answer_stands_the_nearest_one_to_another_question():

@@ -21,7 +21,7 @@ from utils.models.placement import DeviceConfig, place
 from utils.models.tokenizer import load_tokenizer
 from utils.training import checks, run, run_log, setup, trainer
 from utils.training.batching import BatchConfig, StepBatchSampler, pad, split_across_ranks
-from utils.training.data import prepare_data
+from utils.training.data import prepare_data, tokenizer_folder
 from utils.training.start import RunStart
 
 torch.set_num_threads(1)
@@ -98,6 +98,58 @@ FREE = {
 def test_a_checkpoint_is_tied_to_every_option_that_rules_the_result():
     """All but those that name places, or say what is printed; base, data and type are compared by what they are."""
     assert finetune.what_rules(PLAIN).keys() == {field.name for field in dataclasses.fields(finetune.Options)} - FREE
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+@pytest.mark.parametrize("offloaded", [[], ["a layer"]])
+@pytest.mark.parametrize("given", [None, True, False])
+def test_activations_are_computed_again_as_asked_for_or_where_it_is_necessary(monkeypatch, capsys, given, offloaded, is_short):
+    monkeypatch.setattr("utils.models.spread.offloaded", lambda _: offloaded)
+    monkeypatch.setattr("utils.training.memory.is_short", lambda model, *rest: rest[1:] == (4, 256) and is_short)
+    options = dataclasses.replace(PLAIN, gradient_checkpointing=given)
+    found = setup.wants_checkpointing(options, place(False, False), None)
+    assert found == (given if given is not None else bool(offloaded) or is_short)
+    told = (
+        "layers are read for each pass: --gradient_checkpointing is on; otherwise all would be held until the backward pass\n"
+    )
+    assert capsys.readouterr().out == told * (given is None and bool(offloaded))
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "parent", "checkpoint"),
+    [("", "base", "", ""), ("given", "given", "", ""), ("given", "given", "parent", "checkpoint"), ("", "parent", "parent", ""),
+     ("", "checkpoint", "parent", "checkpoint"), ("", "base", "without", "")],
+)  # fmt: skip
+def test_the_tokenizer_is_the_one_given_else_that_of_what_is_trained_on_else_the_base_s(
+    tmp_path, own, named, parent, checkpoint
+):
+    for name in ("parent", "checkpoint", "without"):
+        (tmp_path / name).mkdir()
+        if name != "without":
+            (tmp_path / name / "tokenizer.json").touch()
+    begins = RunStart(*(tmp_path / name if name else None for name in (parent, checkpoint)))
+    found = tokenizer_folder(dataclasses.replace(PLAIN, tokenizer=own), begins)
+    assert found == (named if named in ("base", "given") else str(tmp_path / named))
+
+
+@pytest.mark.parametrize(
+    ("step", "does"),
+    [
+        (1, ""), (3, "e"), (4, ""), (5, "es"), (6, "e"), (9, "e"), (10, "es"), (12, "es"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("evaluates", [True, False])
+@pytest.mark.parametrize("stopped", [None, 15])
+def test_what_follows_a_step(step, does, evaluates, stopped):
+    """Five steps an epoch, twelve in all, an evaluation every third; the library has asked to save at the fourth."""
+    checked, control = [], TrainerControl(should_save=step == 4)
+    job = SimpleNamespace(eval_steps=3, evaluator=None)
+    loader = SimpleNamespace(train_dataloader=range(5))
+    run = SimpleNamespace(eval_dataset=[1] if evaluates else None, job=job, callback_handler=loader, stopped_by=stopped)
+    run.check_step = lambda: checked.append(step)
+    trainer.StepCallback(run).on_step_end(None, TrainerState(global_step=step, max_steps=12), control)
+    wanted = (evaluates and "e" in does, "s" in does or step == 4 or stopped is not None, stopped is not None)
+    assert (control.should_evaluate, control.should_save, control.should_training_stop) == wanted and checked == [step]
 
 
 @pytest.mark.parametrize(("size", "fits"), [(10, 6), (4, 6), (17, 12)])
