@@ -39,7 +39,7 @@ def test_types_are_those_of_torch_and_others_are_refused(tmp_path):
     found = Weights(tmp_path)
     assert {name: found.kind(name) for name in found.names} == {name: ((3, 2), dtype) for name, dtype in kinds.items()}
     save_file({"a": torch.ones(2).to(torch.uint16)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="^a: is stored as U16, which is not supported; use weights in float16 or bfloat16$"):
+    with pytest.raises(UserError, match=r"^a: is stored as U16, which is not supported; use weights in float16 or bfloat16$"):
         Weights(tmp_path)
 
 
