@@ -155,14 +155,10 @@ def main(options: Options) -> None:
         start.check_parent(origin, checks.lora_options(options), options.base_model)
         checks.check_layers(options, origin)
         tokenizer, train_data, val_data, data = prepare_data(options, origin, parent, stage)
-        chosen = {"dtype": placement.dtype_name, "attn_implementation": placement.kernel}
-        rules = what_rules(options) | chosen | reward_files(options.rewards) | asked.hashes()
-        run_facts = {
-            "options": rules,
-            "base": lineage.identity(base),
-            "parent": parent,
-            "data": data["files"] | data.get("replay", {}).get("files", {}),
-        }
+        rules = what_rules(options) | {"dtype": placement.dtype_name, "attn_implementation": placement.kernel}
+        rules |= reward_files(options.rewards) | asked.hashes()
+        files = data["files"] | data.get("replay", {}).get("files", {})
+        run_facts = {"options": rules, "base": lineage.identity(base), "parent": parent, "data": files}
         start.check_unchanged(origin, run_facts)
         start.tell_other_dtype(parent, placement.dtype_name)
         if options.overwrite_output_dir and is_main_process():
@@ -171,15 +167,7 @@ def main(options: Options) -> None:
         from utils.training.run import finish, train  # here, because its imports take seconds more
 
         model = setup.prepare_model(options, placement, origin, tokenizer, stage)
-        sampler = evaluator = None
-        if stage == REWARD:
-            from utils.inference.rollouts import make_sampler
-
-            sampler = make_sampler(options, tokenizer)
-        if asked:
-            from utils.evaluation.during_training import make_evaluator
-
-            evaluator = make_evaluator(options, asked, tokenizer, model, placement.dtype_name)
+        sampler, evaluator = samplers(options, stage, asked, tokenizer, model, placement.dtype_name)
         best = training_questions.best_metric(options.metric_for_best_model, asked, val_data is not None)
         trainer = setup.prepare_trainer(
             options, placement, model, train_data, val_data, run_facts, stage, best, sampler, evaluator
@@ -191,6 +179,20 @@ def main(options: Options) -> None:
             write_template(options, data, tokenizer)
             lineage.write(options.output_dir, lineage.describe("train", options, began, **facts))
     setup.tell_end(options, results, began)
+
+
+def samplers(options: Options, stage: str, asked: Any, tokenizer: Any, model: Any, dtype_name: str) -> tuple[Any, Any]:
+    """What answers while training, for rewards and for --eval_answers and --eval_choices; None where nothing asks for it."""
+    sampler = evaluator = None
+    if stage == REWARD:
+        from utils.inference.rollouts import make_sampler
+
+        sampler = make_sampler(options, tokenizer)
+    if asked:
+        from utils.evaluation.during_training import make_evaluator
+
+        evaluator = make_evaluator(options, asked, tokenizer, model, dtype_name)
+    return sampler, evaluator
 
 
 def what_rules(options: Options) -> dict[str, Any]:
