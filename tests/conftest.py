@@ -29,6 +29,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 def warmed():
     """What most scripts import, imported once, before any is forked."""
     warm("utils.training.trainer", "utils.datasets.dataset", "utils.inference.batch", "utils.merging.merge")
+    warm("utils.datasets.preparing", "utils.evaluation.setup", "utils.training.setup", "utils.merging.combination", "fire")
     warm("matplotlib.backends.backend_agg", "matplotlib.figure")
 
 
