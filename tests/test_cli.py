@@ -1,9 +1,7 @@
 """Options: written in all of Fire's ways, typed, checked before anything heavy is imported or written."""
 
 import dataclasses
-import itertools
 import json
-import signal
 import subprocess
 import sys
 
@@ -58,6 +56,9 @@ class Options:
         (["--parts", "q_proj,v_proj"], {"parts": ["q_proj", "v_proj"]}),
         (["--parts", "q_proj, v_proj"], {"parts": ["q_proj", "v_proj"]}),
         (["--parts", "[]"], {"parts": []}),
+        (["--parts", "(a,b)"], {"parts": ["a", "b"]}),
+        (["--parts", "(q|k)_a,b"], {"parts": ["(q|k)_a", "b"]}),
+        (["--parts", "[.*_proj, a.b]"], {"parts": [".*_proj", "a.b"]}),
         (["--parts", "[a]", "--parts", "[b]"], {"parts": ["b"]}),
         (["--answers", "a=1", "--answers", "b=2"], {"answers": ["a=1", "b=2"]}),
         (["--name", "1e4"], {"name": "1e4"}),
@@ -91,6 +92,8 @@ def test_every_way_to_write_an_option(argv, expected):
         (["--name", "n", "--size", "x"], "--size x: not a whole number or a number; see --help"),
         (["--name", "n", "--flag", "maybe"], "--flag maybe: not true or false; see --help"),
         (["--name", "n", "--auto", "maybe"], "--auto maybe: not true or false; see --help"),
+        (["--name", "n", "--auto", "none"], "--auto none: not true or false; see --help"),
+        (["--name", "n", "--count", "None"], "--count None: not a whole number; see --help"),
         (["--name", "n", "--count"], "--count: has no value; write --count VALUE"),
         (["--name", "n", "--config"], "--config: has no value; write --config VALUE"),
         (["--name", "n", "stray"], "stray: unexpected; options are written --name value"),
@@ -278,48 +281,6 @@ def test_what_a_user_can_mend_is_one_line_and_what_is_not_a_traceback(script, tm
         assert (ended.status, ended.out, ended.err) == (2, "", f"ends.py: error: {said}\n")
     else:
         assert ended.status == 1 and ended.err.startswith("Traceback")
-
-
-WORKER = """
-import ctypes, signal, sys
-sys.path.insert(0, {root!r})
-from utils import cli
-cli.end_when_told()
-cli.end_with_parent()
-told = ctypes.c_int()
-ctypes.CDLL(None).prctl(2, ctypes.byref(told))  # PR_GET_PDEATHSIG
-print(*(signal.getsignal(one).name for one in (signal.SIGINT, signal.SIGTERM)), signal.Signals(told.value).name)
-"""
-
-
-def test_a_worker_ends_with_its_parent_without_a_word(script, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT)))
-    assert script(tmp_path / "worker.py").ok() == "SIG_IGN SIG_DFL SIGKILL\n"
-
-
-TOLD_TWICE = """
-import os, signal, sys, time
-sys.path.insert(0, {root!r})
-from utils import cli
-class Options: pass
-def main(options):
-    try:
-        os.kill(os.getpid(), {first})
-        time.sleep(60)
-    finally:
-        os.kill(os.getpid(), {second})
-        print("cleaned up")
-cli.parse = lambda *_: None
-cli.run(main, Options, [])
-"""
-
-
-def test_a_second_signal_does_not_disturb_the_cleanup_that_the_first_began(script, tmp_path):
-    names = {signal.SIGINT: "", signal.SIGTERM: " (SIGTERM)", signal.SIGHUP: " (SIGHUP)"}
-    for first, second in itertools.permutations([*names, signal.SIGINT], 2):
-        (tmp_path / "told.py").write_text(TOLD_TWICE.format(root=str(ROOT), first=int(first), second=int(second)))
-        ended = script(tmp_path / "told.py")
-        assert (ended.status, ended.out, ended.err) == (128 + first, "cleaned up\n", f"told.py: interrupted{names[first]}\n")
 
 
 # --config

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from scripting import ROOT
 
 from utils import cli
-from utils.console import harmless, noting, progress, say
+from utils.console import harmless, is_out_of_memory, noting, progress, reason, say, wants_color
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "latin-1", "ascii"])
@@ -48,3 +49,42 @@ def test_what_is_typed_in_another_encoding_is_read_all_the_same(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xc4\xe3ok"), "utf-8"))
     cli.show_any_character()
     assert sys.stdin.read() == "\ufffd\ufffdok"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so", "said"),
+    [
+        (MemoryError(), True, "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), True, "CUDA out of memory. Tried"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), True, "CUDA error: out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), True, "[enforce fail] Defau"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you"), True, "DefaultCPUAllocator"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), True, "CUBLAS_STATUS_ALLOC_FAILED"),
+        (RuntimeError(" \n shapes differ\nmore"), False, "shapes differ"),
+        (ValueError("CUDA error: out of memory"), False, "CUDA error"),
+    ],
+)
+def test_the_ways_to_say_that_memory_is_out_and_the_first_line_of_each(error, is_so, said):
+    assert is_out_of_memory(error) is is_so and reason(error).startswith(said) and "\n" not in reason(error)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "settings", "colors"),
+    [(True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"NO_COLOR": ""}, True),
+     (True, {"TERM": "dumb"}, False)],
+)  # fmt: skip
+def test_colors_are_for_terminals_that_show_them(monkeypatch, terminal, settings, colors):
+    for name, value in ({"NO_COLOR": "", "TERM": "xterm"} | settings).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", type("Out", (io.StringIO,), {"isatty": lambda _: terminal})())
+    assert wants_color() is colors
+
+
+def test_notices_are_collected_by_each_who_listens_as_long_as_he_does():
+    with noting() as outer:
+        say("one")
+        with noting() as inner:
+            say("two")
+        say("three")
+    say("four")
+    assert (outer, inner) == (["one", "two", "three"], ["two"])

@@ -32,14 +32,15 @@ def events(monkeypatch):
     return found
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, events):
-    left = [tmp_path / f".a.json.{socket.gethostname()}.{process}.part" for process in (os.getppid(), NOBODY)]
+@pytest.mark.parametrize("name", ["a.json", "[a]*?.json"])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, events, name):
+    left = [tmp_path / f".{name}.{socket.gethostname()}.{process}.part" for process in (os.getppid(), NOBODY)]
     for file in left:
         file.touch()
-    with files.replacing(tmp_path / "a.json") as aside:
+    with files.replacing(tmp_path / name) as aside:
         aside.write_text("1", "utf-8")
-    assert events == [("fsync", aside.name), ("replace", "a.json")]
-    assert {file.name for file in tmp_path.iterdir()} == {"a.json", left[0].name}  # not what a running process writes
+    assert events == [("fsync", aside.name), ("replace", name)]
+    assert {file.name for file in tmp_path.iterdir()} == {name, left[0].name}  # not what a running process writes
 
 
 @pytest.mark.parametrize("way", [files.replacing, files.replacing_folder])
@@ -130,6 +131,13 @@ def test_why_json_cannot_be_read_is_told(tmp_path, content, problem):
     assert str(error.value) == f"{file}: {problem}"
     file.write_text('\ufeff{"a": 1}', "utf-8")
     assert files.read_json(file) == {"a": 1}
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path, "cannot be read (Is a directory); check the path"),
+                      (tmp_path / "pipe", "is not a regular file; save its output to a file first")):  # fmt: skip
+        for read in (files.read_json, files.sha256):
+            with pytest.raises(UserError) as error:
+                read(path)
+            assert str(error.value) == f"{path}: {why}"
 
 
 @pytest.mark.parametrize("option", ["--output_dir", "--output_path"])

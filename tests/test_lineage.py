@@ -11,6 +11,7 @@ from scripting import ROOT
 
 from utils import lineage
 from utils.console import UserError
+from utils.files import sha256
 
 
 @dataclasses.dataclass
@@ -78,10 +79,17 @@ def test_a_step_of_which_any_part_has_another_form_is_none():
     assert [step for step in wrong if lineage.is_step(step)] == []
 
 
-def test_outside_a_clone_the_commit_is_not_known(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_a_clone_with_a_word_of_what_has_changed_since(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "9.0.0"\n')
     monkeypatch.setattr(lineage, "ROOT", tmp_path)
     assert lineage.toolkit() == {"version": "9.0.0", "commit": None}
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert lineage.toolkit() == {"version": "9.0.0", "commit": head}
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "9.0.1"\n')
+    assert lineage.toolkit() == {"version": "9.0.1", "commit": f"{head}-dirty"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -97,6 +105,7 @@ def test_a_base_is_told_from_a_slightly_trained_one(tiny_llama, tmp_path, dtype)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     rounded = lineage.fingerprint(str(folder))
+    assert original["tokenizer"] == sha256(tiny_llama / "tokenizer.json")
     assert lineage.differences(original, rounded) == lineage.differences(rounded, original) == []
     assert lineage.identity({"name": "a", "fingerprint": original}) != lineage.identity({"name": "b", "fingerprint": original})
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}  # of weights converted in 2023
@@ -156,5 +165,6 @@ def test_another_base_is_refused_with_what_differs():
         "run-1: was trained on another base (theirs) than mine: another tokenizer; other tensor names or shapes; "
         "other values in a; other values in b; give that base as --base_model"
     )
-    for known in (None, {}, step):
+    for known in (None, {}, step, {"base": {"name": "theirs", "fingerprint": mark | {"tokenizer": None}}}):
         lineage.check_same_base(known, mark, "run-1", "mine")
+    assert lineage.differences(mark, mark | {"tokenizer": None}) == []
