@@ -5,10 +5,11 @@ import shutil
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from utils.adapters import fit
+from utils.adapters import adapters, fit
 from utils.adapters.adapters import find_weights, open_tensors
 from utils.adapters.lora_config import lora_config
 from utils.adapters.settings import is_pattern
@@ -124,6 +125,19 @@ def test_a_larger_vocabulary_is_merged_first_where_the_base_s_may_not_grow(tiny_
         f"{folder}: its vocabulary has {count + 3} tokens, that of {tiny_llama} {count}; merge it first: "
         f"python merge_weights.py --base_model {tiny_llama} --lora_model {folder} --output_dir MERGED"
     )
+
+
+@pytest.mark.parametrize("whole", [None, ["embed_tokens", "lm_head"]])
+def test_what_trains_is_float32_and_the_layers_compute_in_the_base_s_type(tiny_llama, whole):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    seen = []
+    base.model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    model = adapters.add(base, LoraConfig(target_modules=["q_proj"], modules_to_save=whole))
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.tensor([[1, 5]]))
+    assert seen == [torch.bfloat16]
 
 
 def test_scales_and_the_hashes_of_files(parent):

@@ -69,6 +69,11 @@ def test_how_much_lies_where_is_told_in_bytes(capsys):
     layer = (4 * 4096**2 + 3 * 4096 * 8192 + 2 * 4096) * 2 / 1e9
     places = f"0.41 GB on cuda:0, {layer:.2f} GB on cuda:1, {layer:.2f} GB in main memory, 0.41 GB on the disk"
     assert capsys.readouterr().out == f"large: {places}\n"
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(spread, "offloaded", lambda _: [model.lm_head])
+        spread.tell(model, "large")
+    slow = "weights that are not on a computing device are read for each pass"
+    assert capsys.readouterr().out == f"large: {places}; {slow}\n"
     del model.hf_device_map
     spread.tell(model, "large")
     assert capsys.readouterr().out == "large: all of its weights are on meta\n"

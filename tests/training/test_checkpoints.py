@@ -132,6 +132,21 @@ def test_a_signal_lets_the_step_end_and_a_second_one_does_not_where_nobody_else_
     assert (tmp_path / "out").exists() == (status < 0), "a run that left nothing leaves no folder"
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("a", "y"), ("a", None), ("checkpoint.json", None), ("checkpoint.json", "[]"), ("checkpoint.json", '{"files": {}}'),
+     ("checkpoint.json", '{"run": {}, "files": []}')],
+)  # fmt: skip
+def test_a_checkpoint_of_which_anything_has_changed_is_not_whole(tmp_path, file, content):
+    (tmp_path / "a").write_text("x")
+    checkpoints.seal(tmp_path, {})
+    assert checkpoints.is_whole(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    assert not checkpoints.is_whole(tmp_path)
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_is_sealed(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(checkpoints, "sync", synced.append)

@@ -1,5 +1,6 @@
 """What is answered at each evaluation of a training: it equals what the other scripts give, and disturbs nothing."""
 
+import contextlib
 import json
 import re
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from utils.evaluation.during_training import Evaluator
 from utils.evaluation.training_questions import TrainingQuestions, reference_of
 from utils.files import write_json
 from utils.models.tokenizer import load_tokenizer
-from utils.training.evaluations import ANSWERS
+from utils.training.evaluations import ANSWERS, Evaluated, evaluate_answers
 from utils.training.trainer import StepCallback
 
 warm("transformers.trainer", "utils.evaluation.during_training", "utils.inference.batch")
@@ -119,6 +120,25 @@ def test_what_is_better_than_the_best_so_far_is_saved(tmp_path, greater, best, f
     control, trainer = TrainerControl(), SimpleNamespace(eval_dataset=None, job=SimpleNamespace(evaluator=None))
     StepCallback(trainer).on_evaluate(args, TrainerState(best_metric=best), control, {"eval_choices": found})
     assert control.should_save == saved
+
+
+@pytest.mark.parametrize("answers", [[], [{"question": "问", "answer": "答"}, {"question": "几", "answer": "二"}]])
+def test_what_an_evaluator_finds_is_told_logged_and_shown_to_trackers(monkeypatch, capsys, answers):
+    shown, written = [], []
+    monkeypatch.setattr("utils.training.trackers.show_answers", lambda run, found: shown.append((run, found)))
+    base = object()
+    model = SimpleNamespace(get_base_model=lambda: base)
+    run = SimpleNamespace(
+        state=TrainerState(global_step=7), args=SimpleNamespace(world_size=1), model=model, is_world_process_zero=lambda: True,
+        accelerator=SimpleNamespace(autocast=contextlib.nullcontext, unwrap_model=lambda one: one),
+        run_log=SimpleNamespace(add_newest=lambda state: written.append(state.log_history[-1])),
+    )  # fmt: skip
+    asked = []
+    found = Evaluated({"eval_chrf": 5.0}, answers, ["one", "two"])
+    assert evaluate_answers(run, lambda one: asked.append(one) or found) == {"eval_chrf": 5.0} and asked == [base]
+    assert capsys.readouterr().out == "step 7: one\nstep 7: two\n"
+    entry = [{"step": 7, ANSWERS: answers}] if answers else []
+    assert (run.state.log_history, written, shown) == (entry, entry, [(run, answers)] if answers else [])
 
 
 @pytest.mark.slow

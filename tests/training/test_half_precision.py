@@ -315,6 +315,13 @@ def test_apple_s_gpu_computes_in_float16_throughout_and_is_not_measured(tmp_path
         assert placement.autocast_dtype == beside
         assert (measured(placement, str(tmp_path)) is placement) == (device == "mps")
     assert str(DeviceConfig(torch.device("cpu"), torch.float32, "4bit")) == "cpu, 4bit"
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert place(None, False) == DeviceConfig(torch.device("mps"), torch.float16, None)
+    assert place(None, True, dtype="float32", kernel="eager") == DeviceConfig(
+        torch.device("mps"), torch.float32, "4bit", kernel="eager"
+    )
+    with pytest.raises(UserError, match=r"^--device_map auto: Apple's GPU shares all of the machine's memory; leave it out$"):
+        place(None, False, device_map="auto")
 
 
 def test_ways_to_train_that_would_go_wrong_are_refused(monkeypatch):

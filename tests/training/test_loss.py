@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +92,11 @@ def test_cross_entropies_are_float32_whatever_is_computed_in():
     head = torch.nn.Linear(4, 600, bias=False, dtype=torch.bfloat16)
     torch.nn.init.zeros_(head.weight)
     value = loss.head_loss(head, torch.ones(500, 4, dtype=torch.bfloat16), torch.zeros(500, dtype=torch.long))
-    assert value.dtype == torch.float32 and value.item() == pytest.approx(500 * math.log(600), rel=1e-5)
+    logits = torch.zeros(1, 501, 600, dtype=torch.bfloat16)
+    labels = torch.tensor([[7, *[3] * 500]])
+    whole = loss.full_loss(lambda **_: SimpleNamespace(logits=logits), labels, labels)
+    for found in (value, whole):
+        assert found.dtype == torch.float32 and found.item() == pytest.approx(500 * math.log(600), rel=1e-5)
 
 
 def plain_loss(base, folder, records):

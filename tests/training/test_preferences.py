@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from utils import lineage
 from utils.datasets.dataset import JudgedDataset
 from utils.datasets.encoding import IGNORED
-from utils.training.batching import pad
+from utils.training.batching import BatchConfig, pad
 from utils.training.data import tell_labels
 from utils.training.loss import returning_loss
 from utils.training.preferences import (
@@ -107,6 +107,7 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         with torch.no_grad():
             empty = model(**pad([], 1))
+            model(**batch)  # as in validation, whose rewards are not those of a step
     assert empty.item() == 0 and sums[3] == 8
     ids, places, targets = batch["input_ids"], batch["places"], batch["labels"].flatten()[batch["places"] + 1]
     with torch.no_grad():  # and at a temperature, in both ways
@@ -182,6 +183,50 @@ def test_the_kto_loss_is_that_of_its_paper():
     expected = 2 * (1 - 1 / (1 + math.exp(-0.5 * 1.75))) + 3 * (1 - 1 / (1 + math.exp(-0.5 * 0.75)))
     assert loss.item() == pytest.approx(expected + 0.3 * 3, rel=1e-6), "the good answer's own loss is added"
     assert totals.tolist() == pytest.approx([0.5 * 2, -0.5 * 0.5, 1, 1, 2])
+    with torch.no_grad():  # as in validation, whose rewards are not those of a step
+        judged_loss(
+            lambda **_: log_probs, Preference("kto", 0.5, 0, 0), totals, ids, labels, torch.tensor([1, 4]), reference,
+            torch.tensor([True, False]), kl,
+        )  # fmt: skip
+    assert totals[2:].tolist() == [1, 1, 2]
+
+
+class Row(dict):
+    """A set of one pair, its rows read as those of `EncodedDataset`."""
+
+    lengths = (2,)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, number):
+        return dict(self.items())
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_the_reference_is_computed_once_without_dropout_and_read_again_where_a_run_resumes(monkeypatch, tmp_path, loss):
+    """Of training and validation apart; not for a loss that has none."""
+    row = {"input_ids": [1, 5], "labels": [IGNORED, 5], "rejected_ids": [1, 6], "rejected_labels": [IGNORED, 6]}
+    seen, sets = [], [Row(row), Row(row | {"input_ids": [1, 7]})]
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, **_):
+            seen.append(self.training)
+            return input_ids[:, 1].float()
+
+    trainer = PreferenceTrainer.__new__(PreferenceTrainer)
+    trainer.train_dataset, trainer.eval_dataset, trainer.model, trainer.shares_prefixes = *sets, Model(), False
+    trainer.args = SimpleNamespace(device=torch.device("cpu"), output_dir=str(tmp_path), should_save=True)
+    trainer.accelerator = SimpleNamespace(autocast=contextlib.nullcontext, reduce=lambda found, _: found)
+    trainer.job = SimpleNamespace(plan=BatchConfig(2, 8))
+    trainer.settings = Preference(loss, 0.1, 0, 0)
+    monkeypatch.setattr(trainer, "returning_loss", contextlib.nullcontext, raising=False)
+    wanted = [[[5, 6]], [[7, 6]]] if loss == "dpo" else [[[0, 0]], [[0, 0]]]
+    for resumed in (False, True):
+        monkeypatch.setattr("utils.training.checkpoints.is_resumed", lambda _, resumed=resumed: resumed)
+        trainer.attach_reference()
+        assert [one.reference.tolist() for one in sets] == wanted
+    assert seen == [False, False] * (loss == "dpo") and (tmp_path / "reference.npz").exists() == (loss == "dpo")
 
 
 @pytest.mark.parametrize("training", [True, False])

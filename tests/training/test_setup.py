@@ -7,11 +7,14 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
+from trainings import same
 from transformers import GPT2Config, LlamaConfig, OPTConfig, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import finetune
+from utils.adapters import adapters
 from utils.console import UserError
 from utils.datasets.encoding import IGNORED, encode
 from utils.datasets.sources import sources, weighted
@@ -216,6 +219,21 @@ def test_room_for_the_adapter_and_a_checkpoint_is_looked_for(bases, monkeypatch)
     assert model.get_nb_trainable_parameters()[0] == trained and asked == [("there", 16 * trained)]
 
 
+def test_the_seed_alone_rules_how_a_fresh_adapter_begins_and_one_that_is_trained_on_is_its_own(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "check_room", lambda *_: None)
+    words, parent = load_tokenizer(bases["llama"]), tiny.adapter(bases["llama"], tmp_path / "parent")
+
+    def begun(seed, before, parent=None):
+        torch.manual_seed(before)
+        given = dataclasses.replace(PLAIN, base_model=str(bases["llama"]), seed=seed)
+        model = setup.prepare_model(given, place(False, False), RunStart(parent, None), words, "instruction")
+        return {name: tensor.clone() for name, tensor in adapters.state(model).items()}
+
+    one = begun(1, 5)
+    assert same(one, begun(1, 6)) and not same(one, begun(2, 5))
+    assert same(begun(1, 5, parent), adapters.read_tensors(parent))
+
+
 @pytest.mark.parametrize(("options", "steps"), [({}, 3 * 5), ({"num_epochs": 1}, 5), ({"max_steps": 4}, 4)])
 def test_the_last_step_of_an_epoch_may_have_fewer_records(options, steps):
     assert setup.count_steps(dataclasses.replace(PLAIN, **options), 41) == steps
@@ -235,7 +253,7 @@ def test_why_an_adapter_is_kept_is_told(metric, evaluated, why):
     assert run.why_kept(args, metric is not None, evaluated) == why
 
 
-def test_a_run_s_log_and_its_progress_follow_the_history(tmp_path, monkeypatch):
+def test_a_run_s_log_and_its_progress_follow_the_history(tmp_path, monkeypatch, capsys):
     """What an earlier run left in the log is gone; a resumed one begins with what its checkpoint has logged."""
     log, control = run_log.RunLog(str(tmp_path)), TrainerControl()
     (tmp_path / "train_log.jsonl").write_text("old\n")
@@ -250,6 +268,11 @@ def test_a_run_s_log_and_its_progress_follow_the_history(tmp_path, monkeypatch):
         log.on_log(None, state, control)
     assert json.loads((tmp_path / ".progress.json").read_text()) == {"first": 2, "step": 3, "steps": 10, "seconds": 4.3}
     assert (log.bar.initial, log.bar.n, log.bar.total) == (2, 3, 10)
+    for metrics in ({"eval_loss": 1.0}, {"eval_loss": -0.5, "eval_reward": 0.5}, {"eval_choices": 50.0}):
+        log.on_evaluate(None, state, control, metrics)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3 of 10: validation loss 1.0000", "step 3 of 10: validation reward 0.5000"
+    ]  # fmt: skip
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
     assert lines == [

@@ -39,7 +39,10 @@ def test_each_family_learns_and_loads_with_peft_alone(script, bases, data, tmp_p
     adapted = PeftModel.from_pretrained(base, tmp_path / "out")(ids).logits
     assert not torch.allclose(plain, adapted)
     assert adapters.has_moved(tensors(tmp_path / "out"))
-    assert {"lineage.json", "loss.png", "train_log.jsonl", "tokenizer.json"} <= {f.name for f in (tmp_path / "out").iterdir()}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoint-5", "checkpoint-10",
+        "lineage.json", "loss.png", "run.yaml", "tokenizer.json", "tokenizer_config.json", "train_log.jsonl",
+    }  # fmt: skip
 
 
 def test_one_number_that_has_moved_is_enough():
