@@ -1,5 +1,7 @@
 """Who answers: base and template as the adapters record them, what contradicts that, and the names they go by."""
 
+import json
+
 import pytest
 import tiny
 
@@ -7,7 +9,7 @@ from utils import lineage
 from utils.adapters import switching
 from utils.console import UserError
 from utils.datasets.templates import TEMPLATES, Prompter
-from utils.inference.answerers import ChatModel, labels, resolve, with_base
+from utils.inference.answerers import ChatModel, common_base, labels, resolve, with_base
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,13 @@ def test_what_contradicts_an_adapters_lineage_is_an_error(folder, tmp_path):
         resolve(str(other), [str(adapter)], "")
     with pytest.raises(UserError, match=r"--prompt_template alpaca: .*mine"):
         resolve("", [str(adapter)], "alpaca")
-    template.write_text((TEMPLATES / "vigogne.json").read_text("utf-8"), "utf-8")
-    with pytest.raises(UserError, match="has changed since training"):
-        resolve("", [str(adapter)], "")
+    texts = json.loads(template.read_text("utf-8"))
+    for changes in (json.loads((TEMPLATES / "vigogne.json").read_text("utf-8")), texts | {"turn_no_input": "{instruction}"}):
+        template.write_text(json.dumps(changes), "utf-8")
+        with pytest.raises(UserError, match="has changed since training"):
+            resolve("", [str(adapter)], "")
+    copies = {"a": str(tmp_path / "gone"), "b": str(folder / "llama")}
+    assert common_base(copies, [known["base"]] * 2) == copies["b"], "of copies the first that is there"
     tiny.adapter(other, tmp_path / "stranger", 1)
     with pytest.raises(UserError, match="several bases"):
         resolve("", [str(folder / "a"), str(tmp_path / "stranger")], "")

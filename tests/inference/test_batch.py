@@ -102,6 +102,7 @@ def test_several_adapters_get_byte_for_byte_what_each_gets_alone(place):
     """The base's tensors are put back after each, not subtracted from."""
     inputs = ("--test_input_path", place / "prompts.json")
     run("--lora_weights", f"{place / 'a'},{place / 'b'}", *inputs)
+    assert all((place / name / "test.yaml").is_file() for name in "ab")
     together = [(place / name / "test.json").read_bytes() for name in "ab"]
     for name in "ab":
         (place / name / "test.json").unlink()
@@ -153,8 +154,13 @@ def test_the_same_run_again_has_nothing_to_do(place, capsys):
     weights = ("--lora_weights", place / "a", "--test_input_path", place / "prompts.json")
     run(*weights)
     capsys.readouterr()
+    made, journal = json.loads((place / "a/.test.json.made").read_text("utf-8")), place / "a/.test.json.journal"
+    header = {key: made[key] for key in made if key not in ("template", "dtype", "sha256")}
+    batch_answers.Journal(journal, header).close(done=False)  # as a kill leaves it
     run(*weights)
-    assert "--overwrite answers them again" in capsys.readouterr().out
+    assert "--overwrite answers them again" in capsys.readouterr().out and not journal.exists()
+    run(*weights, "--stop", "END")
+    assert "5 answers" in capsys.readouterr().out
     run(*weights, "--num_beams", 1)
     assert "5 answers" in capsys.readouterr().out
 
@@ -278,9 +284,15 @@ def test_prompts_are_measured_before_the_weights_are_loaded(place, tmp_path, mon
 
     monkeypatch.setattr("utils.inference.engine.load_base", load)
     long = write(tmp_path / "long.json", ["far too long " * 2000])
+    line = ("--lora_weights", place / "a", "--output_path", tmp_path / "out.json", "--test_input_path")
     with pytest.raises(UserError, match="the model's window is"):
-        run("--lora_weights", place / "a", "--output_path", tmp_path / "out.json", "--test_input_path", long)
+        run(*line, long)
     assert not list(tmp_path.glob("*out.json*"))
+    monkeypatch.undo()
+    monkeypatch.setattr("utils.inference.engine.decode", lambda *_: pytest.fail("nothing is answered"))
+    with pytest.raises(pytest.fail.Exception):
+        run(*line, place / "prompts.json")
+    assert not list(tmp_path.glob("*out.json*")), "without an answer there is nothing to keep"
 
 
 @pytest.mark.parametrize(

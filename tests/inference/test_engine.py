@@ -1,5 +1,6 @@
 """The engine: the same answers as transformers gives one at a time, ends, adapters merged and taken out again."""
 
+import dataclasses
 import random
 
 import pytest
@@ -9,12 +10,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, MistralConfig, MptConfig
 
 from utils.adapters import switching
+from utils.console import UserError
 from utils.datasets.templates import Prompter
 from utils.inference import engine as engine_module
 from utils.inference.answerers import BASE, resolve
 from utils.inference.decoding import decode, gumbel_noise, top_k_top_p
 from utils.inference.engine import Ending, Engine, seed
-from utils.inference.kv_cache import GrowingLayer, common_opening, families, groups
+from utils.inference.kv_cache import GrowingLayer, check_scores, common_opening, families, groups
 from utils.inference.sampling_params import SamplingParams
 from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
@@ -52,7 +54,7 @@ def answers(model, prompts, settings, ended=lambda ids: ids[-1] == 2, seeds=None
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_beams": 1},
+        {"num_beams": 1, "repetition_penalty": 0.8},
         {"num_beams": 4},
         {"num_beams": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"num_beams": 1, "repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
@@ -146,6 +148,8 @@ def test_what_is_sampled_does_not_depend_on_the_company(folder):
         alone = [answers(model, [prompt], settings, seeds=[seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
         assert together == alone
         assert answers(model, prompts, settings, seeds=[4, 5, 6]) != together
+        cold, plain = dataclasses.replace(settings, temperature=0.0), SamplingParams(num_beams=beams, max_new_tokens=12)
+        assert answers(model, prompts, cold, seeds=seeds) == answers(model, prompts, plain, seeds=seeds)
     own = {engine_module.seed(SamplingParams(seed=number), ids) for number in (1, 2) for ids in ([1], [2])}
     assert len(own) == 4, "a seed for each prompt, which follows from that of the run"
 
@@ -156,6 +160,7 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     assert tokens.tolist() == [[0, 1, 2]]
     expected = torch.tensor([4.0, 2.0, 0.0]).softmax(0)  # 0.867, 0.117, 0.016: the first two make up 0.984
     assert best[0, 2] == -torch.inf
+    assert top_k_top_p(torch.zeros(1, 90), SamplingParams(top_k=0, top_p=1.0), 1)[0].isfinite().sum() == 90
     generator = torch.Generator().manual_seed(0)
     drawn = (
         torch.bincount(torch.cat([(best + gumbel_noise(tokens, 5, [generator])).argmax(1) for _ in range(4000)]), minlength=3)
@@ -229,6 +234,8 @@ def test_answers_end_at_the_next_question_and_not_at_a_quoted_response(folder):
     assert ending.text([*quoted, 2]) == ending.text(quoted)
     assert ending([*quoted, 2])
     assert Ending(tokenizer, ["that", "with"], [2]).text(quoted) == "The template ends"
+    stop = "下一个问题在这里"  # of more tokens than characters
+    assert Ending(tokenizer, [stop], [2])(tokenizer(f"好{stop}", add_special_tokens=False)["input_ids"])
 
 
 def test_streaming_shows_whole_characters_and_no_half_stop_strings(folder):
@@ -292,6 +299,8 @@ def test_weights_are_merged_where_memory_has_room_for_the_sums(folder, monkeypat
     assert taken == sum(one.get_base_layer().weight.nbytes for one in adapted)
     assert engine.room - engine.room_as("a") == pytest.approx(engine_module.CACHE_SHARE * taken / engine.token_bytes, abs=2)
 
+    cached = engine.model(ids, use_cache=True).past_key_values.layers
+    assert engine.token_bytes == sum(one.keys.nbytes + one.values.nbytes for one in cached) / ids.numel()
     most = max(0.2 * engine.model.get_memory_footprint(), 1.5e9) / engine.token_bytes
     assert engine.batch_room("a") == min(int(most), engine.room_as("a"))
 
@@ -349,5 +358,10 @@ def test_the_window_limits_prompt_and_answer_together(folder, tmp_path):
     assert (
         Engine(str(folder / "bloom"), resolve(str(folder / "bloom"), [], "")[1], CPU).limit([1] * 50, SamplingParams()) == 2048
     )
+    stopped = Engine(str(base), resolve(str(base), [], "")[1], CPU, ["END"])
+    assert stopped.ending(BASE, stops=["x"]).stops == ["### Instruction:", "END", "x"]
+    for row in (0, 1):  # of a batch
+        with pytest.raises(UserError, match="not numbers"):
+            check_scores(torch.tensor([[0.0, 1.0]] * 2).index_fill(0, torch.tensor([row]), torch.nan))
     assert switching.key_of("v1.2/lora") != switching.key_of("v1-2/lora")
     assert seed(SamplingParams(), [1, 2]) != seed(SamplingParams(), [2, 1])

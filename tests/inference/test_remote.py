@@ -10,7 +10,7 @@ from api_server import asked
 
 from utils.console import UserError
 from utils.datasets.record_writer import write_records
-from utils.inference.remote import Asking, model_names
+from utils.inference.remote import Asking, model_names, request_fields
 from utils.inference.requests import RequestLimits
 from utils.inference.sampling_params import SamplingParams
 
@@ -46,17 +46,36 @@ def completion(text):
 
 
 def test_messages_go_where_no_tokenizer_is_known(serve, script, prompts, tmp_path):
-    server = serve(lambda number, body: "answer to " + asked(body))
+    def behave(number, body):
+        cut = {"content": "answer to " + asked(body), "finish": "length"}
+        refused = {"status": 400, "body": b'{"error": {"message": "filtered"}}'}
+        return {"你是谁？": "answer to 你是谁？", "真的？": refused}.get(asked(body), cut)
+
+    server = serve(behave)
     server.models = ["only"]
-    out = script("generate.py", *options(server, prompts, "--output_path", tmp_path / "out.json", "--stop", "END")).ok()
+    line = options(server, prompts, "--output_path", tmp_path / "out.json", "--repetition_penalty", 1.2)
+    out = script("generate.py", *line, "--stop", "END").ok()
     assert "sending messages" in out and "1 prompts have an input" in out and "uses its only model, only" in out
+    assert "1 of 3 answers were refused by the server, and left empty" in out
+    assert "1 of 3 answers were cut off (--max_new_tokens)" in out
     answers = json.loads((tmp_path / "out.json").read_text("utf-8"))
-    assert [record["output"] for record in answers] == ["answer to 你是谁？", "answer to Add.\n1 + 1", "answer to 真的？"]
+    assert [record["output"] for record in answers] == ["answer to 你是谁？", "answer to Add.\n1 + 1", ""]
     third = next(body for body in server.bodies if len(body["messages"]) == 4)
     assert [message["role"] for message in third["messages"]] == ["system", "user", "assistant", "user"]
     assert (third["temperature"], third["stop"], third["model"]) == (0.0, ["END"], "only")
-    again = script("generate.py", *options(server, prompts, "--output_path", tmp_path / "out.json", "--stop", "END")).ok()
-    assert "holds the answers" in again and len(server.bodies) == 3
+    assert third["repetition_penalty"] == 1.2
+    assert "holds the answers" in script("generate.py", *line, "--stop", "END").ok() and len(server.bodies) == 3
+    script("generate.py", *line, "--stop", "OTHER").ok()
+    assert len(server.bodies) == 6, "with other settings the answers are others"
+
+
+def test_what_the_protocol_has_of_the_settings_is_sent():
+    drawn = {"top_p": 0.75, "seed": 42}
+    assert request_fields(SamplingParams()) == {} and request_fields(SamplingParams(repetition_penalty=0.9)) == {
+        "repetition_penalty": 0.9
+    }
+    assert request_fields(SamplingParams(do_sample=True)) == drawn | {"top_k": 40}
+    assert request_fields(SamplingParams(do_sample=True, top_k=0)) == drawn, "0 means all here, and nothing there"
 
 
 SGLANG = [{"id": "models/base", "owned_by": "sglang"}, {"id": "f1", "owned_by": "sglang", "parent": "models/base"}]

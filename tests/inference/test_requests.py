@@ -40,8 +40,9 @@ def journal(tmp_path):
 
 
 def test_answers_come_in_order_and_are_journaled_with_their_requests(serve, tmp_path, capsys):
-    server = serve(echo)
+    server, before = serve(echo), signal.getsignal(signal.SIGINT)
     assert [reply.text for reply in ask(server, tmp_path, 5)] == [f"answer {number}" for number in range(5)]
+    assert signal.getsignal(signal.SIGINT) is before
     entries = {entry["key"]: entry["value"] for entry in journal(tmp_path)}
     assert entries["q3"]["messages"] == [{"role": "user", "content": "question 3"}]
     assert entries["q3"]["answer"] == "answer 3" and entries["q3"]["max_tokens"] == 1024
@@ -81,6 +82,7 @@ def test_what_is_journaled_is_not_asked_again(serve, tmp_path):
         {"status": 500, "body": b"oops", "headers": {"Content-Type": "text/plain"}},
         {"status": 503, "body": b"{}"},
         {"status": 408, "body": b"{}"},
+        {"status": 409, "body": b"{}"},
         {"status": 429, "body": b'{"error": {"message": "slow down"}}', "headers": {"Retry-After": "0"}},
         {"content": "a long answer " * 100, "cut": 300},
         {"cut": 0},
@@ -129,6 +131,7 @@ def test_who_asks_to_wait_for_hours_ends_the_run(serve, tmp_path):
     assert retry_after(limited(**{"Retry-After": soon})) == pytest.approx(89, abs=2)
     with asking(ModelServer("m", server.url), QUICK, tmp_path / "less.jsonl", {}) as endpoint:
         asyncio.run(endpoint._wait(limited(**{"Retry-After": "3000"}), 1))
+        asyncio.run(endpoint._wait(limited(**{"Retry-After": "5"}), 1))  # which does not shorten the other
         assert endpoint.resume_at > time.monotonic() + 2000
 
 
@@ -154,6 +157,7 @@ def test_a_wrong_address_is_known_at_once(tmp_path):
         ({"status": 404, "body": b'{"error": {"message": "no model m"}}'}, "no model m; check the model's name"),
         ({"status": 429, "body": b'{"error": {"message": "spent", "code": "insufficient_quota"}}'}, "top up the account"),
         ({"status": 400, "body": b'{"error": {"message": "context too long"}}'}, "refuses every request"),
+        ({"status": 400, "body": b'{"error": {"message": "too many", "param": "max_tokens"}}'}, "refuses every request"),
     ],
 )
 def test_what_no_retry_can_mend_ends_the_run(serve, tmp_path, response, told):
@@ -163,12 +167,20 @@ def test_what_no_retry_can_mend_ends_the_run(serve, tmp_path, response, told):
     assert len(server.bodies) <= 3
 
 
+def test_a_server_that_is_slow_at_first_is_asked_as_often_as_one_that_has_answered(serve, tmp_path):
+    server = serve(lambda number, body: {"content": "late", "sleep": 1.5} if number < 2 else echo(number, body))
+    assert [reply.text for reply in ask(server, tmp_path, 1, timeout=0.7)] == ["answer 0"]
+
+
 def test_one_refused_request_does_not_stop_the_others(serve, tmp_path):
     refusal = {"status": 400, "body": b'{"error": {"message": "filtered"}}'}
     server = serve(lambda number, body: refusal if "question 1" in asked(body) else echo(number, body))
     replies = ask(server, tmp_path, 4)
     assert [reply.finish for reply in replies] == ["stop", "refused", "stop", "stop"]
     assert "filtered" in replies[1].text
+    (tmp_path / "j.jsonl").unlink()
+    with pytest.raises(UserError, match="m: refused every request; see"):  # of few, too
+        ask(serve(lambda *_: refusal), tmp_path, 2)
 
 
 def test_settings_that_a_model_does_not_take_are_left_out(serve, tmp_path, capsys):
@@ -224,7 +236,7 @@ def test_half_a_character_in_an_answer_does_not_end_the_run(serve, tmp_path):
     assert [reply.text for reply in ask(server, tmp_path, 2)] == ["x?", "x?"]
 
 
-def test_what_was_spent_counts_before_prompts_are_sent(tmp_path):
+def test_what_was_spent_counts_before_prompts_are_sent(tmp_path, capsys):
     assert [tokens_in(text) for text in ("你好吗", "four", "fives", "")] == [3, 1, 2, 0]
     spent = Spent(cost=1)
     for cost in (3, 2):
@@ -240,11 +252,14 @@ def test_what_was_spent_counts_before_prompts_are_sent(tmp_path):
         assert {key: entry.get("may_cost") for key, entry in endpoint.journal.values.items()} == costs
         assert endpoint.spent.cost == 8
         endpoint.spent.cost = 9
-        endpoint.announce({"a": "好"})
+        endpoint.announce({"a": "好", "a failed 1": "asked before"})
+        told = "1 requests to send, about 1 tokens, up to 1,024 received; cost about 1.0000 to 1.0000\n"
+        assert capsys.readouterr().out == told
         with pytest.raises(
             UserError, match=r"--max_cost 10: sending the prompts alone costs about 2\.0000, and 9\.0000 is spent"
         ):
             endpoint.announce({"b": "坏"})
+    assert capsys.readouterr().out.endswith("\n3 requests (3 failed), 0 tokens sent and 0 received, cost 0.0000\n")
 
 
 def test_tokens_and_cost_are_totalled(serve, tmp_path, capsys):
@@ -274,8 +289,13 @@ def test_the_key_is_sent_and_needed_only_elsewhere(serve, tmp_path, monkeypatch)
         "http://192.168.1.7/v1",
         "http://[::1]:80/v1",
         "http://gpu1:80/v1",
+        "http://gpu.local/v1",
+        "http://llm.localhost:8000/v1",
     ):
         ModelServer("m", local)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://gpu1:80/v1")
+    assert (ModelServer("m").url, ModelServer("m", "http://gpu2/v1").url) == ("http://gpu1:80/v1", "http://gpu2/v1")
+    monkeypatch.delenv("OPENAI_BASE_URL")
     for remote in ("", "https://api.example.com/v1", "http://8.8.8.8/v1"):
         with pytest.raises(UserError, match="OPENAI_API_KEY"):
             ModelServer("m", remote)

@@ -38,6 +38,7 @@ def test_each_answer_is_drawn_by_its_own_seed_without_dropout_in_any_company(dra
     model, sampler = drawing
     model.eval()
     alone = [sampler(model, [prompt], [seed])[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    assert not model.training and sampler.room == 16 * 4 * 16
     model.train()
     model.forward = loss = lambda **_: None
     assert sampler(model, PROMPTS, SEEDS) == alone and model.training and model.forward is loss

@@ -34,3 +34,6 @@ def test_each_control_has_a_chinese_label_and_bounds_that_hold():
         bounded({"max_new_tokens": 9}, 8)
     with pytest.raises(UserError, match="top_k"):
         bounded({"top_k": 1.5}, 8)
+    assert type(bounded({"top_k": 40.0}, 8).top_k) is int
+    ways = [SamplingParams(do_sample=drawn, temperature=heat).samples for drawn in (False, True) for heat in (0.0, 0.5)]
+    assert ways == [False, False, False, True]

@@ -87,7 +87,7 @@ def plainly(engine, name, prompt, settings):
 
 
 @pytest.mark.parametrize("settings", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_in_company_each_is_answered_as_alone(scheduler, settings):
+def test_in_company_each_is_answered_as_alone(scheduler, settings, read):
     """Four answerers in one batch, one of whom can only take turns; each with a prompt and length of its own."""
     names = ["base", "f1", "embedded", "dora"] * 3
     requests = [
@@ -96,8 +96,9 @@ def test_in_company_each_is_answered_as_alone(scheduler, settings):
     together = answers(scheduler, requests)
     assert scheduler.forward.takes_turns == {"dora"}
     scheduler.call(lambda: scheduler.kept.clear())
+    read.clear()
     alone = [answers(scheduler, [request])[0] for request in requests]
-    assert together == alone
+    assert together == alone and min(read) >= 16, "the bits of a row do not depend on others from so many on"
     assert len({tuple(answer) for answer in together}) == len(names)
     expected = scheduler.call(lambda: [plainly(scheduler.engine, r.name, r.prompt, r.settings) for r in requests])
     assert together == expected
@@ -110,7 +111,10 @@ def test_windows_are_kept_and_who_cannot_share_takes_turns(folder, family):
     requests = [Request("base", prompt_of(engine, "base", number), GREEDY) for number in range(5)]
     assert answers(scheduler, requests) == scheduler.call(lambda: [plainly(engine, "base", r.prompt, GREEDY) for r in requests])
     assert scheduler.forward.works == (family == "mistral")
+    with scheduler.news:
+        left = [scheduler.submit(request, lambda: None) for request in requests[:1] * (AT_ONCE + 3)]
     scheduler.close()
+    assert {ticket.error for ticket in left} == {"the server is stopping"}
 
 
 def test_beams_run_beside_the_others(scheduler):
@@ -146,6 +150,7 @@ def test_a_next_turn_reads_only_what_is_new(scheduler, read):
     read.clear()
     (second,) = answers(scheduler, [Request("f1", said, GREEDY)])
     assert sum(read) == 20 + 1 + 23  # the end of the first answer, the new question, the tokens of the second answer
+    assert answers(scheduler, [Request("f1", said, GREEDY)]) == [second], "all of it is known"
     scheduler.call(lambda: scheduler.kept.clear())
     assert answers(scheduler, [Request("f1", said, GREEDY)]) == [second]
     limit, scheduler.kept_columns = scheduler.kept_columns, 300
@@ -191,6 +196,7 @@ def test_places_are_shared_fairly_and_the_queue_has_an_end(scheduler):
         with pytest.raises(QueueFull):
             for n in range(100):
                 many.append(scheduler.submit(Request("f1", [8, n], long, asker="many"), str))
+        assert len(scheduler.waiting) == 64
     while not one.finish:
         time.sleep(0.01)
     assert before[0] == 1
@@ -202,6 +208,10 @@ def test_places_are_shared_fairly_and_the_queue_has_an_end(scheduler):
     while scheduler.running and time.monotonic() < given_up:  # the last place is given back after its answer is there
         time.sleep(0.01)
     assert not scheduler.waiting and not scheduler.running
+    growing = scheduler.submit(Request("f1", [9, 9, 9], GREEDY), str)
+    while not growing.running:
+        time.sleep(0.001)
+    assert scheduler.call(lambda: growing.finish, "f1"), "what changes an answerer waits for its answers"
 
 
 def test_where_memory_ends_kept_caches_are_dropped_and_then_the_latest_request(scheduler, monkeypatch):
