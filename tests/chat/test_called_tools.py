@@ -11,7 +11,8 @@ from openai.types.chat import ChatCompletionMessage
 from test_endpoint import serving
 from transformers import AutoModelForCausalLM
 
-from utils.chat.called_tools import OPENINGS, CallReader, calls_in
+from utils.chat.called_tools import OPENINGS, Called, CallReader, calls_in
+from utils.chat.protocol import Chat
 from utils.chat.sessions import ChatService
 from utils.console import UserError
 from utils.datasets.encoding import encode
@@ -72,6 +73,14 @@ def test_calls_are_read_as_the_template_writes_them_and_other_forms_refused_by_n
         assert reader.so_far(ending.so_far(answer[:cut])) == ""
     said = '我查一下，1 < 2。{"name": 3}'
     assert reader.read(said) == (said, []) and reader.so_far(said) == said
+    other = '{"name": "other", "parameters": {}}'
+    assert (
+        not reader.read(f"{reader.opening}{other}").calls if kind == "llama3" else reader.read(f"{reader.opening}{other}").calls
+    )
+    parts = [{"index": place} | call for place, call in enumerate(found * 2)]
+    assert Chat("m").delta(Called("", found * 2), False) == {"delta": {"tool_calls": parts}}
+    message = {"role": "assistant", "content": None, "refusal": None, "tool_calls": found}
+    assert Chat("m").choice(Called("", found)) == {"message": message}
 
 
 def test_what_is_no_whole_call_stays_text():

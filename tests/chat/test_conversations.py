@@ -1,13 +1,15 @@
 """Conversations, as records, files and Markdown, without a browser."""
 
+import datetime
 import json
 import re
 import resource
+import time
 
 import pytest
 
 from utils.chat.conversations import CUT, WHOLE, Conversation, Talk, Turn, from_file
-from utils.chat.feedback import Feedback
+from utils.chat.feedback import Feedback, now
 from utils.chat.markdown import answer_as_markdown, from_markdown, question_as_markdown
 from utils.console import UserError
 
@@ -21,6 +23,7 @@ def test_conversations_come_from_any_record_format():
     )
     kept = Conversation((Turn("a", "b", CUT, {"model": "f1"}), Turn("c", "d", WHOLE)), "system text")
     assert from_file(kept.to_file()) == kept
+    assert from_file('{"instruction": "a", "output": ""}').turns == (Turn("a"),), "an open question"
     assert Conversation((*kept.turns, Turn("e"))).record()["history"] == [["a", "b"], ["c", "d"]]
     (record,) = json.loads(kept.to_file())
     assert record["learn"] == [False, True] and record["answers"][0] == {"model": "f1", "finish": "length"}
@@ -37,19 +40,31 @@ def test_what_a_browser_sends_is_looked_at():
         with pytest.raises((ValueError, RecursionError)):
             talk.from_browser(text)
     talk.change(Conversation((Turn("a", "b", WHOLE), Turn("c", "d")), "s"))
+    talk.name, talk.thumbs = "名", {0: True, 1: False}
     other = Talk()
     other.from_browser(talk.to_browser())
     assert other.conversation == talk.conversation.stopped() != talk.conversation and other.id == talk.id
+    assert other.name == "名" and not other.thumbs
+    talk.change(talk.conversation.asked_again(1))  # of the first answer, which stays, the thumb stays
+    assert talk.thumbs == {0: True}
     names = [json.loads(Talk(Conversation((Turn("问" * size + "\n更多"),))).to_browser())["title"] for size in (24, 25)]
     assert names == ["问" * 24, "问" * 24 + "…"]
 
 
-def test_a_thumb_replaces_its_own_line_and_leaves_every_other_as_it_is(tmp_path):
+def test_a_thumb_replaces_its_own_line_and_leaves_every_other_as_it_is(tmp_path, monkeypatch):
     feedback, path = Feedback(str(tmp_path)), tmp_path / "thumbs.jsonl"
     path.write_text('{"broken\n', "utf-8")
     record = {"instruction": '"id": "a-0", "time": ', "output": "x"}
     for key, liked in (("a-0", True), ("b-0", True), ("a-0", False), ("b-0", None)):
         feedback.thumb(key, record, {}, liked)
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    time.tzset()
+    begin = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    feedback.append("votes.jsonl", {"time": now()})
+    monkeypatch.undo()
+    time.tzset()
+    (vote,) = (tmp_path / "votes.jsonl").read_text("utf-8").splitlines()
+    assert 0 <= (datetime.datetime.fromisoformat(json.loads(vote)["time"]) - begin).total_seconds() < 60
     first, second = path.read_text("utf-8").splitlines()
     assert first == '{"broken' and json.loads(second)["label"] is False
 
@@ -78,5 +93,6 @@ def test_markdown_is_escaped_where_it_must_be_and_comes_back():
     question = "# a *b* <i>\n  `c` &#042; _d_"
     assert from_markdown(question_as_markdown(question)) == question.replace("&#042;", "&#042;")
     assert not re.search(r"[#*<`_](?!0?\d+;)", re.sub(r"&#0\d+;", "", question_as_markdown(question)))
+    assert "\n " not in question_as_markdown(question), "no code because of its indentation"
     assert answer_as_markdown("<b> `<b>` &lt;") == "&#060;b> `<b>` &#038;lt;"
     assert answer_as_markdown("```\n<b>").endswith("<b>\n```")

@@ -22,6 +22,8 @@ from scripting import ROOT, free_port
 from starlette.applications import Starlette
 
 from utils.chat.endpoint import Endpoint
+from utils.chat.protocol import Refused
+from utils.console import UserError
 from utils.datasets.record_writer import write_records
 from utils.inference import scheduler as scheduling
 from utils.inference.sampling_params import SamplingParams
@@ -91,6 +93,35 @@ def test_half_the_window_is_the_questions_where_the_answer_might_fill_it(service
     for history, dropped in (([["一", "二"]], 0), ([long] * 4 + [["一", "二"]], 4), ([long] * 2, 2)):
         left = service.engine.encode("base", asked | {"history": history[dropped:]})
         assert service.fit("base", asked | {"history": history}, most) == (left, dropped)
+    for count in (200, 201):
+        with pytest.raises(UserError, match="is too long: .* tokens" if count == 200 else "200 earlier turns"):
+            service.fit("base", asked | {"instruction": "长" * 9000, "history": [["一", "二"]] * count}, most)
+    assert len(service.ids_of("base", "长" * 20_001)) > 20_001
+    with pytest.raises(UserError, match="at most 200,000 characters"):
+        service.ids_of("base", "长" * 200_001)
+
+
+def test_an_answer_that_is_continued_may_be_as_much_longer_as_asked_for(service):
+    *_, reply = service.reply(
+        "f1", {"instruction": "你是谁？"}, SamplingParams(num_beams=1, max_new_tokens=5), begun="我是" * 9
+    )
+    assert (reply.tokens, reply.finish) == (5, "length") and reply.text.startswith("我是" * 9)
+
+
+NOTHING = {  # what asks for nothing beyond what is done anyway
+    "n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False,
+    "top_logprobs": 0, "echo": False, "suffix": "", "tools": [], "tool_choice": "none", "parallel_tool_calls": True,
+    "modalities": ["text"], "response_format": {"type": "text"}, "service_tier": "auto", "store": False, "metadata": {},
+    "made_up": None,
+}  # fmt: skip
+
+
+def test_fields_that_ask_for_nothing_are_taken(address):
+    for more in ({}, {"tool_choice": "auto", "service_tier": "default", "store": True}):
+        body = {"model": "f1", "messages": QUESTION, "max_tokens": 1} | NOTHING | more
+        assert curl(address, "/chat/completions", body)[0] == 200
+    errors = {status: Refused(status, "why", "code").body()["error"]["type"] for status in (400, 429, 499, 500, 504)}
+    assert errors == dict.fromkeys((400, 429, 499), "invalid_request_error") | dict.fromkeys((500, 504), "server_error")
 
 
 def test_models_are_the_base_and_every_adapter(client):
@@ -201,16 +232,21 @@ def test_a_bad_request_is_refused_by_name(address, change, status, named):
     assert named in json.loads(body)["error"]["message"]
 
 
-def test_no_json_no_key_and_no_route_are_errors_of_the_protocol(address):
+def test_no_json_no_key_and_no_route_are_errors_of_the_protocol(address, service):
+    rows = service.engine.model.get_input_embeddings().weight.shape[0]
     for path, body, key, status, code in (
         ("/chat/completions", "{", "secret", 400, "invalid_json"),
         ("/chat/completions", "[" * 50_000, "secret", 400, "invalid_json"),
         ("/completions", {"model": "f1", "prompt": [-1]}, "secret", 400, "invalid_request"),
+        ("/completions", {"model": "f1", "prompt": [rows]}, "secret", 400, "invalid_request"),
         ("/models", None, "wrong", 401, "invalid_api_key"),
+        ("/models", None, "", 401, "invalid_api_key"),
         ("/files/etc/passwd", None, "secret", 404, "not_found"),
     ):
         given, content = curl(address, path, body, key)
         assert (given, json.loads(content)["error"]["code"]) == (status, code)
+    status, stream = curl(address, "/completions", {"model": "f1", "prompt": [5], "max_tokens": 1, "stream": True})
+    assert status == 200 and stream.endswith("\n\ndata: [DONE]\n\n")
 
 
 def test_a_full_queue_refuses_and_who_hangs_up_frees_a_place(address, client, service, engine, monkeypatch):
@@ -244,13 +280,14 @@ def test_a_full_queue_refuses_and_who_hangs_up_frees_a_place(address, client, se
     assert not service.scheduler.running and not service.scheduler.waiting
 
 
-def test_adapters_come_and_go_while_others_are_answered(address, client, folder):
+def test_adapters_come_and_go_while_others_are_answered(address, client, folder, service):
     expected = client.chat.completions.create(model="f1", messages=QUESTION, max_tokens=20).choices
     stream = client.chat.completions.create(model="f1", messages=QUESTION, max_tokens=20, stream=True)
     for name in ("", " ", "../f1", "a/b", "a\nb", "x" * 101):
         assert curl(address, "/load_lora_adapter", {"lora_name": name, "lora_path": "f3"})[0] == 400
     for path in (str(folder / "f1"), "../f1", "/etc"):
-        assert curl(address, "/load_lora_adapter", {"lora_name": "x", "lora_path": path})[0] == 404
+        for name in ("x", "f3"):
+            assert curl(address, "/load_lora_adapter", {"lora_name": name, "lora_path": path})[0] == 404
     for path in ("f3", str(folder / "more" / "f3")):
         assert curl(address, "/load_lora_adapter", {"lora_name": "third", "lora_path": path})[0] == 200
         assert curl(address, "/load_lora_adapter", {"lora_name": "third", "lora_path": path})[0] == 400
@@ -258,6 +295,7 @@ def test_adapters_come_and_go_while_others_are_answered(address, client, folder)
         assert third != expected
         assert curl(address, "/unload_lora_adapter", {"lora_name": "third"})[0] == 200
         assert curl(address, "/unload_lora_adapter", {"lora_name": "third"})[0] == 404
+        assert "third" not in (name for name, _ in service.scheduler.kept), "another of that name has its own"
     assert curl(address, "/unload_lora_adapter", {"lora_name": "base"})[0] == 400
     assert "".join(part.choices[0].delta.content or "" for part in stream) == expected[0].message.content
     assert client.chat.completions.create(model="f1", messages=QUESTION, max_tokens=20).choices == expected

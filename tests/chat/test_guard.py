@@ -1,5 +1,6 @@
 """Page and endpoint asked by real clients in the ways of OWASP's list: cross-site, rebound names, uploads, paths, slowness."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -85,6 +86,17 @@ def test_whether_others_can_reach_an_address_decides_which_names_and_pages_are_i
     ):
         found = Guard(None, address).problem({"headers": [(name.encode(), value.encode()) for name, value in headers.items()]})
         assert problem in found and bool(problem) == bool(found), (address, headers)
+
+
+def test_a_foreign_page_opens_no_channel_either():
+    sent: list[dict] = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "websocket", "headers": [(b"host", b"evil.example")]}
+    asyncio.run(Guard(None, Address("127.0.0.1", 7860, None, False))(scope, None, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
 def test_programs_and_the_page_itself_are_answered(port):

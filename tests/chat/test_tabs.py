@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 from browsing import (
     answer_of,
@@ -130,14 +131,19 @@ def test_the_training_tab_reads_running_and_finished_runs(tmp_path):
     lines[1:1] = [{"step": 1, "answers": [{"question": "问", "answer": "早"}]}, {"step": 1, "eval_choices": 25.0}]
     lines += [{"step": 2, "answers": [{"question": "问", "answer": "晚"}]}, {"step": 2, "eval_choices": 50.0}]
     (run / "train_log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines) + '{"step": 3, "lo')
-    (run / ".progress.json").write_text(json.dumps({"first": 0, "step": 2, "steps": 10, "seconds": 4.0}))
-    assert runs_beside([tmp_path / "adapter"]) == {"run-1": run}
+    (run / ".progress.json").write_text(json.dumps({"first": 1, "step": 2, "steps": 10, "seconds": 2.0}))  # gone on with
+    (tmp_path / "run-0").mkdir()
+    (tmp_path / "run-0/train_log.jsonl").write_bytes(b'{"step": 1, "loss": "\xe6')  # half a character
+    os.utime(tmp_path / "run-0/train_log.jsonl", (0, 0))
+    assert list(runs_beside([tmp_path / "adapter"]).items()) == [("run-1", run), ("run-0", tmp_path / "run-0")]
+    assert read_run(tmp_path / "run-0").step == 0
     read = read_run(run)
     assert (read.state, read.step, read.steps, read.pace, read.left) == ("running", 2, 10, 2.0, 16.0)
     assert (read.loss, read.validation) == (1.0, 1.5) and read.points[-1] == (2, 1.5, "validation")
     assert (read.answered, read.answers) == ((1, 2), [("问", "早", "晚")]) and read.scores == {"right choices (%)": 50.0}
-    os.utime(run / ".progress.json", (0, 0))
-    assert read_run(run).state == "stopped"
+    for quiet, state in ((115, "running"), (135, "running"), (145, "stopped")):  # two minutes and ten steps of two seconds
+        os.utime(run / ".progress.json", (time.time() - quiet,) * 2)
+        assert read_run(run).state == state
     (run / ".progress.json").unlink()
     assert read_run(run).state == "stopped"
     lineage.write(run, {"kind": "finetune", "options": {}, "time": {"began": "", "seconds": 6.0}})

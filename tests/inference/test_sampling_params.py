@@ -1,11 +1,13 @@
 """One home for decoding options: what a field of SamplingParams says is what script, page and endpoint have."""
 
 import dataclasses
+import re
 
 import pytest
 
 import generate
 from utils.chat.labels import LANGUAGES
+from utils.chat.tabs import MOST_PROMPTS
 from utils.console import UserError
 from utils.inference.sampling_params import CONTROLS, KINDS, SHOWN, STARTS, SamplingParams, bounded
 
@@ -22,6 +24,12 @@ def test_each_control_has_a_chinese_label_and_bounds_that_hold():
     assert set(LANGUAGES["zh"].controls) == texts and not LANGUAGES["en"].controls
     same = [name for name, text in vars(LANGUAGES["zh"]).items() if text == getattr(LANGUAGES["en"], name)]
     assert same == ["status"], "these have no Chinese"
+    chinese, english = LANGUAGES["zh"], LANGUAGES["en"]
+    assert all(str(MOST_PROMPTS) in one.prompts_hint for one in (chinese, english))
+    assert [chinese.votes[name] for name in ("left", "right", "both", "neither")] == ["A 更好", "B 更好", "都好", "都不好"]
+    for one in (chinese, english):  # each takes what the page fills in
+        fields = {name: set(re.findall(r"{(\w+)", text)) for name, text in vars(one).items() if isinstance(text, str)}
+        assert fields == {name: set(re.findall(r"{(\w+)", getattr(english, name))) for name in fields}
     bounded(STARTS, 2048)
     edges = {name: (max(control.least, 0), control.most) for name, control in CONTROLS.items()} | {"max_new_tokens": (1, 2048)}
     for place in (0, 1):
