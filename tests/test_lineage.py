@@ -105,6 +105,7 @@ def test_a_base_is_told_from_a_slightly_trained_one(tiny_llama, tmp_path, dtype)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     rounded = lineage.fingerprint(str(folder))
+    assert list(original["samples"]) == sorted(tensors)[:: len(tensors) // 8][:8], "from all over the model"
     assert original["tokenizer"] == sha256(tiny_llama / "tokenizer.json")
     assert lineage.differences(original, rounded) == lineage.differences(rounded, original) == []
     assert lineage.identity({"name": "a", "fingerprint": original}) != lineage.identity({"name": "b", "fingerprint": original})

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from utils.adapters import adapters, fit
+from utils.adapters import adapters, consistency, fit
 from utils.adapters.adapters import find_weights, open_tensors
 from utils.adapters.lora_config import lora_config
 from utils.adapters.settings import is_pattern
@@ -104,6 +104,14 @@ def test_a_pattern_means_the_end_of_a_name_from_a_dot_on(patterns, value):
     assert fit.of_pattern(patterns, "model.layers.1.q_proj", 8) == value
     key = get_pattern_key((patterns or {}).keys(), "model.layers.1.q_proj")
     assert (patterns or {}).get(key, 8) == value, "as peft takes it"
+
+
+def test_a_tensor_lies_in_a_layer_whose_whole_name_is_part_of_its_own():
+    saved = ["norm", "mlp.up_proj", "lm_head"]
+    names = ["model.norm.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
+    others = ["model.input_norm.weight", "model.layers.0.up_proj.weight", "lm_head2.weight", "norms.weight"]
+    assert [name for name in names + others if consistency.is_within(saved, name)] == names
+    assert not consistency.is_within(None, "lm_head.weight")
 
 
 def test_six_repetitions_in_a_row_are_allowed():

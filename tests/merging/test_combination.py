@@ -236,6 +236,7 @@ REFUSED = {
         "--merge_into: is for whole",
     ),
     "an exported adapter": ("{a}*0.3,{b}", ["--output_type", "adapter", "--export", "gguf"], "leave --output_type out"),
+    "layers by two names": ("{a}*0.3,{bare}", [], "name the same layers differently; save them again with one version of peft"),
     "nothing to combine": ("", ["--combine", "ties"], "--combine: is for adapters, but there are none"),
 }
 
@@ -256,6 +257,9 @@ def fixture_kinds(base, pair, tmp_path_factory):
     wide = tiny.llama(folder / "wide-base", hidden_size=96, num_attention_heads=6)
     deep = tiny.llama(folder / "deep-base", num_hidden_layers=3)
     found["deep"] = tiny.adapter(deep, folder / "deep", target_modules=["k_proj"], modules_to_save=["q_proj"])
+    found["bare"] = shutil.copytree(pair[1], folder / "bare")  # as of a base whose names lack their first part
+    tensors = {name.replace("model.model.", "model."): tensor for name, tensor in read_tensors(pair[1]).items()}
+    save_file(tensors, found["bare"] / "adapter_model.safetensors")
     return found | {"a": pair[0], "b": pair[1], "wide": tiny.adapter(wide, folder / "wide")}
 
 

@@ -268,7 +268,10 @@ def test_two_runs_write_the_same_bytes(base, adapter, tmp_path, monkeypatch):
     first = merge(base, adapter, tmp_path / "a", "--max_shard_size", "200KB", "--dtype", "bfloat16")
     monkeypatch.setattr("os.cpu_count", lambda: 7)
     monkeypatch.setattr(weights, "MAPPED_AT_MOST", 3000)
+    torch.set_num_threads(3)
     second = merge(base, adapter, tmp_path / "b", "--max_shard_size", "200KB", "--dtype", "bfloat16")
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
     names = {file.name for file in first.iterdir()}
     assert names == {file.name for file in second.iterdir()} and "model.safetensors.index.json" in names
     for name in names - {"lineage.json", "run.yaml"}:

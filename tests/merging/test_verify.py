@@ -1,5 +1,6 @@
 """What is compared before a merge is kept, and small parts of what is written, each whole."""
 
+import io
 import json
 import struct
 import zipfile
@@ -186,6 +187,18 @@ def test_llamas_that_meta_s_layout_cannot_hold(config, reason):
         assert str(error) == f"--output_type pth: Meta's layout is for LLaMA, but this model {reason}; leave it out"
     else:
         assert not reason
+
+
+def test_a_disk_that_takes_only_part_of_what_it_is_given_is_full(tmp_path, monkeypatch):
+    class Short(io.FileIO):
+        def write(self, data):
+            return super().write(data) - (len(data) == 48)
+
+    monkeypatch.setattr(shards, "open", lambda file, *_, **__: Short(file, "w"), raising=False)
+    kinds, blocks = {"a": ((3, 4), torch.float32)}, [shards.block_of("a", torch.ones(3, 4))]
+    with pytest.raises(OSError, match="No space left on device") as error:
+        shards.write_safetensors(tmp_path / "a.safetensors", kinds, blocks)
+    assert error.value.filename == str(tmp_path / "a.safetensors")
 
 
 def test_whole_numbers_keep_their_type(base, tmp_path):

@@ -75,6 +75,20 @@ def test_what_the_library_cannot_train_on_is_refused_in_training_alone(tiny_llam
     assert error is None or str(error.value) == words
 
 
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({}, ""), ({"quantization_config": {}}, ""), ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"a": 1}}, "an unnamed method"),
+        ({"quantization_config": "awq"}, "awq"),
+    ],
+)  # fmt: skip
+def test_the_method_that_a_configuration_names(config, method):
+    assert quantized.method_of(config) == method and quantized.without_method(config | {"a": 1}) == {"a": 1}
+
+
 SCALES = (
     "weight.SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
     "weight.quant_state.bitsandbytes__nf4", "qweight", "qzeros", "g_idx", "weight_scale", "weight_scale_inv",

@@ -43,6 +43,18 @@ def test_types_are_those_of_torch_and_others_are_refused(tmp_path):
         Weights(tmp_path)
 
 
+def test_of_two_kinds_of_files_the_safe_ones_are_read(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    assert Weights(tmp_path).names == ["a", "b", "c"]
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys("abc", "model-1.safetensors")}))
+    assert Weights(tmp_path).names == ["a", "b", "c"]
+    index.unlink()
+    assert Weights(tmp_path).names == ["x"]
+
+
 def test_one_of_the_shards_may_be_opened_alone(tmp_path):
     homes = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     for name, file in homes.items():

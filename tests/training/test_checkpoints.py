@@ -3,14 +3,18 @@
 import contextlib
 import errno
 import os
+import pickle
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 from scripting import ROOT
 from trainings import entries, options
 
 from utils.console import UserError
-from utils.training import checkpoints, start
+from utils.training import checkpoints, run, start
 
 torch.set_num_threads(1)
 
@@ -93,6 +97,36 @@ def test_a_run_is_resumed_with_what_it_began_with(tmp_path, changes, told):
         f"{folder}: belongs to an unfinished run with other options or data ({told}); "
         "give the old ones to resume it, or --overwrite_output_dir to start over"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (pickle.UnpicklingError("x"), "{}: refused, because loading a file in it would run code; delete it"),
+        (torch._dynamo.exc.TorchDynamoException(" \n why\nmore"),
+         "--torch_compile: torch cannot compile the model here: why; train without it"),
+        (ZeroDivisionError("ours"), ""),
+    ],
+)  # fmt: skip
+def test_what_ends_a_training_is_told_and_clears_up(tmp_path, error, told):
+    closed, before = [], [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def fails(resume_from_checkpoint):
+        assert resume_from_checkpoint == str(tmp_path / "checkpoint-3")
+        raise error
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(world_size=1, output_dir=str(out), process_index=2), stopped_by=None, train=fails,
+        budget=SimpleNamespace(load=lambda *given: closed.append(given)), returning_loss=lambda: contextlib.nullcontext(False),
+        run_log=SimpleNamespace(close=lambda: closed.append(1)),
+    )  # fmt: skip
+    with pytest.raises(UserError if told else ZeroDivisionError) as raised:
+        run.train(trainer, tmp_path / "checkpoint-3")
+    assert not told or str(raised.value) == told.format(tmp_path / "checkpoint-3")
+    assert closed == [(tmp_path / "checkpoint-3", 2), 1] and not out.exists()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
 STOPPED = """

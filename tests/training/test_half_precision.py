@@ -307,6 +307,15 @@ def test_a_run_is_not_resumed_with_another_kernel_than_it_began_with(script, bas
     script("finetune.py", *run, "--attn_implementation=eager").ok()
 
 
+@pytest.mark.parametrize(("gain", "chosen"), [(1.29, "float32"), (1.3, "bfloat16")])
+def test_half_precision_is_taken_where_it_is_worth_it_and_that_is_told(tmp_path, monkeypatch, capsys, gain, chosen):
+    LlamaConfig(hidden_size=4096).save_pretrained(tmp_path)
+    monkeypatch.setattr("utils.models.placement.half_precision_gain", lambda *given: gain if given[2] == 1024 else 0)
+    assert measured(place(False, False), str(tmp_path)).dtype_name == chosen
+    told = f"bfloat16 computes 1.3 times as fast as float32 here: computing in {chosen} (--dtype: another)\n"
+    assert capsys.readouterr().out == told
+
+
 def test_apple_s_gpu_computes_in_float16_throughout_and_is_not_measured(tmp_path, monkeypatch):
     LlamaConfig(hidden_size=4096).save_pretrained(tmp_path)
     monkeypatch.setattr("utils.models.placement.half_precision_gain", lambda *_: 9)

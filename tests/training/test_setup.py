@@ -1,4 +1,4 @@
-"""What each option becomes, what a step's loss is worth, and what is kept: one sharp look at each."""
+"""What a run begins with, what follows a step, what it tells and what is kept: one sharp look at each."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from trainings import same
-from transformers import GPT2Config, LlamaConfig, OPTConfig, TrainerControl, TrainerState, TrainingArguments
+from transformers import GPT2Config, LlamaConfig, OPTConfig, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import finetune
@@ -20,119 +20,16 @@ from utils.datasets.encoding import IGNORED, encode
 from utils.datasets.sources import sources, weighted
 from utils.datasets.templates import Prompter
 from utils.files import sha256
-from utils.models.placement import DeviceConfig, place
+from utils.models.placement import place
 from utils.models.tokenizer import load_tokenizer
 from utils.training import checks, run, run_log, setup, trainer
 from utils.training.batching import BatchConfig, StepBatchSampler, pad, split_across_ranks
-from utils.training.data import prepare_data, tokenizer_folder
+from utils.training.data import prepare_data
 from utils.training.start import RunStart
 
 torch.set_num_threads(1)
 
 PLAIN = finetune.Options(base_model="base", data_path="data.json", gradient_checkpointing=False, batch_size=10)
-
-
-def arguments(records=1000, **changes):
-    return setup.training_arguments(dataclasses.replace(PLAIN, **changes), place(False, False), None, records)
-
-
-TABLE = [  # option, value, what it sets in the library
-    ("output_dir", "there", {"output_dir": "there"}),
-    ("micro_batch_size", 5, {"per_device_train_batch_size": 5}),
-    ("num_epochs", 7, {"num_train_epochs": 7, "max_steps": -1}),
-    ("max_steps", 9, {"max_steps": 9}),
-    ("learning_rate", 0.5, {"learning_rate": 0.5}),
-    ("lr_scheduler_type", "cosine", {"lr_scheduler_type": "cosine"}),
-    ("warmup_steps", 3, {"warmup_steps": 3}),
-    ("weight_decay", 0.25, {"weight_decay": 0.25}),
-    ("max_grad_norm", 0.75, {"max_grad_norm": 0.75}),
-    ("neftune_noise_alpha", 5.0, {"neftune_noise_alpha": 5.0}),
-    ("seed", 11, {"seed": 11}),
-    ("save_steps", 13, {"save_steps": 13}),
-    ("gradient_checkpointing", True, {"gradient_checkpointing": True}),
-    ("deterministic", True, {"full_determinism": True}),
-    ("num_workers", 2, {"dataloader_num_workers": 2}),
-    ("report_to", ["tensorboard"], {"report_to": ["tensorboard"]}),
-    ("wandb_run_name", "name", {"run_name": "name"}),
-]
-
-
-@pytest.mark.parametrize(("name", "value", "sets"), TABLE, ids=[row[0] for row in TABLE])
-def test_an_option_sets_what_it_says(name, value, sets):
-    plain, changed = arguments(), arguments(**{name: value})
-    for attribute, wanted in sets.items():
-        assert getattr(changed, attribute) == wanted
-    assert any(getattr(plain, attribute) != wanted for attribute, wanted in sets.items())
-
-
-@pytest.mark.parametrize(("records", "warmup"), [(50, 1), (1000, 30), (100_000, 100)])
-def test_the_warm_up_is_a_tenth_of_all_steps_and_at_most_100(records, warmup, capsys):
-    assert arguments(records).warmup_steps == warmup
-    told = f"{3 * records // 10} optimizer steps of 10 records, {warmup} of them warm-up; computing in float32\n"
-    assert capsys.readouterr().out == told
-
-
-@pytest.mark.parametrize(("quantize", "dtype"), [(None, "float32"), ("8bit", "bfloat16"), ("4bit", "float16")])
-@pytest.mark.parametrize("best", ["", "eval_loss", "eval_choices"])
-def test_what_is_computed_in_and_what_is_best(quantize, dtype, best):
-    placement = DeviceConfig(torch.device("cpu"), getattr(torch, dtype), quantize)
-    given = dataclasses.replace(PLAIN, load_8bit=quantize == "8bit")
-    args = setup.training_arguments(given, placement, None, 100, best)
-    assert (args.bf16, args.fp16, args.optim.value) == (dtype == "bfloat16", dtype == "float16", "adamw_torch")
-    assert args.gradient_checkpointing_kwargs == {"use_reentrant": quantize == "8bit"}
-    assert (args.metric_for_best_model, args.greater_is_better) == (best or None, best == "eval_choices")
-    assert (args.logging_steps, args.logging_nan_inf_filter, args.remove_unused_columns) == (1, False, False)
-
-
-def test_several_cards_are_used_by_several_processes(monkeypatch):
-    """In one process the library would divide micro-batches among them."""
-    for cards in (0, 1, 4):
-        monkeypatch.setattr(TrainingArguments, "n_gpu", cards)
-        assert arguments()._n_gpu == min(1, cards)
-
-
-FREE = {
-    "base_model", "data_path", "output_dir", "tokenizer", "resume_from_checkpoint", "overwrite_output_dir", "save_total_limit",
-    "report_to", "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model", "num_workers", "device_map", "dtype",
-    "bf16", "fp16", "eval_answers", "eval_choices", "hub",
-}  # fmt: skip
-
-
-def test_a_checkpoint_is_tied_to_every_option_that_rules_the_result():
-    """All but those that name places, or say what is printed; base, data and type are compared by what they are."""
-    assert finetune.what_rules(PLAIN).keys() == {field.name for field in dataclasses.fields(finetune.Options)} - FREE
-
-
-@pytest.mark.parametrize("is_short", [True, False])
-@pytest.mark.parametrize("offloaded", [[], ["a layer"]])
-@pytest.mark.parametrize("given", [None, True, False])
-def test_activations_are_computed_again_as_asked_for_or_where_it_is_necessary(monkeypatch, capsys, given, offloaded, is_short):
-    monkeypatch.setattr("utils.models.spread.offloaded", lambda _: offloaded)
-    monkeypatch.setattr("utils.training.memory.is_short", lambda model, *rest: rest[1:] == (4, 256) and is_short)
-    options = dataclasses.replace(PLAIN, gradient_checkpointing=given)
-    found = setup.wants_checkpointing(options, place(False, False), None)
-    assert found == (given if given is not None else bool(offloaded) or is_short)
-    told = (
-        "layers are read for each pass: --gradient_checkpointing is on; otherwise all would be held until the backward pass\n"
-    )
-    assert capsys.readouterr().out == told * (given is None and bool(offloaded))
-
-
-@pytest.mark.parametrize(
-    ("own", "named", "parent", "checkpoint"),
-    [("", "base", "", ""), ("given", "given", "", ""), ("given", "given", "parent", "checkpoint"), ("", "parent", "parent", ""),
-     ("", "checkpoint", "parent", "checkpoint"), ("", "base", "without", "")],
-)  # fmt: skip
-def test_the_tokenizer_is_the_one_given_else_that_of_what_is_trained_on_else_the_base_s(
-    tmp_path, own, named, parent, checkpoint
-):
-    for name in ("parent", "checkpoint", "without"):
-        (tmp_path / name).mkdir()
-        if name != "without":
-            (tmp_path / name / "tokenizer.json").touch()
-    begins = RunStart(*(tmp_path / name if name else None for name in (parent, checkpoint)))
-    found = tokenizer_folder(dataclasses.replace(PLAIN, tokenizer=own), begins)
-    assert found == (named if named in ("base", "given") else str(tmp_path / named))
 
 
 @pytest.mark.parametrize(
@@ -153,28 +50,6 @@ def test_what_follows_a_step(step, does, evaluates, stopped):
     trainer.StepCallback(run).on_step_end(None, TrainerState(global_step=step, max_steps=12), control)
     wanted = (evaluates and "e" in does, "s" in does or step == 4 or stopped is not None, stopped is not None)
     assert (control.should_evaluate, control.should_save, control.should_training_stop) == wanted and checked == [step]
-
-
-@pytest.mark.parametrize(("size", "fits"), [(10, 6), (4, 6), (17, 12)])
-def test_a_step_is_divided_among_the_processes(monkeypatch, size, fits):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError) as error:
-        checks.check_together(dataclasses.replace(PLAIN, batch_size=size, micro_batch_size=2))
-    assert str(error.value) == (
-        f"--batch_size {size}: is not a multiple of --micro_batch_size 2 x 3 processes = 6; give {fits}, "
-        "or another micro-batch size"
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({}, ""), ({"dtype": "float16"}, "float16"), ({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16"),
-        ({"bf16": False}, "float32"), ({"fp16": False}, "float32"), ({"fp16": False, "dtype": "bfloat16"}, "bfloat16"),
-    ],
-)  # fmt: skip
-def test_the_dtype_that_options_name(options, name):
-    assert checks.named_dtype(dataclasses.replace(PLAIN, **options)) == name
 
 
 def test_a_cutoff_beyond_what_a_model_was_made_for_is_told_and_beyond_its_positions_refused(tmp_path, capsys):
@@ -341,11 +216,11 @@ def test_what_a_run_learns_is_counted_for_its_lineage(bases, data, tmp_path, cap
     file.write_text(json.dumps(records, ensure_ascii=False), "utf-8")
     given = dataclasses.replace(
         PLAIN, base_model=str(bases["llama"]), data_path=f"{file}:1.5", cutoff_len=128, val_set_size=10,
-        prompt_template_name="alpaca_short", train_on_inputs=False,
+        prompt_template_name="alpaca_short", train_on_inputs=False, seed=7,
     )  # fmt: skip
     _, train, validation, facts = prepare_data(given, RunStart(None, None), None, "instruction")
     encoded = encode(records, Prompter("alpaca_short"), load_tokenizer(bases["llama"]), 128, train_on_inputs=False)
-    again = Counter(weighted(sources(f"{file}:1.5")[0], 42, "42 0"))
+    again = Counter(weighted(sources(f"{file}:1.5")[0], 42, "7 0"))
     dropped, kept = again[0] + again[1], {*validation.numbers.tolist()}
     learned = [encoded[number] for number in again.elements() if number > 1 and number not in kept]
     assert sorted(train.numbers.tolist()) == sorted(n for n in again.elements() if n > 1 and n not in kept)
@@ -361,6 +236,11 @@ def test_what_a_run_learns_is_counted_for_its_lineage(bases, data, tmp_path, cap
         f"{counts['supervised']} of them supervised"
     )
     assert told in capsys.readouterr().out.splitlines()
+    kept = [
+        prepare_data(dataclasses.replace(given, seed=seed), RunStart(None, None), None, "instruction")[2].numbers.tolist()
+        for seed in (7, 8)
+    ]
+    assert kept[0] == validation.numbers.tolist() != kept[1]
 
 
 def test_each_epoch_has_an_order_of_its_own_that_seed_and_length_rule():

@@ -143,6 +143,13 @@ def test_each_tracker_is_told_the_step_and_both_texts_of_each_answer(monkeypatch
         ("mlflow.search_experiments", {"max_results": 1}),
     ]
     assert told == begun
+    for name in ("WANDB_PROJECT", "SWANLAB_PROJECT"):
+        monkeypatch.delenv(name)
+    trackers.start(dataclasses.replace(given, report_to=["wandb", "swanlab"], wandb_run_name=""))
+    assert told[3:] == [
+        ("wandb.init", {"project": "huggingface", "name": None}), ("swanlab.init", {"project": None, "experiment_name": None})
+    ]  # fmt: skip
+    del told[3:]
     monkeypatch.setenv("RANK", "1")
     trackers.start(given)
     assert told == begun, "the first rank alone begins runs"
