@@ -175,6 +175,7 @@ def test_processes_and_gpus_come_from_the_environment():
     assert words[:6] == ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
     assert planned("run-4-alpaca-7b-1")[0][0][1].endswith("finetune.py")
     assert planned("run-4-alpaca-7b-1", TRAIN_OPTIONS="--seed 7")[0][1].seed == 7
+    assert planned("save-generate-4-alpaca-7b-1", ANSWER_OPTIONS="--seed 7")[0][1].seed == 7
     assert planned("save-generate-4-alpaca-7b-1", OUTPUT_DIR="my O")[0][1].lora_weights == ["my O/run-4-alpaca-7b-1"]
 
 
@@ -295,6 +296,18 @@ def test_the_steps_of_an_expert(tmp_path, words, base, settings, third):
         ran = [line.replace(f"{tmp_path}", "F").strip() for line in lines if not line.startswith("missing: ")]
         found = [re.sub(r"^python \S+/(\w+\.py)", r"\1", line) for line in ran]
         assert found == wanted.strip().replace("\n ", " ").splitlines()
+    for more, told in (
+        (["--replay"], "--replay: give a share"),
+        (["--pages"], "expert-tutor: error: --pages: unknown; bash scripts/expert-tutor.sh [FOLDER] "),
+        ([str(tmp_path / "none")], f"expert-tutor: error: {tmp_path}/none is not there; name the folder"),
+        ([str(tmp_path / "empty")], f"expert-tutor: error: {tmp_path}/empty holds no dialogues*.json"),
+        ([str(tmp_path / "some"), "--replay", "1"], f"expert-tutor: error: {tmp_path}/some holds no more*.json"),
+    ):
+        for name in ("empty", "some"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / "some" / "dialogues.jsonl").touch()
+        ended = bash("expert-tutor.sh", *more)
+        assert ended.returncode in (1, 2) and told in ended.stderr and not ended.stdout
 
 
 @pytest.mark.parametrize(
