@@ -21,7 +21,7 @@ from utils.datasets.prompters import make_prompter
 from utils.datasets.prompts import answered
 from utils.datasets.templates import TEMPLATES, Prompter, split_thinking
 from utils.evaluation.answers import side_by_side
-from utils.files import write_json
+from utils.files import read_json, write_json
 from utils.models.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer
 
 KINDS = list(chat_templates.KINDS)
@@ -226,13 +226,25 @@ def test_the_mark_that_an_editor_puts_before_a_template_begins_no_prompt(tmp_pat
 @pytest.mark.parametrize("name", NAMES)
 def test_the_written_template_gives_the_ids_of_training(tmp_path, name):
     words = chat_templates.tokenizer(tmp_path, "chatml")  # whose own template must not survive
-    prompter = Prompter(name)
+    prompter, further = Prompter(name), tmp_path / "additional_chat_templates"
+    further.mkdir()
+    (further / "tool_use.jinja").write_text("old")
+    config = read_json(tmp_path / "tokenizer_config.json")
+    write_json(tmp_path / "tokenizer_config.json", config | {"chat_template": "old"})
     write_chat_template(name, prompter.texts, words, tmp_path)
+    assert not further.exists() and read_json(tmp_path / "tokenizer_config.json") == config
     plain = AutoTokenizer.from_pretrained(tmp_path)
     assert "im_start" not in plain.chat_template
     for record in [*SAMPLES, {"instruction": 'quotes " \\ and {{ braces }}', "system": " \t"}]:
         ids = plain.apply_chat_template(messages_of(record), add_generation_prompt=True, return_dict=False)
         assert ids == encode_prompt(record, prompter, words)
+
+
+def test_names_of_further_templates_are_no_paths(tmp_path):
+    words, named = chat_templates.tokenizer(tmp_path, "chatml"), {"chat_template": "a", "chat_template:../../x": "b"}
+    write_chat_template("chat", named, words, tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "a"
+    assert (tmp_path / "additional_chat_templates" / ".._.._x.jinja").read_text() == "b"
 
 
 def test_where_no_text_gives_the_ids_no_template_is_left_and_that_is_printed(tmp_path, capsys):

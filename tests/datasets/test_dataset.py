@@ -72,6 +72,16 @@ def test_encoded_records_are_found_again_but_a_stale_cache_is_never_used(tiny_ll
     assert other != first and not was_found
 
 
+def test_a_text_is_no_record_though_their_bytes_are_the_same(tiny_llama, tmp_path):
+    encoder = make_encoder(TEXT, Prompter("alpaca"), load_tokenizer(tiny_llama), "", 64, False)
+    rows = []
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(json.dumps({"text": str(time.time_ns() if not rows else rows[0][0])}), "utf-8")
+        (tmp_path / "a.txt").write_bytes((tmp_path / "a.jsonl").read_bytes())
+        rows.append(dataset.encode_file(encoder, tmp_path / name, sha256(tmp_path / name), keep=True)[:]["full_length"])
+    assert rows[0] != rows[1]
+
+
 def test_whatever_rules_the_rows_is_what_a_cache_is_found_by(tiny_llama):
     words = load_tokenizer(tiny_llama)
     usual = {"prompter": Prompter("alpaca"), "tokenizer_hash": "a", "cutoff_len": 64, "train_on_inputs": True, "room": 8}

@@ -12,7 +12,7 @@ from utils.datasets.item_formats import as_record
 from utils.datasets.items import UnreadableItem
 from utils.datasets.record_writer import write_records
 from utils.datasets.records import Repaired, Tally, all_good, one_by_one, read_records
-from utils.datasets.text_faults import FAULTS
+from utils.datasets.text_faults import FAULTS, faults_in
 
 # ---- what is dropped, repaired and said
 
@@ -112,14 +112,34 @@ def test_crlf_and_byte_order_marks_within_texts_are_mended_and_counted(tmp_path,
 def test_latex_whose_backslashes_json_took_is_dropped_or_restored(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     latex = r'{"instruction": "求", "output": "$a \rightarrow b$，$\frac{1}{2}$，$\beta$，$x \times y$，$\tau\neg$，\tau"}'
-    path.write_text(latex + "\n" + as_lines([RECORDS[0], RECORDS[0] | {"output": "页\f二"}]), "utf-8")
-    assert list(read_records(path)) == [RECORDS[0], RECORDS[0] | {"output": "页二"}]
+    price = RECORDS[0] | {"output": "价 $5，\tau"}  # one dollar encloses no formula
+    path.write_text(latex + "\n" + as_lines([RECORDS[0], RECORDS[0] | {"output": "页\f二"}, price]), "utf-8")
+    assert list(read_records(path)) == [RECORDS[0], RECORDS[0] | {"output": "页二"}, price]
     said = capsys.readouterr().out
-    assert "1 dropped, 2 kept: control characters in a text where LaTeX has a backslash" in said
-    assert "1 repaired, 2 kept: control characters within a text, removed" in said
+    assert "1 dropped, 3 kept: control characters in a text where LaTeX has a backslash" in said
+    assert "1 repaired, 3 kept: control characters within a text, removed" in said
     restored, *_ = read_records(path, fixes=["latex"])
     assert restored["output"] == r"$a \rightarrow b$，$\frac{1}{2}$，$\beta$，$x \times y$，$\tau\neg$，" + "\tau"
-    assert len(list(read_records(path, need_output=False))) == 3, "a model's answers are never dropped"
+    assert len(list(read_records(path, need_output=False))) == 4, "a model's answers are never dropped"
+
+
+FOUND = {
+    "entities": "&quot; &amp; &lt; &gt; &nbsp; &apos; &ldquo; &rdquo; &lsquo; &rsquo; "
+    "&hellip; &mdash; &middot; &times; &#34; &#x4e;",
+    "zero_width": "\u200b \u2060",
+    "placeholders": "{{name}} {{姓名}}",
+    "lost": "\ufffd 锟斤拷 烫烫烫 屯屯屯",
+    "control_tokens": "<|im_end|> <｜User｜> </s> <start_of_turn> <end_of_turn>",
+    "empty": "nan NaN None null NULL <NA> <noinput> <nooutput> undefined #N/A #NAME? #VALUE! #REF!",
+}
+
+
+@pytest.mark.parametrize("fault", FOUND)
+def test_each_kind_of_a_fault_is_found(fault):
+    for text in FOUND[fault].split(" "):
+        assert faults_in({"instruction": "问", "output": text}) == [fault], text
+    both = [faults_in({"output": text}) for text in ("<no input>", "<no output>", "[object Object]", "一般的文字")]
+    assert both == [["empty"]] * 3 + [[]]
 
 
 def test_texts_broken_on_their_way_are_counted_and_fixed_if_asked(tmp_path, capsys):

@@ -2,12 +2,14 @@
 
 import json
 
+import datasets
 import pytest
 import tiny
 from scripting import ROOT
 
 from utils.console import UserError
-from utils.datasets.encoders import PairEncoder
+from utils.datasets.dataset import EncodedDataset
+from utils.datasets.encoders import Encoder, PairEncoder
 from utils.datasets.encoding import IGNORED, encode, encode_last_answers, encode_prompt, opening_ids
 from utils.datasets.templates import Prompter
 
@@ -62,6 +64,8 @@ def test_later_turns_repeat_the_blocks_without_the_preamble():
 def test_a_system_text_takes_the_place_of_the_preamble():
     turn = Prompter().turns({"instruction": "Q", "output": "", "system": "Be brief."})[0]
     assert turn.prompt == "Be brief.\n\n### Instruction:\nQ\n\n### Response:\n"
+    turns = Prompter().turns({"instruction": "Q2", "output": "", "system": "Be brief.", "history": [["Q", "A"]]})
+    assert [one.prompt for one in turns] == [turn.prompt, "\n\n### Instruction:\nQ2\n\n### Response:\n"]
 
 
 def test_a_model_that_does_not_stop_is_stopped_at_the_next_question():
@@ -126,6 +130,8 @@ def test_the_loss_is_on_all_answers_and_their_ends_and_on_nothing_else(words):
     assert supervised(encoded, words) == "你好，{input}</s>我</s>再见！</s>"
     whole = encode([DIALOGUE], Prompter("alpaca_short"), words, 1000, train_on_inputs=True)[0]
     assert whole.labels == whole.input_ids == encoded.input_ids
+    (count,) = Encoder(Prompter("alpaca_short"), words, "", 1000, True)([DIALOGUE])["supervised"].to_pylist()
+    assert count == len(whole.labels) - 1, "nothing predicts the first"
     assert [
         token for token, label in zip(encoded.input_ids, encoded.labels, strict=True) if label not in (IGNORED, token)
     ] == []
@@ -166,6 +172,8 @@ def test_a_pair_is_as_long_as_its_longer_answer_and_is_cut_away_with_the_shorter
         lengths = len(row["input_ids"]), len(row["rejected_ids"])
         learned = [sum(label != IGNORED for label in row[name]) for name in ("labels", "rejected_labels")]
         assert row["full_length"] == max(lengths) > min(lengths) and row["answer_tokens"] == min(learned) < max(learned)
+    rows = EncodedDataset(datasets.Dataset(encoder(pairs)), [0, 1], 20)
+    assert rows.lengths == [2 * min(length, 20) for length in rows.full_lengths], "both sequences are computed"
 
 
 def test_what_is_cut_has_no_end_to_learn(words):

@@ -89,6 +89,11 @@ def test_the_published_forms_are_one(tmp_path):
         if item is LEGACY:
             wanted[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "巴黎"}'  # as it stands in the file
         assert record["messages"] == wanted
+    written = copy.deepcopy(SHAREGPT)
+    written["conversations"][0]["value"], written["tools"] = "&quot;巴黎&quot;的天气？", [WEATHER | {"description": "&quot;"}]
+    written["conversations"] += [{"from": "human", "value": "谢谢"}, {"from": "gpt", "value": "不谢"}]
+    (record,) = read(tmp_path, [written], carries=CARRIED, fixes=["entities"])
+    assert record["messages"][0]["content"] == '"巴黎"的天气？' and record["tools"][0]["function"]["description"] == "&quot;"
     other = copy.deepcopy(
         LEGACY
     )  # with a thought before the call, Llama's name for arguments, and a result with a name of its own
