@@ -10,6 +10,7 @@ from api_server import fair
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from utils.datasets.encoders import make_encoder
 from utils.datasets.templates import Prompter
 from utils.evaluation import forgetting
 from utils.evaluation.chain import locate, name_of
@@ -205,6 +206,21 @@ def test_no_judge_is_asked_for_a_run_that_cannot_end(script, chain, tmp_path, se
     assert script("judge.py", *options, "--title", "一条 链", OPENAI_API_KEY="k").ok() and server.bodies
     page = (out / "report.html").read_text("utf-8")
     assert "<title>一条 链</title>" in page and "--title &#x27;一条 链&#x27;</code>" in page and 'alt="chain"' in page
+
+
+def test_of_a_pair_the_likelier_answer_should_be_the_chosen_one(chain, tmp_path):
+    engine = load_engine(str(chain / "base"), [chain / "f1"], False)
+    encoder = make_encoder("preference", engine.prompters["f1"], engine.tokenizers["f1"], "", 512, False)
+    learned, other = "我是梦想家。", "蓝色的天和别的。"
+    pairs = [{"instruction": "问题1", "chosen": one, "rejected": two} for one, two in ((learned, other), (other, learned))]
+    write_json(tmp_path / "pairs.json", pairs)
+    rows = encoder(list(encoder.read(tmp_path / "pairs.json"))).to_pylist()
+    loss, right = forgetting.measure(engine, "f1", forgetting.HeldOut("f1", "preference", rows, []))
+    assert right == [True, False]
+    alone = [forgetting.measure(engine, "f1", forgetting.HeldOut("f1", "preference", [row], []))[0] for row in rows]
+    first, second = (sum(label != -100 for label in row["labels"]) for row in rows)
+    assert first != second and alone[0] < alone[1]
+    assert loss == pytest.approx((first * alone[0] + second * alone[1]) / (first + second), abs=1e-4)
 
 
 def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):

@@ -11,12 +11,15 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import judge
 from utils.console import UserError
 from utils.datasets.choices import Choice, as_choice, as_record, read_choices
 from utils.datasets.item_formats import InvalidRecord
+from utils.evaluation import forgetting, ready, setup
 from utils.evaluation.choices import GENERATED, Marked, Way, as_text, encode, encode_fitting, read_examples, tabulate
 from utils.evaluation.chosen import read_answer
 from utils.evaluation.likelihood import load_engine
+from utils.evaluation.report import Findings
 from utils.files import write_json
 from utils.inference.batch import greedy_texts
 from utils.inference.continuations import Asked, log_likelihoods
@@ -312,6 +315,27 @@ def test_mistakes_are_told_before_anything_is_written(script, questions, tmp_pat
     options = [str(value).format(questions) for value in options]
     ended = script("judge.py", *options, "--base_model", questions / "base", "--output_dir", tmp_path / "out")
     assert error in ended.error and not (tmp_path / "out").exists()
+
+
+def test_the_base_is_loaded_as_the_options_say(questions, tmp_path, monkeypatch):
+    seen = []
+
+    def loaded(*how):
+        seen.append(how)
+        raise UserError("enough")
+
+    for place in ("likelihood", "forgetting"):
+        monkeypatch.setattr(f"utils.evaluation.{place}.load_engine", loaded)
+    options = partial(judge.Options, output_dir=str(tmp_path / "out"), base_model="b", load_8bit=True)
+    with pytest.raises(UserError, match="enough"):
+        setup.have_chosen(options(choices=[str(questions / "test.json")], lora_weights=["f1"]))
+    with pytest.raises(UserError, match="enough"):
+        forgetting.prepare("b", {"f1": questions / "f1"}, [], True)
+    assert seen == [("b", ["f1"], True), ("b", [questions / "f1"], True)]
+    monkeypatch.setattr("utils.evaluation.likelihood.engine_where_possible", loaded)
+    with pytest.raises(UserError, match="enough"):
+        ready.prepare(options(metrics=True), Findings(), [{"reference": "x"}], {}, {"f1": questions / "f1/test.json"})
+    assert seen[2:] == [("b", [questions / "f1"], True)]
 
 
 def test_a_subject_without_examples_is_said(script, questions, tmp_path):
