@@ -21,6 +21,37 @@ from utils.training.trainer import StepTrainer
 torch.set_num_threads(1)
 
 
+class Records:
+    """Three records of different lengths."""
+
+    lengths, supervised = (3, 4, 5), (1, 2, 3)
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, number):
+        return {"input_ids": [number + 1] * self.lengths[number], "labels": [1] * self.lengths[number]}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_steps_are_loaded_in_the_order_of_their_epoch_apart_from_dropout_s_random_numbers(device):
+    one = StepTrainer.__new__(StepTrainer)
+    one.args = SimpleNamespace(dataloader_num_workers=2, device=torch.device(device), seed=11)
+    one.job, one.train_dataset = SimpleNamespace(plan=BatchConfig(2, 99, seed=7, pad_to=8)), Records()
+    loader = one.get_train_dataloader()
+    assert (loader.num_workers, loader.pin_memory, loader.generator.initial_seed()) == (2, device == "cuda", 11)
+    one.args.dataloader_num_workers, one.args.device = 0, torch.device("cpu")
+    loader = one.get_train_dataloader()
+    loader.set_epoch(3)
+    before = torch.get_rng_state()
+    steps = list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(7 + 3)).tolist()
+    assert [sorted(record for batch in step for record in batch["records"]) for step in steps] == [sorted(order[:2]), order[2:]]
+    assert [step[0]["supervised"] for step in steps] == [sum(number + 1 for number in part) for part in (order[:2], order[2:])]
+    assert {batch["input_ids"].shape[1] for step in steps for batch in step} == {8}
+
+
 def test_the_ranks_gradients_are_averaged_also_where_one_has_none(monkeypatch):
     other = {(2,): torch.tensor([4.0, 2.0]), (1, 2): torch.tensor([[6.0, 8.0]])}
 
