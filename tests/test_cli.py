@@ -44,7 +44,7 @@ class Options:
         (["--flag=false"], {"flag": False}),
         *((["--flag", word], {"flag": False}) for word in ("0", "no", "OFF")),
         *((["--noflag", "--flag", word], {"flag": True}) for word in ("1", "Yes", "on", "true")),
-        (["--noflag"], {"flag": False}),
+        *(([word], {"flag": False}) for word in ("--noflag", "--no_flag", "--no-flag")),
         (["--noauto"], {"auto": False}),
         (["--auto", "None"], {"auto": None}),
         (["--rate", "1e-4"], {"rate": 1e-4}),

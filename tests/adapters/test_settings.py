@@ -42,6 +42,7 @@ KINDS = {
     "MiCA": {"init_lora_weights": "mica"},
     "single parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
     "layers left out": {"target_modules": "all-linear", "exclude_modules": ["down_proj", "layers.0.self_attn.q_proj"]},
+    "layers left out by a pattern": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*v_proj"},
     "no biases to train": {"bias": "lora_only"},
     "the base's own biases": {"bias": "lora_only", "target_modules": ["q_proj", "o_proj"], "init_lora_weights": "gaussian"},
     "all of the base's biases": {"bias": "all", "target_modules": ["q_proj", "k_proj", "v_proj"], "use_rslora": True},

@@ -16,7 +16,7 @@ from utils.adapters import adapters
 from utils.console import UserError
 from utils.datasets import dataset
 from utils.datasets.encoders import Encoder, make_encoder
-from utils.datasets.encoding import IGNORED, encode
+from utils.datasets.encoding import IGNORED, encode, encode_prompt
 from utils.datasets.sources import data_files
 from utils.datasets.stages import INSTRUCTION, LABELLED, PREFERENCE, REWARD, TEXT
 from utils.datasets.templates import Prompter
@@ -90,6 +90,15 @@ def test_whatever_rules_the_rows_is_what_a_cache_is_found_by(tiny_llama):
     made = [make_encoder(tokenizer=words, **one).made_of for one in kinds]
     made += [make_encoder(tokenizer=words, **usual | {name: other[name]}, stage=REWARD).made_of for name in other]
     assert len({json.dumps(one) for one in made}) == 10
+
+
+def test_a_question_is_asked_as_long_as_a_longest_answer_fits_beside_it(tiny_llama):
+    how = {"prompter": Prompter("alpaca"), "tokenizer": load_tokenizer(tiny_llama), "tokenizer_hash": "", "room": 8}
+    record = {"instruction": "你是谁？", "input": "", "output": "我是梦想家。"}
+    needed = len(encode_prompt(record, how["prompter"], how["tokenizer"])) + 8
+    for most, room in ((needed, 8), (needed - 1, 0)):
+        [row] = make_encoder(REWARD, cutoff_len=most, train_on_inputs=True, **how)([record]).to_pylist()
+        assert (row["answer_tokens"], set(row["labels"]), json.loads(row["record"])) == (room, {IGNORED}, record)
 
 
 def test_what_was_dropped_is_said_again_though_the_file_is_not_read_again(tiny_llama, tmp_path, capsys):

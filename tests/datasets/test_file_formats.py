@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from record_files import RECORDS, ROOT, as_csv, as_lines, as_parquet, huge
 
 from utils.console import UserError
 from utils.datasets import json_items
+from utils.datasets.csv_items import delimiter_of
 from utils.datasets.file_formats import read_items
 from utils.datasets.items import UnreadableItem
 from utils.datasets.records import read_records
@@ -165,6 +167,19 @@ def test_a_tsv_file_written_without_quoting_keeps_its_rows(tmp_path, capsys):
     path.write_text('instruction\tinput\toutput\n"一\t材料\t二\n三\t材料\t四\n五"\t材料\t六\n"七"\t\t八\n', "utf-8")
     assert [record["instruction"] for record in read_records(path)] == ['"一', "三", '五"', '"七"']
     assert "quotation marks do not enclose cells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "delimiter"),
+    [
+        ("a.tsv", "问;x,\t答,y", "\t"),
+        ("a.csv", "问\t答,;", ","),
+        ("a.tsv", "question,answer", ","),
+        ("a.csv", "question;answer", ";"),
+    ],
+)
+def test_the_delimiter_is_the_usual_one_unless_another_gives_names_that_are_known(tmp_path, name, header, delimiter):
+    assert delimiter_of(tmp_path / name, io.BytesIO(header.encode())) == delimiter
 
 
 def test_a_quoted_table_keeps_line_breaks_in_cells_which_are_counted(tmp_path, capsys):

@@ -223,6 +223,7 @@ def test_the_script_runs_samples_and_counts(script, tmp_path):
     said = script("data/code/prepare.py", "--raw", tmp_path / "HumanEval.jsonl", "--output_dir", tmp_path).ok()
     assert "MIT" in said
     (problem,) = json.loads((tmp_path / "humaneval.json").read_text("utf-8"))
+    write_json(tmp_path / "humaneval.json", [{"instruction": "a question without tests", "output": ""}, problem])
     options = ["--test_input_path", tmp_path / "humaneval.json", "--output_dir", tmp_path / "out"]
     for number, answer in enumerate(["    return a + b", "    return a - b"]):
         other = {"instruction": "not one of the problems", "output": "x"}

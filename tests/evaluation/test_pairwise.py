@@ -214,6 +214,8 @@ def test_votes_and_a_second_judge_beside_the_first(script, serve, systems, tmp_p
     assert "m and first agree in" in out
     found = json.loads((tmp_path / "out/comparisons.json").read_text("utf-8"))
     assert {one["judge"] for one in found} == {"votes", "m", "first"}
+    shown = [(one["prompt"], one["instruction"], one["first"], one["outcome"]) for one in found if one["judge"] == "votes"]
+    assert shown == [(2, "问题1", "good", 1.0), (3, "问题2", "good", 1.0)]
     page = (tmp_path / "out/report.html").read_text("utf-8")
     assert "<title>out</title>" in page and "votes: good before poor: good" in page
     assert "<li>votes and m agree in 100 % [34, 100] of 2 comparisons" in page, "notes, too"
