@@ -23,6 +23,7 @@ ANSWERS = [
     ('{"System1": {"分数": 8, "解释": "x"}, "System2": {"分数": 7}}', [8.0, 7.0]),
     ('{"System1 分数": 8, "System1 解释": "x", "System2 分数": 7}', [8.0, 7.0]),
     ('{"scores": [8, 7]}', [8.0, 7.0]),
+    ('{"scores": [8, 7, 6]}', [None, None]),
     ("System1: 11\nSystem2: 7", [None, 7.0]),
     ("System1: -1\nSystem2: 7", [None, 7.0]),
     ("System1: 8\nSystem1: 9\nSystem2: 7", [None, 7.0]),

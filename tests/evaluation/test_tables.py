@@ -67,6 +67,17 @@ def test_csv_and_json_hold_the_marks():
     assert [Row(name, 1, {}).label for name in ("09math", "10dialogue", "mine")] == labels
 
 
+def test_csv_has_the_limits_of_each_system_that_has_an_interval_somewhere():
+    first = Table("one", ["a", "b"], [Row("x", 2, {"a": 50, "b": 25}, {"a": (12.5, 87.5)}), Row("y", 1, {"a": 1, "b": None})])
+    second = Table("two", ["c"], [Row("x", 3, {"c": 75}, {"c": (50.0, 80.0)})])
+    assert comma_separated([first, second]).splitlines() == [
+        "table,category,label,samples,a,b,c,best,second,a low,a high,c low,c high",
+        "one,x,x,2,50,25,,a,b,12.5,87.5,,",
+        "one,y,y,1,1,,,a,,,,,",
+        "two,x,x,3,,,75,c,,,,50,80",
+    ]
+
+
 def test_gains_are_told_from_the_last_step_with_a_value():
     rows = [Row("a", 10, {"f1": 60.0, "f2": 65.25, "f3": 61.25}), Row("b", 10, {"f1": 5.0, "f2": None, "f3": 5.0})]
     text = gains(Table("t", ["f1", "f2", "f3"], rows))
