@@ -116,6 +116,18 @@ def test_a_pair_gives_the_loss_and_gradients_of_the_plain_recipe(bases):
         torch.testing.assert_close(full_log_probs(base, ids, targets, places, 0.5), cool.float())
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_answer_that_begins_the_other_takes_no_room_of_its_own(turned):
+    long, short = ([1, 5, 6, 7, 8], [IGNORED, IGNORED, 6, 7, 8]), ([1, 5, 6], [IGNORED, IGNORED, 6])
+    one, other = (short, long) if turned else (long, short)
+    row = {"input_ids": one[0], "labels": one[1], "rejected_ids": other[0], "rejected_labels": other[1]}
+    batch = pad([row], 1)
+    shared = share_prefixes(batch["input_ids"], batch["places"])
+    assert shared["input_ids"].tolist() == [[1, 5, 6, 7]] and shared["position_ids"].tolist() == [[0, 1, 2, 3]]
+    assert shared["places"].tolist() == ([1, 1, 2, 3] if turned else [1, 2, 3, 1])
+    assert shared["attention_mask"][0, 0].tolist() == torch.ones(4, 4).tril().bool().tolist()
+
+
 def test_each_half_of_a_micro_batch_is_that_of_its_own_answers():
     sides = [
         [([1, 5, 7], [IGNORED, 5, 7]), ([1, 6], [IGNORED, 6])],

@@ -165,7 +165,7 @@ def test_what_is_kept_of_a_run(tiny_llama, tmp_path, capsys, take_best, step, to
     state.log_history = [
         {"step": 1, "loss": 4.0}, {"step": 1, "eval_loss": 3.0}, {"step": 2, "loss": 2.0},
         {"step": 2, "eval_chrf": 50.0, "eval_loss": 1.0}, {"step": 3, "loss": 1.5}, {"step": 3, "eval_loss": 1.25},
-        {"step": 3, "train_runtime": 9},
+        {"step": 3, "train_runtime": 9}, *({"step": number, "loss": 2.5} for number in range(-9, 0)),
     ]  # fmt: skip
     one = SimpleNamespace(
         state=state, args=SimpleNamespace(output_dir=str(tmp_path), metric_for_best_model="eval_loss"),
