@@ -129,15 +129,20 @@ def test_measures_are_taken_where_they_mean_something():
         {"category": "01qa", "reference": "8月"},
         {"category": "01qa"},
         {"category": "03generate"},
+        {"category": "01qa", "reference": "7"},
     ]
-    answers = {"a": ["答案：8", "7", "8月", "x", "y"], "b": ["答案：8", "答案：十五分之二", "", "x", "我不能回答"]}
+    answers = {"a": ["答案：8", "7", "8月", "x", "y", "7"], "b": ["答案：8", "答案：十五分之二", "", "x", "我不能回答", "7"]}
     tables = {table.title: table for table in measure(records, by_category(records), answers)[0]}
     assert [(row.category, row.samples, row.values) for row in tables["exact number (%)"].rows] == [
         ("09math", 2, {"a": 50.0, "b": 100.0})
     ]
-    assert [(row.category, row.samples) for row in tables["chrF"].rows] == [("09math", 2), ("01qa", 1)]
+    assert [(row.category, row.samples) for row in tables["chrF"].rows] == [("09math", 2), ("01qa", 2)]
     assert [(row.category, row.samples) for row in tables["length (characters)"].rows] == [
-        ("09math", 2), ("01qa", 2), ("03generate", 1)
+        ("09math", 2), ("01qa", 3), ("03generate", 1)
     ]  # fmt: skip
     assert tables["refusals (%)"].rows[2].values == {"a": 0.0, "b": 100.0}
     assert not tables["refusals (%)"].marked and tables["BLEU"].marked
+    records = [{"category": "09math", "reference": "8"}] * 6
+    _, notes = measure(records, by_category(records), {"a": ["我不能回答"] * 6, "b": ["8"] * 6})
+    assert "refusals (%), all 6 prompts: a has more than b (only a yes 6, only b yes 0, McNemar p = 0.031)" in notes
+    assert "exact number (%), all 6 prompts: b is better than a (only a right 0, only b right 6, McNemar p = 0.031)" in notes
