@@ -7,9 +7,11 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from merges import loaded, merge, tensors, with_peft
 from safetensors.torch import save_file
+from tokenizers import AddedToken
 
 from utils.console import UserError
 from utils.files import write_json
@@ -121,39 +123,26 @@ def test_a_parameter_of_experts_that_lie_apart_in_the_files(change, words):
     ]
 
 
-@pytest.mark.parametrize(
-    ("before", "config", "after"),
-    [
-        (None, {}, [5]),
-        (None, {"eos_token_id": 2}, [2, 5]),
-        ({"temperature": 0.6, "eos_token_id": [2, 5]}, {}, [2, 5]),
-        ({"temperature": 0.6, "eos_token_id": 9}, {"eos_token_id": 2}, [2, 5]),
-    ],
-)
-def test_tokens_that_a_chat_template_taught_end_answers_where_the_tokenizer_has_them(tmp_path, capsys, before, config, after):
+def test_tokens_that_a_chat_template_taught_end_answers_where_the_tokenizer_has_them(tmp_path, capsys):
     """Of `<a>`, an ordinary `b` and a `<c>` that it lacks."""
-    path = tmp_path / "generation_config.json"
-
-    class Words:
-        bos_token_id, eos_token_id, pad_token_id = None, 2, None
-        added_tokens_decoder = {2: "</s>", 5: "<a>"}  # noqa: RUF012
-
-        def __len__(self):
-            return 8
-
-        def convert_tokens_to_ids(self, texts):
-            return [{"<a>": 5, "b": 7}.get(text) for text in texts]
-
-        def convert_ids_to_tokens(self, ids):
-            return [f"<{number}>" for number in ids]
-
-    if before:
-        write_json(path, before)
-    write_generation_config(tmp_path, config, Words(), {"texts": {"ends": "<a> b <c>"}})
-    kept = {"temperature": 0.6} if before else {}
-    assert json.loads(path.read_text()) == kept | {"eos_token_id": after}
-    told = "generation_config.json: <5> also ends answers, as the adapter learned with its chat template\n"
-    assert capsys.readouterr().out.endswith(told) == (before is None or before["eos_token_id"] == 9)
+    words, path = tiny.tokenizer(tmp_path), tmp_path / "generation_config.json"
+    words.add_tokens([AddedToken("<a>", special=True)])
+    taught, end = words.convert_tokens_to_ids("<a>"), words.eos_token_id
+    for before, config, after in (
+        (None, {}, [taught]),
+        (None, {"eos_token_id": end}, [end, taught]),
+        ({"temperature": 0.6, "eos_token_id": [end, taught]}, {}, [end, taught]),
+        ({"temperature": 0.6, "eos_token_id": len(words)}, {"eos_token_id": end}, [end, taught]),
+    ):
+        path.unlink(missing_ok=True)
+        if before:
+            write_json(path, before)
+        write_generation_config(tmp_path, config, words, {"texts": {"ends": "<a> b <c>"}})
+        kept = {"temperature": 0.6} if before else {}
+        found = json.loads(path.read_text())
+        assert {name: found[name] for name in (*kept, "eos_token_id")} == kept | {"eos_token_id": after}
+        told = "generation_config.json: <a> also ends answers, as the adapter learned with its chat template\n"
+        assert capsys.readouterr().out.endswith(told) == (before is None or before["eos_token_id"] == len(words))
 
 
 def test_tensors_in_meta_s_files_begin_at_multiples_of_64_bytes(tmp_path):

@@ -139,8 +139,9 @@ def write_generation_config(folder: Path, config: dict[str, Any], tokenizer: Any
         set_special_ids(settings, tokenizer, path.name)
     known = settings.get("eos_token_id", config.get("eos_token_id"))
     ends = known if isinstance(known, list) else [] if known is None else [known]
-    taught = tokenizer.convert_tokens_to_ids(str(template.get("texts", {}).get("ends", "")).split())
-    more = [token for token in taught if token not in ends and token in tokenizer.added_tokens_decoder]
+    control = tokenizer.get_added_vocab()
+    taught = str(template.get("texts", {}).get("ends", "")).split()
+    more = [control[name] for name in taught if name in control and control[name] not in ends]
     if more:
         settings["eos_token_id"] = [*ends, *more]
         names = " ".join(tokenizer.convert_ids_to_tokens(more))
