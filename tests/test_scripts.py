@@ -72,6 +72,7 @@ def planned(script, *argv, **env):
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 def test_shellcheck():
     scripts = [*SCRIPTS.glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh"), ROOT / ".ci" / "run"]
     shellcheck = Path(sys.executable).parent / "shellcheck"

@@ -118,6 +118,7 @@ def test_a_password_is_asked_for(service):
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 def test_the_script_shows_the_page_until_it_is_stopped(folder):
     port = str(free_port())
     line = ["--lora_weights", f"{folder / 'f1'},{folder / 'f2'}", "--server_port", port, "--auth", "me:secret"]

@@ -72,6 +72,7 @@ def test_stop_ends_the_computation_within_a_token(visit, url, engine):
     assert said(page.locator("#chat .bot.message").first).startswith(shown)
 
 
+@pytest.mark.slow
 def test_a_question_asked_while_an_answer_grows_ends_that_answer(visit, url, engine, service):
     page = visit(url)
     put(page, "max_new_tokens", 300)
@@ -328,6 +329,7 @@ def test_a_cut_answer_is_continued_as_if_it_had_not_been_cut(visit, url, service
     assert text.startswith(plain(answer_of(service, "f2", {"instruction": "讲故事"}, 8))) and len(text) > len(plain(whole)) / 2
 
 
+@pytest.mark.slow
 def test_dialogues_survive_a_refresh_and_have_names(visit, url):
     page = visit(url)
     ask(page, "第一段对话", tokens=6)

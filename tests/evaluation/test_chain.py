@@ -223,6 +223,7 @@ def test_of_a_pair_the_likelier_answer_should_be_the_chosen_one(chain, tmp_path)
     assert loss == pytest.approx((first * alone[0] + second * alone[1]) / (first + second), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_matrix_of_forgetting(script, tmp_path, monkeypatch):
     """Two steps with validation sets: each one's own entry is its validation loss, and the loss by hand; f2 forgets f1."""
     tiny.llama(tmp_path / "base")

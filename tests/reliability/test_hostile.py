@@ -331,6 +331,7 @@ def test_what_is_not_part_of_the_api_cannot_be_called(url):
         assert SECRET not in post(url, "run/predict", body)[1]
 
 
+@pytest.mark.slow
 def test_nobody_reads_anothers_session(visit, url):
     """What one visitor said is in no answer to another who knows, or guesses, names of sessions."""
     page, hashes = visit(url), set()

@@ -231,6 +231,7 @@ def unfinished(script, bases, data, first, tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_its_own_wins_over_the_parent_that_the_command_names(script, bases, data, first, unfinished):
     """Row 3: every rerun names its parent, also after a kill."""
     other = unfinished.parent / "undisturbed"
