@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from scripting import ROOT
-from trainings import tensors
+from trainings import history, tensors
 
 from data.demo.compare import score
 from utils import lineage
@@ -89,7 +89,7 @@ def test_on_the_demo_each_stage_teaches_its_own_and_leaves_what_came_before(scri
         before = ["--resume_from_checkpoint", out]
         asked = ["--test_input_path", ROOT / "data/demo/heldout", "--num_beams", 1, "--max_new_tokens", 40]
         script("generate.py", "--is_ui", False, "--lora_weights", out, *asked).ok()
-        logs[stage] = [json.loads(line) for line in (out / "train_log.jsonl").read_text("utf-8").splitlines()]
+        logs[stage] = history(out)
         right[stage] = score(json.loads((out / "test.json").read_text("utf-8")), "identity")
     print(right, {stage: (log[0], log[-1]) for stage, log in logs.items()})
     assert logs["text"][-1]["loss"] < 0.6 * logs["text"][0]["loss"]

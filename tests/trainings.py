@@ -49,15 +49,15 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def log(folder) -> list[dict]:
+def history(folder) -> list[dict]:
     """The lines of a run's log."""
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").splitlines()]
 
 
 def entries(folder, key):
     """What a run has logged as `key`, by step."""
-    return {line["step"]: line[key] for line in log(folder) if key in line}
+    return {line["step"]: line[key] for line in history(folder) if key in line}
 
 
 def losses(folder) -> list[float]:
-    return [line["loss"] for line in log(folder) if "loss" in line]
+    return [line["loss"] for line in history(folder) if "loss" in line]

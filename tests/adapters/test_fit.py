@@ -25,21 +25,6 @@ def parent(tiny_llama, tmp_path_factory):
     return tiny.adapter(tiny_llama, tmp_path_factory.mktemp("fit") / "parent", **settings)
 
 
-def settings_of(config):
-    names = (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "modules_to_save",
-        "target_modules",
-        "bias",
-        "task_type",
-    )
-    return {name: getattr(config, name) for name in (*names, "inference_mode")}
-
-
 COMMON = {
     "lora_dropout": 0.25,
     "use_dora": False,
@@ -49,13 +34,17 @@ COMMON = {
 }
 
 
+def check_settings(config, wanted):
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
 def test_what_is_not_given_is_the_parent_s_and_is_told(tiny_llama, parent, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     wanted = {"r": 4, "lora_alpha": 8, "use_rslora": True, "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
     taken = "--lora_r 4, --lora_alpha 8, --lora_target_modules [q_proj,v_proj], --use_rslora True, --modules_to_save [lm_head]"
     given = {"lora_r": 4, "use_rslora": True}
     for more, told in (({}, taken), (given, taken.replace("--lora_r 4, ", "").replace("--use_rslora True, ", ""))):
-        assert settings_of(lora_config(model, GIVEN | more, parent)) == COMMON | wanted
+        check_settings(lora_config(model, GIVEN | more, parent), COMMON | wanted)
         assert capsys.readouterr().out == f"taken from {parent}: {told}\n"
 
 
@@ -66,7 +55,7 @@ def test_a_checkpoint_without_settings_shows_them_by_its_weights(tiny_llama, tmp
     wanted = {"r": 4, "use_rslora": False, "modules_to_save": None, "task_type": "CAUSAL_LM"}
     for given, alpha in ((None, 16), (24, 24)):
         found = lora_config(AutoModelForCausalLM.from_pretrained(tiny_llama), GIVEN | {"lora_alpha": given}, made)
-        assert settings_of(found) == COMMON | wanted | {"lora_alpha": alpha}
+        check_settings(found, COMMON | wanted | {"lora_alpha": alpha})
         told = f"rank 4 on q_proj, v_proj; alpha {alpha} is assumed\n"
         assert capsys.readouterr().out.endswith(f"{made}: has no adapter_config.json; its weights show {told}")
 

@@ -93,6 +93,13 @@ def test_default_layers_of_families():
     assert lora_config(mamba, WANTED, None).target_modules == {"in_proj", "x_proj"}
 
 
+class Flat(torch.nn.ModuleDict):
+    """A model of layers beside one another, of which `head` gives the scores."""
+
+    def get_output_embeddings(self):
+        return self["head"]
+
+
 DEFAULTS = [
     "q_proj v_proj", "q_b_proj kv_b_proj", "q_b_proj kv_proj", "q_proj kv_b_proj", "query_key_value", "qkv_proj", "c_attn",
     "Wqkv", "att_proj", "Wq Wv", "in_proj x_proj", "in_proj", "other",
@@ -101,12 +108,8 @@ DEFAULTS = [
 
 @pytest.mark.parametrize("names", DEFAULTS)
 def test_the_first_default_that_a_model_has_is_taken_and_others_than_llama_s_are_told(names, capsys):
-    class Flat(torch.nn.ModuleDict):
-        def get_output_embeddings(self):
-            return self["lm_head"]
-
     names = names.split()
-    others = ["lm_head", "down"] if names != ["other"] else ["lm_head"]
+    others = ["head", "down"] if names != ["other"] else ["head"]
     later = ["in_proj"] if names != ["other"] and "in_proj" not in names else []
     model = Flat({name: torch.nn.Linear(2, 2) for name in [*others, *later, *names]})
     told = f"this model has no q_proj and v_proj: the adapter goes on {', '.join(names)}\n"
@@ -117,19 +120,15 @@ def test_the_first_default_that_a_model_has_is_taken_and_others_than_llama_s_are
 def test_an_output_layer_that_is_called_the_decoder_is_no_language_part():
     """As ModernBERT's is."""
 
-    class Flat(torch.nn.ModuleDict):
+    class Decoder(torch.nn.ModuleDict):
         def get_decoder(self):
             return self["decoder"]
 
-    assert layers.language_part(Flat({"decoder": torch.nn.Linear(2, 2)})) == ""
-    assert layers.language_part(Flat({"decoder": torch.nn.ModuleDict()})) == "decoder."
+    assert layers.language_part(Decoder({"decoder": torch.nn.Linear(2, 2)})) == ""
+    assert layers.language_part(Decoder({"decoder": torch.nn.ModuleDict()})) == "decoder."
 
 
 def test_the_output_layer_is_none_of_the_linear_ones_wherever_it_lies():
-    class Flat(torch.nn.ModuleDict):
-        def get_output_embeddings(self):
-            return self["head"]
-
     model = Flat({name: torch.nn.Linear(2, 2) for name in ("body", "head")})
     assert layers.linear_layers(model) == ["body"] and layers.on_language_part(model, ["body"]) == ["body"]
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scripting import warm
-from trainings import options, same, tensors
+from trainings import history, options, same, tensors
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from utils import lineage
@@ -39,10 +39,6 @@ def asked(tmp_path_factory):
     write_json(folder / "sums.json", sums)
     write_json(folder / "choices.json", choices)
     return folder
-
-
-def history(folder):
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").splitlines()]
 
 
 def evaluated(asked, **changes):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from trainings import options, same, tensors
+from trainings import history, options, same, tensors
 from transformers import AutoModelForCausalLM
 
 import finetune
@@ -254,7 +254,7 @@ def test_what_is_sampled_learned_and_logged_is_what_the_adapter_of_each_step_ans
     }  # fmt: skip
     script("finetune.py", *run_options(bases, questions, tmp_path / "out", **changes)).ok()
     asked = [json.loads(line) for line in noted.read_text("utf-8").splitlines()][1:]  # behind the one that is tried out
-    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text("utf-8").splitlines()]
+    log = history(tmp_path / "out")
     trained, validated = [line for line in log if "loss" in line], [line for line in log if "eval_loss" in line]
     sampler = make_sampler(parse(finetune.Options, run_options(bases, questions, tmp_path / "out", **changes)), tokenizer)
 
@@ -307,7 +307,7 @@ def test_what_is_sampled_learned_and_logged_is_what_the_adapter_of_each_step_ans
 
     more = changes | {"num_iterations": 2, "max_steps": 1}
     script("finetune.py", *run_options(bases, questions, tmp_path / "twice", **more)).ok()
-    line = json.loads((tmp_path / "twice" / "train_log.jsonl").read_text("utf-8").splitlines()[0])
+    line = history(tmp_path / "twice")[0]
     (old, weights), now = weighed, log_probs(adapter_of(1), first)
     losses, _ = policy_losses(now, old, old, weights, 0.2, 0.5)
     assert line["loss"] == pytest.approx(losses.mean().item(), rel=1e-5) and line["reward"] == trained[0]["reward"]
@@ -320,7 +320,7 @@ def test_what_is_sampled_learned_and_logged_is_what_the_adapter_of_each_step_ans
 def test_the_reward_rises_and_a_killed_run_ends_the_same(script, bases, questions, tmp_path):
     out = script("finetune.py", *run_options(bases, questions, tmp_path / "out")).ok()
     assert "validation reward" in out
-    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
+    log = history(tmp_path / "out")
     steps = [entry for entry in log if "reward" in entry]
     assert steps[-1]["reward"] > steps[0]["reward"] + 0.1 and steps[-1]["kl"] > 0
     assert steps[0]["reward"] == pytest.approx(steps[0]["reward_plain"] + 0.1 * steps[0]["reward_length"])
@@ -338,7 +338,7 @@ def test_the_reward_rises_and_a_killed_run_ends_the_same(script, bases, question
     assert same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
     more = {"resume_from_checkpoint": tmp_path / "out", "max_steps": 1, "num_iterations": 1, "val_set_size": 0}
     script("finetune.py", *run_options(bases, questions, tmp_path / "f2", **more)).ok()
-    entry = json.loads((tmp_path / "f2" / "train_log.jsonl").read_text().splitlines()[0])
+    entry = history(tmp_path / "f2")[0]
     assert entry["kl"] < 1e-4 and entry["answers_clipped"] == 0, "at first the policy is the parent, and that is the reference"
 
 

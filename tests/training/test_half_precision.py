@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import json
 import random
 import shutil
 import time
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional
-from trainings import losses, options, same, tensors
+from trainings import history, losses, options, same, tensors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -117,7 +116,7 @@ def test_checkpointing_frees_what_8_bit_products_keep_on_a_gpu(tmp_path, product
 
 
 def norms(folder):
-    entries = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    entries = history(folder)
     return [entry["grad_norm"] for entry in entries if "grad_norm" in entry]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
-from trainings import losses, options, same, tensors
+from trainings import history, losses, options, same, tensors
 from transformers import AutoModelForCausalLM
 
 from utils import lineage
@@ -294,8 +294,8 @@ def pairs(tmp_path_factory):
     return path
 
 
-def entries(folder):
-    return [entry for line in (folder / "train_log.jsonl").read_text().splitlines() if "loss" in (entry := json.loads(line))]
+def steps_of(folder):
+    return [entry for entry in history(folder) if "loss" in entry]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -303,7 +303,7 @@ def test_each_loss_learns_to_prefer(script, bases, pairs, tmp_path, loss):
     beta = 2 if loss == "simpo" else 0.3
     changes = {"preference_loss": loss, "preference_beta": beta, "val_set_size": 4, "batch_size": 4, "lora_dropout": 0}
     script("finetune.py", *options(bases["llama"], pairs, tmp_path / "out", **changes)).ok()
-    log = entries(tmp_path / "out")
+    log = steps_of(tmp_path / "out")
     assert log[-1]["loss"] < log[0]["loss"] and log[-1]["reward_accuracy"] == 1
     assert log[-1]["reward_margin"] == pytest.approx(log[-1]["reward_chosen"] - log[-1]["reward_rejected"])
     if loss == "dpo":
@@ -388,7 +388,7 @@ def test_labelled_answers_are_learned_by_kto(script, bases, pairs, labelled, tmp
     """Answers with a label, or both of each pair: at first half the weight is lost."""
     out = script("finetune.py", *options(bases["llama"], labelled, tmp_path / "out", **KTO)).ok()
     assert "1 of 32 labelled answers dropped: label is neither true nor false" in out and "answers labelled good" in out
-    log = entries(tmp_path / "out")
+    log = steps_of(tmp_path / "out")
     assert min(entry["kl"] for entry in log) == 0 and log[0]["kl"] < 1e-4 < max(entry["kl"] for entry in log)
     assert log[-1]["loss"] < 0.3 < log[0]["loss"] and log[-1]["reward_margin"] > 1
     assert 0.5 < log[-1]["reward_accuracy"] <= 1

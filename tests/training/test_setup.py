@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from trainings import same
+from trainings import history, same
 from transformers import GPT2Config, LlamaConfig, OPTConfig, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -149,7 +149,7 @@ def test_a_run_s_log_and_its_progress_follow_the_history(tmp_path, monkeypatch, 
         "step 3 of 10: validation loss 1.0000", "step 3 of 10: validation reward 0.5000"
     ]  # fmt: skip
     log.close()
-    lines = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    lines = history(tmp_path)
     assert lines == [
         {"loss": 2.0, "step": 2},
         {"eval_loss": 3.0, "step": 2},

@@ -13,7 +13,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from trainings import losses, options, same, tensors
+from trainings import history, losses, options, same, tensors
 from transformers import AutoModelForCausalLM
 
 from utils import lineage
@@ -292,7 +292,7 @@ def test_the_best_adapter_is_kept_unless_the_last_is_asked_for(script, bases, da
     common = {"val_set_size": 8, "learning_rate": 0.5, "max_steps": 2, "eval_steps": 1, "lr_scheduler_type": "constant"}
     out = script("finetune.py", *options(bases["llama"], data, tmp_path / "best", **common)).ok()
     script("finetune.py", *options(bases["llama"], data, tmp_path / "last", load_best_model_at_end=False, **common)).ok()
-    entries = [json.loads(line) for line in (tmp_path / "best" / "train_log.jsonl").read_text().splitlines()]
+    entries = history(tmp_path / "best")
     validation = {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
     best = min(validation, key=validation.get)
     results = lineage.read(tmp_path / "best")["results"]

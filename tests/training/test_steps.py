@@ -1,5 +1,6 @@
 """A step and a validation as each rank sees them, and what is kept in the end: parts of the trainer, by hand."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -21,13 +22,15 @@ from utils.training.trainer import StepTrainer
 torch.set_num_threads(1)
 
 
+@dataclasses.dataclass
 class Records:
-    """Three records of different lengths."""
+    """Encoded records of such lengths; their tokens are their numbers, counted from 1."""
 
-    lengths, supervised = (3, 4, 5), (1, 2, 3)
+    lengths: list[int]
+    supervised: list[int]
 
     def __len__(self):
-        return 3
+        return len(self.lengths)
 
     def __getitem__(self, number):
         return {"input_ids": [number + 1] * self.lengths[number], "labels": [1] * self.lengths[number]}
@@ -37,7 +40,8 @@ class Records:
 def test_steps_are_loaded_in_the_order_of_their_epoch_apart_from_dropout_s_random_numbers(device):
     one = StepTrainer.__new__(StepTrainer)
     one.args = SimpleNamespace(dataloader_num_workers=2, device=torch.device(device), seed=11)
-    one.job, one.train_dataset = SimpleNamespace(plan=BatchConfig(2, 99, seed=7, pad_to=8)), Records()
+    one.job = SimpleNamespace(plan=BatchConfig(2, 99, seed=7, pad_to=8))
+    one.train_dataset = Records([3, 4, 5], [1, 2, 3])
     loader = one.get_train_dataloader()
     assert (loader.num_workers, loader.pin_memory, loader.generator.initial_seed()) == (2, device == "cuda", 11)
     one.args.dataloader_num_workers, one.args.device = 0, torch.device("cpu")
@@ -113,17 +117,7 @@ def test_a_step_is_looked_at_by_all_ranks(losses, norm, own, heard, told, stoppe
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_validation_is_divided_among_ranks_into_as_many_micro_batches(ranks):
     """Each record once; the mean is over the tokens of all of them; a smaller budget cuts what a rank has further."""
-    lengths, supervised = [50, 40, 30, 20, 10], [5, 4, 3, 2, 1]
-
-    class Data:
-        def __len__(self):
-            return 5
-
-        def __getitem__(self, number):
-            return {"input_ids": [number + 1] * lengths[number], "labels": [1] * lengths[number]}
-
-    data = Data()
-    data.lengths, data.supervised = lengths, supervised
+    data = Records([50, 40, 30, 20, 10], [5, 4, 3, 2, 1])
     found, totals = [], []
     for rank, small in ((rank, small) for small in (False, True) for rank in range(ranks)):
         one, seen = StepTrainer.__new__(StepTrainer), []
@@ -149,7 +143,7 @@ def test_validation_is_divided_among_ranks_into_as_many_micro_batches(ranks):
         assert len({len(seen) for seen in half}) == 1 or half is not found[:ranks]
         records = [number for seen in half for part in seen for number in part if number >= 0]
         assert sorted(records) == [0, 1, 2, 3, 4]
-        assert all(sum(lengths[n] for n in part if n >= 0) <= 100 for seen in half for part in seen)
+        assert all(sum(data.lengths[n] for n in part if n >= 0) <= 100 for seen in half for part in seen)
     assert max(len(part) for seen in found[ranks:] for part in seen) < max(len(part) for seen in found[:ranks] for part in seen)
     assert all(result == {"eval_loss": pytest.approx(3 * rows / 15)} for result, rows in totals)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scripting import ROOT, warm
-from trainings import options
+from trainings import history, options
 
 import finetune
 from utils.console import UserError
@@ -88,7 +88,7 @@ def run(base, data, folder, name, python=sys.executable):
 
 def logged(folder):
     """The losses and the answers of the run's own log."""
-    entries = [json.loads(line) for line in (folder / "out/train_log.jsonl").read_text("utf-8").splitlines()]
+    entries = history(folder / "out")
     answers = [[one["answer"] for one in entry["answers"]] for entry in entries if "answers" in entry]
     return [entry["loss"] for entry in entries if "loss" in entry], answers
 
